@@ -1,0 +1,91 @@
+"""Mixed-precision training for JAX, Flax and Optax.
+
+`jaxmp.get_policy("mixed_bfloat16")` names the dtypes, `jaxmp.loss_scaling(optimizer,
+policy)` skips non-finite steps and adapts the loss scale, and
+`jaxmp.value_and_grad(loss_fn)` returns true losses and true gradients whatever that
+scale is. Everything is a pure function of pytrees.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from jaxmp import _jax_internals as _jax_internals
+from jaxmp import errors, loss_scale, policy
+from jaxmp.loss_scale import (
+    DynamicLossScale,
+    LossScale,
+    LossScaleState,
+    NoOpLossScale,
+    StaticLossScale,
+    all_finite,
+    dynamic_loss_scaling,
+    get_loss_scale,
+    grad,
+    loss_scale_metrics,
+    loss_scaling,
+    raise_if_collapsed,
+    retry,
+    scale_loss,
+    select_applied,
+    select_tree,
+    static_loss_scaling,
+    value_and_grad,
+)
+from jaxmp.policy import (
+    Policy,
+    cast_to_full,
+    cast_to_half,
+    dtype_to_names,
+    get_policy,
+    half_dtype,
+)
+
+if TYPE_CHECKING:
+    from jaxmp.training import TrainState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # policies
+    "Policy",
+    "get_policy",
+    "half_dtype",
+    "cast_to_full",
+    "cast_to_half",
+    "dtype_to_names",
+    # gradients
+    "value_and_grad",
+    "grad",
+    "retry",
+    "scale_loss",
+    # loss scales as Optax transformations
+    "loss_scaling",
+    "dynamic_loss_scaling",
+    "static_loss_scaling",
+    "LossScaleState",
+    "get_loss_scale",
+    "loss_scale_metrics",
+    "select_applied",
+    "raise_if_collapsed",
+    # loss scales as jmp has them
+    "LossScale",
+    "NoOpLossScale",
+    "StaticLossScale",
+    "DynamicLossScale",
+    "all_finite",
+    "select_tree",
+    # training
+    "TrainState",
+    # modules
+    "errors",
+    "loss_scale",
+    "policy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Flax takes longer to import than everything else here, and optimizers need none.
+    if name == "TrainState":
+        from jaxmp.training import TrainState
+
+        return TrainState
+    raise AttributeError(f"module 'jaxmp' has no attribute {name!r}")

@@ -1,0 +1,124 @@
+"""Casts, selects and finiteness of the leaves of a pytree.
+
+One table decides which leaves a cast may touch: arrays of float16, bfloat16 and
+float32. Integers, booleans, PRNG keys, float0, complex, float8, float64 arrays of
+JAX, `None` and Python scalars pass unchanged.
+"""
+
+import functools
+import operator
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+T = TypeVar("T")
+PyTree = Any
+
+CASTABLE = frozenset(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32)))
+NUMPY = (np.ndarray, np.generic)
+HALF = frozenset(map(jnp.dtype, (jnp.float16, jnp.bfloat16)))
+
+
+def is_array(x: Any) -> bool:
+    """True for arrays and array scalars of JAX and NumPy; False for float0."""
+    return isinstance(x, (jax.Array, *NUMPY)) and x.dtype != jax.dtypes.float0
+
+
+def is_inexact(x: Any) -> bool:
+    """True for arrays of a real or complex floating dtype."""
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """Writes a key path of `jax.tree_util` as `"block_0/dense/kernel"`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def cast_floating(
+    tree: T, dtype: jax.typing.DTypeLike, *, also: Iterable[np.dtype] = ()
+) -> T:
+    """Casts the floating leaves of a tree, abstract ones included.
+
+    Args:
+      tree: any pytree. `jax.ShapeDtypeStruct` leaves keep shape and sharding.
+      dtype: what float16, bfloat16 and float32 leaves become.
+      also: further dtypes that the user named, and which are therefore cast too.
+
+    Returns:
+      The tree with the same structure; a leaf that has the dtype is not copied.
+      NumPy's float64, which is what Python code makes by default and what JAX would
+      take as float32, is cast; a float64 array of JAX was asked for and is not.
+    """
+    dtype = jnp.dtype(dtype)
+    castable = CASTABLE.union(also)
+
+    def cast(x):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return x.update(dtype=dtype) if x.dtype in castable else x
+        if isinstance(x, jax.Array):
+            return x.astype(dtype) if x.dtype in castable else x
+        if isinstance(x, NUMPY) and (x.dtype in castable or x.dtype == np.float64):
+            return x.astype(dtype, copy=False)
+        return x
+
+    return jax.tree.map(cast, tree)
+
+
+def at_least_float32(x: Any) -> Any:
+    """Widens a float16 or bfloat16 array to float32; anything else passes."""
+    return jnp.asarray(x, jnp.float32) if is_array(x) and x.dtype in HALF else x
+
+
+def strong(x: Any) -> Any:
+    """Gives a Python scalar or weakly typed array the dtype that JAX would use."""
+    if isinstance(x, (bool, int, float, complex)) or is_array(x):
+        return jax.lax.convert_element_type(x, jnp.result_type(x))
+    return x
+
+
+def like(x: Any, reference: Any) -> Any:
+    """Casts an array to the strong dtype of `reference`; anything else passes."""
+    if not (is_array(x) and is_array(reference)):
+        return x
+    if jnp.issubdtype(reference.dtype, jax.dtypes.extended):
+        return x
+    return jax.lax.convert_element_type(x, reference.dtype)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Tells whether every element of every floating leaf is finite.
+
+    The check is per element: finite values whose sum or norm would overflow count as
+    finite. Leaves without an infinity (integers, booleans, keys, `None`) are passed
+    over.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      A boolean scalar array, True for a tree without floating leaves.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> bool(jaxmp.all_finite({"w": jnp.ones(2), "step": jnp.int32(3)}))
+      True
+      >>> bool(jaxmp.all_finite({"w": jnp.array([1.0, jnp.inf])}))
+      False
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
+    finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
+    return functools.reduce(operator.and_, finite, jnp.bool_(True))
+
+
+def select(pred: jax.Array, on_true: T, on_false: T) -> T:
+    """Takes one of two trees; what is not taken cannot leak, be it NaN or inf."""
+
+    def select_leaf(x, y):
+        if not (is_array(x) or is_array(y)):
+            return x
+        return jax.lax.select(pred, jnp.asarray(x), jnp.asarray(y))
+
+    return jax.tree.map(select_leaf, on_true, on_false)

@@ -1,0 +1,99 @@
+"""Every exception and warning that jaxmp raises on purpose.
+
+Each class stands for one mistake, so that it can be caught by name. Each message
+says what was wrong, shows the value, and says what to write instead.
+"""
+
+
+class JaxmpError(Exception):
+    """Base class of every error in this module."""
+
+
+class UnsupportedJaxVersion(JaxmpError, ImportError):
+    """The installed JAX is older than the oldest that jaxmp runs on."""
+
+
+# Policies
+
+
+class PolicyError(JaxmpError, ValueError):
+    """A policy was written in a way that cannot be read."""
+
+
+# Loss scales
+
+
+class LossScaleOptionError(JaxmpError, ValueError):
+    """An option of a loss scale is out of its range or does not exist."""
+
+
+class MissingLossScale(JaxmpError, ValueError):
+    """A state was given for its loss scale, and it holds none."""
+
+
+class MissingLossScaleArgument(JaxmpError, TypeError):
+    """A gradient function was called without `loss_scale=`."""
+
+
+class MultipleLossScales(JaxmpError, ValueError):
+    """One optimizer state holds more than one loss scale."""
+
+
+class LossScaleCollapsed(JaxmpError, RuntimeError):
+    """So many steps in a row were skipped that training has stopped."""
+
+
+class NotOnHost(JaxmpError, TypeError):
+    """A function that reads values on the host was called inside a trace."""
+
+
+class SelectPredicateError(JaxmpError, AssertionError):
+    """The predicate of `select_tree` is no boolean scalar."""
+
+
+# Losses and gradients
+
+
+class NonScalarLoss(JaxmpError, TypeError):
+    """The loss is an array with axes, or no array at all."""
+
+
+class NonFloatingLoss(JaxmpError, TypeError):
+    """The loss is an integer or a boolean, which has no gradient."""
+
+
+class MissingAux(JaxmpError, TypeError):
+    """`has_aux=True`, but the function does not return `(loss, aux)`."""
+
+
+class GradientTreeMismatch(JaxmpError, ValueError):
+    """Gradients and parameters are trees of different structure."""
+
+
+# Checkpoints
+
+
+class CheckpointPolicyMismatch(JaxmpError, ValueError):
+    """A checkpoint was written under another policy than it is read under."""
+
+
+class InvalidCheckpoint(JaxmpError, ValueError):
+    """A checkpoint holds no train state of jaxmp, or none at all."""
+
+
+# Compile targets
+
+
+class UnknownTarget(JaxmpError, ValueError):
+    """There is no compile target of that name."""
+
+
+class MissingTargetPackage(JaxmpError, ImportError):
+    """The compiler for a target is not installed, or its environment is not set."""
+
+
+# Warnings
+
+
+class HalfParamsWarning(UserWarning):
+    """Half-precision parameters meet an optimizer that keeps no float32 copy."""

@@ -1,0 +1,46 @@
+"""Loss scaling: gradients under a scale, and an Optax transformation that adapts it."""
+
+from jaxmp._tree import all_finite
+from jaxmp.loss_scale._access import (
+    get_loss_scale,
+    loss_scale_metrics,
+    raise_if_collapsed,
+    scale_loss,
+    select_applied,
+)
+from jaxmp.loss_scale._gradients import grad, value_and_grad
+from jaxmp.loss_scale._jmp_classes import (
+    DynamicLossScale,
+    LossScale,
+    NoOpLossScale,
+    StaticLossScale,
+    select_tree,
+)
+from jaxmp.loss_scale._retry import retry
+from jaxmp.loss_scale._state import LossScaleState
+from jaxmp.loss_scale._transform import (
+    dynamic_loss_scaling,
+    loss_scaling,
+    static_loss_scaling,
+)
+
+__all__ = [
+    "value_and_grad",
+    "grad",
+    "retry",
+    "loss_scaling",
+    "dynamic_loss_scaling",
+    "static_loss_scaling",
+    "LossScaleState",
+    "get_loss_scale",
+    "scale_loss",
+    "loss_scale_metrics",
+    "select_applied",
+    "raise_if_collapsed",
+    "all_finite",
+    "select_tree",
+    "LossScale",
+    "NoOpLossScale",
+    "StaticLossScale",
+    "DynamicLossScale",
+]

@@ -1,0 +1,211 @@
+"""Reading a loss scale's state, in a compiled step or on the host."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.errors import LossScaleCollapsed, MissingLossScale, NotOnHost
+from jaxmp.loss_scale._state import (
+    LOSS_FINITE,
+    LOSS_NONFINITE,
+    LOSS_UNKNOWN,
+    LossScaleState,
+    find,
+)
+from jaxmp.loss_scale._unscale import scale_tree
+
+T = TypeVar("T")
+
+
+def get_loss_scale(opt_state: Any) -> jax.Array:
+    """Returns the loss scale that an optimizer state holds, however deep.
+
+    Args:
+      opt_state: state of `loss_scaling`, anything that contains one (a tuple, a
+        `TrainState`, an `nnx.Optimizer`), or a jmp-style `LossScale`.
+
+    Returns:
+      A float32 scalar array.
+
+    Raises:
+      MissingLossScale: if there is none.
+      MultipleLossScales: if there are several.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> state = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16").init(jnp.ones(2))
+      >>> float(jaxmp.get_loss_scale(state))
+      65536.0
+    """
+    return jnp.asarray(find(opt_state).loss_scale, jnp.float32)
+
+
+def scale_loss(loss: Any, opt_state: Any) -> jax.Array:
+    """Multiplies a loss by the scale, for those who call `jax.grad` themselves.
+
+    Give the gradients to `loss_scaling(..., grads_are_scaled=True)`. A loss of dtype
+    float16 keeps the scale at 2^15 or below by overflowing above it; convert it to
+    float32 where it is computed, or use `jaxmp.value_and_grad`, which sees to that.
+
+    Args:
+      loss: floating scalar.
+      opt_state: whatever `get_loss_scale` takes.
+
+    Returns:
+      The scaled loss, in float32 at least.
+
+    Raises:
+      MissingLossScale: if `opt_state` holds none.
+      MultipleLossScales: if it holds several.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmp, optax
+      >>> tx = jaxmp.loss_scaling(optax.sgd(0.5), 1024, grads_are_scaled=True)
+      >>> w = jnp.float32(3)
+      >>> state = tx.init(w)
+      >>> grads = jax.grad(lambda w: jaxmp.scale_loss(w**2, state))(w)
+      >>> updates, state = tx.update(grads, state, w)
+      >>> float(optax.apply_updates(w, updates))
+      0.0
+    """
+    return scale_tree(jnp.asarray(loss), get_loss_scale(opt_state))
+
+
+def loss_scale_metrics(opt_state: Any) -> dict[str, jax.Array]:
+    """Returns what is worth logging about the loss scale, without a transfer.
+
+    Args:
+      opt_state: anything that contains one state of `loss_scaling`.
+
+    Returns:
+      A dictionary of scalar arrays: `loss_scale` (float32, for the next step),
+      `grads_finite` (bool, of the last step), `applied_steps`, `skipped_steps` and
+      `consecutive_skips` (int32).
+
+    Raises:
+      MissingLossScale: if there is none.
+      MultipleLossScales: if there are several.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> state = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16").init(jnp.ones(2))
+      >>> for name, x in jaxmp.loss_scale_metrics(state).items():
+      ...     print(name, x)
+      loss_scale 65536.0
+      grads_finite True
+      applied_steps 0
+      skipped_steps 0
+      consecutive_skips 0
+    """
+    state = _find_state(opt_state)
+    return {
+        "loss_scale": state.loss_scale,
+        "grads_finite": state.grads_finite,
+        "applied_steps": state.applied_steps,
+        "skipped_steps": state.skipped_steps,
+        "consecutive_skips": state.consecutive_skips,
+    }
+
+
+def select_applied(opt_state: Any, new: T, old: T) -> T:
+    """Returns `new` if the last step was applied and `old` if it was skipped.
+
+    For what the optimizer does not hold and a skipped step should leave alone:
+    BatchNorm statistics, an average of the weights, a counter of steps.
+
+    Args:
+      opt_state: the state that `update` returned for the step.
+      new: any pytree of after the step.
+      old: the same pytree of before the step.
+
+    Returns:
+      One of the two, leaf by leaf and bit by bit.
+
+    Raises:
+      MissingLossScale: if `opt_state` holds none.
+      MultipleLossScales: if it holds several.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> tx = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16")
+      >>> w = jnp.ones(())
+      >>> _, state = tx.update(jnp.float32(jnp.inf), tx.init(w), w)
+      >>> int(jaxmp.select_applied(state, jnp.int32(8), jnp.int32(7)))
+      7
+    """
+    return _tree.select(_find_state(opt_state).consecutive_skips == 0, new, old)
+
+
+def raise_if_collapsed(opt_state: Any, *, max_consecutive_skips: int) -> None:
+    """Raises on the host if too many steps in a row were skipped.
+
+    It waits for the step that made the state: call it every now and then.
+
+    Args:
+      opt_state: anything that contains one state of `loss_scaling`. For an ensemble
+        under `vmap`, the worst member counts.
+      max_consecutive_skips: how many skips in a row are too many. A dynamic scale that
+        starts at 2^16 finds its place within 17.
+
+    Raises:
+      LossScaleCollapsed: with the cause, as far as the state knows it. It knows more if
+        `update` is given `value=loss`.
+      NotOnHost: if called in a compiled function.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> state = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16").init(jnp.ones(2))
+      >>> jaxmp.raise_if_collapsed(state, max_consecutive_skips=50)
+    """
+    state = _find_state(opt_state)
+    try:
+        skips = np.ravel(np.asarray(state.consecutive_skips))
+    except jax.errors.TracerArrayConversionError:
+        raise NotOnHost(
+            "raise_if_collapsed() reads values and was called in a compiled function. "
+            "Call it outside of jit, on the state that the step returned."
+        ) from None
+    worst = int(skips.argmax())
+    if skips[worst] < max_consecutive_skips:
+        return
+    scale = np.ravel(np.asarray(state.loss_scale))[worst]
+    loss_finite = np.ravel(np.asarray(state.loss_finite))[worst]
+    member = f" (ensemble member {worst})" if skips.size > 1 else ""
+    raise LossScaleCollapsed(
+        f"The last {skips[worst]} steps were all skipped{member}; the loss scale is "
+        f"now {scale:g}. {_CAUSES[int(loss_finite)]}"
+    )
+
+
+_CAUSES = {
+    LOSS_NONFINITE: (
+        "The loss itself was non-finite: the forward pass already overflowed or "
+        "divided by zero, and no loss scale can help. Look at the learning rate, the "
+        "batch and the parameters, or compute in bfloat16, which has float32's range."
+    ),
+    LOSS_FINITE: (
+        "The loss was finite and only gradients overflowed. If the scale still falls, "
+        "let it, or start lower with init_scale=; if it stands at min_scale, lower "
+        "min_scale (it may be below 1) or compute in bfloat16, which has float32's "
+        "range."
+    ),
+    LOSS_UNKNOWN: (
+        "Whether the loss itself was non-finite is not known: pass it, as "
+        "update(grads, state, params, value=loss). A non-finite loss means that the "
+        "forward pass overflowed, which no loss scale can help; a finite one, that "
+        "only gradients did, which a lower min_scale= or bfloat16 can."
+    ),
+}
+
+
+def _find_state(opt_state: Any) -> LossScaleState:
+    state = find(opt_state)
+    if not isinstance(state, LossScaleState):
+        raise MissingLossScale(
+            f"A {type(state).__name__} counts no steps. Pass the state of an optimizer "
+            "made by jaxmp.loss_scaling(optimizer, policy)."
+        )
+    return state

@@ -1,0 +1,190 @@
+"""`value_and_grad` and `grad`: true losses and true gradients under a loss scale.
+
+The loss is multiplied by the scale in float32, differentiated, and the gradients are
+divided by the same scale in float32, before anything else sees them. A backward pass in
+float16 then keeps gradients that would have become zero, and clipping, logging, `psum`,
+accumulation and Optax see what they would see without it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmp import _tree
+from jaxmp.errors import (
+    MissingAux,
+    MissingLossScaleArgument,
+    NonFloatingLoss,
+    NonScalarLoss,
+)
+from jaxmp.loss_scale._access import get_loss_scale
+from jaxmp.loss_scale._unscale import scale_tree, unscale_tree
+
+# The cotangent of a float16 loss is the scale itself, in float16: 2^16 is infinite
+# there, and 2^15 is the largest power of two that is not.
+LARGEST_FLOAT16_SCALE = 2.0**15
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | tuple[int, ...] | Any = 0,
+    has_aux: bool = False,
+    *,
+    transform: Callable[..., Any] = jax.value_and_grad,
+    **transform_kwargs: Any,
+) -> Callable[..., Any]:
+    """Like `jax.value_and_grad`, under a loss scale that the result does not show.
+
+    Args:
+      fun: function whose (first) result is the loss, a floating scalar of any dtype.
+      argnums: positions to differentiate with respect to, as `transform` takes them.
+      has_aux: whether `fun` returns `(loss, aux)`.
+      transform: what differentiates: `jax.value_and_grad`, `nnx.value_and_grad`,
+        `equinox.filter_value_and_grad`, or one of the same form.
+      **transform_kwargs: passed on to `transform`: `allow_int`, `holomorphic`, ...
+
+    Returns:
+      A function `(*args, loss_scale, **kwargs)` that returns what `transform`'s would:
+      `(loss, grads)` or `((loss, aux), grads)`. `loss_scale` is an optimizer state that
+      holds one, an `nnx.Optimizer` or a `LossScale`; pass it on every call, since it
+      changes on every step. The loss is the one that `fun` returned. Gradients are
+      those of the unscaled loss, in float32 at least; where the backward overflowed
+      they are not finite, and `loss_scaling` skips the step.
+
+    Raises:
+      MissingLossScaleArgument: if called without `loss_scale=`.
+      MissingLossScale: if `loss_scale` holds none.
+      MultipleLossScales: if it holds several.
+      NonScalarLoss: if the loss has axes, or is no number.
+      NonFloatingLoss: if it is an integer or boolean.
+      MissingAux: if `has_aux` and `fun` returns no pair.
+
+    References:
+      Micikevicius et al., "Mixed Precision Training", 2018, section 3.2
+      (https://arxiv.org/abs/1710.03740).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> def loss_fn(w, x):
+      ...     return jnp.sum(w * x)
+      >>> step = jaxmp.value_and_grad(loss_fn)
+      >>> scale = jaxmp.StaticLossScale(1024)
+      >>> loss, grad = step(jnp.float16(3), jnp.float16(2), loss_scale=scale)
+      >>> float(loss), float(grad), grad.dtype
+      (6.0, 2.0, dtype('float32'))
+    """
+    if argnums != 0:
+        transform_kwargs["argnums"] = argnums
+
+    @functools.wraps(fun)
+    def value_and_grad_of_fun(*args, **kwargs):
+        scale = get_loss_scale(_pop_loss_scale(kwargs, fun))
+
+        @functools.wraps(fun)
+        def scaled(*args, **kwargs):
+            loss, aux = _split(fun(*args, **kwargs), has_aux, fun)
+            return scale_tree(loss, _effective(scale, loss)), (loss, aux)
+
+        differentiate = transform(scaled, has_aux=True, **transform_kwargs)
+        (_, (loss, aux)), grads = differentiate(*args, **kwargs)
+        grads = unscale_tree(grads, _effective(scale, loss))
+        return ((loss, aux) if has_aux else loss), grads
+
+    return value_and_grad_of_fun
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | tuple[int, ...] | Any = 0,
+    has_aux: bool = False,
+    *,
+    transform: Callable[..., Any] = jax.value_and_grad,
+    **transform_kwargs: Any,
+) -> Callable[..., Any]:
+    """Like `jax.grad`, under a loss scale that the result does not show.
+
+    Args:
+      fun: as in `value_and_grad`.
+      argnums: as in `value_and_grad`.
+      has_aux: as in `value_and_grad`.
+      transform: as in `value_and_grad`; it has to return value and gradient.
+      **transform_kwargs: as in `value_and_grad`.
+
+    Returns:
+      A function `(*args, loss_scale, **kwargs)` that returns `grads`, or
+      `(grads, aux)` with `has_aux`.
+
+    Raises:
+      JaxmpError: the same errors as `value_and_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> square = lambda w: w**2
+      >>> float(jaxmp.grad(square)(jnp.float16(3), loss_scale=jaxmp.StaticLossScale(8)))
+      6.0
+    """
+    value_and_grad_of_fun = value_and_grad(
+        fun, argnums, has_aux, transform=transform, **transform_kwargs
+    )
+
+    @functools.wraps(fun)
+    def grad_of_fun(*args, **kwargs):
+        value, grads = value_and_grad_of_fun(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_of_fun
+
+
+def _pop_loss_scale(kwargs: dict[str, Any], fun: Callable[..., Any]) -> Any:
+    if "loss_scale" not in kwargs:
+        name = getattr(fun, "__name__", "loss_fn")
+        raise MissingLossScaleArgument(
+            "The gradient function was called without loss_scale=. The scale changes "
+            "from step to step, so pass the optimizer state on every call: "
+            f"jaxmp.value_and_grad({name})(params, batch, loss_scale=opt_state)"
+        )
+    return kwargs.pop("loss_scale")
+
+
+def _split(output: Any, has_aux: bool, fun: Callable[..., Any]) -> tuple[Any, Any]:
+    name = getattr(fun, "__name__", "the loss function")
+    if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
+        raise MissingAux(
+            f"has_aux=True, but {name} returned {_describe(output)} in place of "
+            "(loss, aux). Return a pair, or leave has_aux out."
+        )
+    loss: Any
+    loss, aux = output if has_aux else (output, None)
+    if isinstance(loss, (bool, int, float, complex)):
+        loss = jnp.asarray(loss)
+    if not _tree.is_array(loss) or jnp.ndim(loss) != 0:
+        repair = (
+            "If it returns (loss, aux), pass has_aux=True."
+            if isinstance(loss, tuple)
+            else "Average it, for example by jnp.mean(loss.astype(jnp.float32))."
+        )
+        raise NonScalarLoss(
+            f"{name} returned {_describe(loss)} as its loss, which has to be a scalar. "
+            f"{repair}"
+        )
+    if not _tree.is_inexact(loss):
+        raise NonFloatingLoss(
+            f"{name} returned a loss of dtype {loss.dtype}, which has no gradient. "
+            "Compute it in a floating dtype, for example loss.astype(jnp.float32)."
+        )
+    return loss, aux
+
+
+def _describe(x: Any) -> str:
+    if _tree.is_array(x):
+        return f"an array of shape {x.shape} and dtype {x.dtype}"
+    return f"a {type(x).__name__}"
+
+
+def _effective(scale: jax.Array, loss: jax.Array) -> jax.Array:
+    if jnp.result_type(loss) == jnp.float16:
+        return jnp.minimum(scale, LARGEST_FLOAT16_SCALE)
+    return scale

@@ -1,0 +1,218 @@
+"""The three loss scales of jmp, with jmp's fields and methods.
+
+They are for code that unscales and selects by hand. `loss_scaling` needs none of them.
+"""
+
+import dataclasses
+import warnings
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.errors import SelectPredicateError
+from jaxmp.loss_scale._state_machines import Scale, next_scale
+from jaxmp.loss_scale._unscale import scale_tree, unscale_tree
+
+T = TypeVar("T")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class NoOpLossScale:
+    """A loss scale of 1 that never touches anything.
+
+    Example:
+      >>> import jaxmp
+      >>> jaxmp.NoOpLossScale().scale({"loss": 2.0})
+      {'loss': 2.0}
+    """
+
+    @property
+    def loss_scale(self) -> int:
+        """The scale, 1."""
+        return 1
+
+    def scale(self, tree: T) -> T:
+        """Returns the tree itself."""
+        return tree
+
+    def unscale(self, tree: T) -> T:
+        """Returns the tree itself."""
+        return tree
+
+    def adjust(self, grads_finite: jax.Array) -> "NoOpLossScale":
+        """Returns itself."""
+        del grads_finite
+        return self
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class StaticLossScale:
+    """A fixed loss scale; static data, hence a Python number.
+
+    Args:
+      loss_scale: any positive number.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> float(jaxmp.StaticLossScale(8).unscale(jnp.float16(4.0)))
+      0.5
+    """
+
+    loss_scale: Any
+
+    def __post_init__(self):
+        if _tree.is_array(self.loss_scale):
+            object.__setattr__(self, "loss_scale", self.loss_scale.item())
+
+    def scale(self, tree: T) -> T:
+        """Multiplies the floating leaves by the scale, in float32 at least."""
+        return scale_tree(tree, self.loss_scale)
+
+    def unscale(self, tree: T) -> T:
+        """Divides the floating leaves by the scale, in float32 at least."""
+        return unscale_tree(tree, self.loss_scale)
+
+    def adjust(self, grads_finite: jax.Array) -> "StaticLossScale":
+        """Returns itself."""
+        del grads_finite
+        return self
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class DynamicLossScale:
+    """A loss scale that grows after `period` finite steps and shrinks on others.
+
+    Scale and counter are the leaves of this pytree; the rest is static and survives
+    every `tree_map`, `jit` and checkpoint.
+
+    Args:
+      loss_scale: float32 scalar array or number, at which to start. jmp advises 2**15.
+      counter: int32 scalar array, finite steps in a row.
+      period: grow on the `period`-th finite step in a row.
+      factor: what the scale is multiplied with and divided by.
+      min_loss_scale: number below which the scale does not shrink; may be below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> loss_scale = jaxmp.DynamicLossScale(2.0**15, period=1)
+      >>> float(loss_scale.adjust(jnp.bool_(True)).loss_scale)
+      65536.0
+    """
+
+    loss_scale: Any
+    counter: Any = dataclasses.field(default_factory=lambda: np.zeros((), np.int32))
+    period: int = 2000
+    factor: float = 2
+    min_loss_scale: float = 1.0
+
+    def __post_init__(self):
+        scale, smallest = self.loss_scale, self.min_loss_scale
+        _warn_unless_floating(scale, "loss_scale")
+        _warn_unless_floating(smallest, "min_loss_scale")
+        # A Python float would be weakly typed and compile a second time after the
+        # first step; a float16 scale could not hold 2**16.
+        if isinstance(scale, (int, float, *_tree.NUMPY)):
+            object.__setattr__(self, "loss_scale", np.asarray(scale, np.float32))
+        elif isinstance(scale, jax.Array):
+            object.__setattr__(self, "loss_scale", jnp.asarray(scale, jnp.float32))
+        object.__setattr__(self, "min_loss_scale", float(smallest))
+
+    def scale(self, tree: T) -> T:
+        """Multiplies the floating leaves by the scale, in float32 at least."""
+        return scale_tree(tree, self.loss_scale)
+
+    def unscale(self, tree: T) -> T:
+        """Divides the floating leaves by the scale, in float32 at least."""
+        return unscale_tree(tree, self.loss_scale)
+
+    def adjust(self, grads_finite: jax.Array) -> "DynamicLossScale":
+        """Moves the scale by one step.
+
+        Args:
+          grads_finite: boolean scalar array.
+
+        Returns:
+          The next loss scale, a pytree of the same dtypes.
+
+        Raises:
+          SelectPredicateError: if `grads_finite` is no scalar.
+        """
+        if jnp.ndim(grads_finite) != 0:
+            raise SelectPredicateError(
+                "adjust() needs one boolean for the whole step, expected boolean "
+                f"scalar, not shape {jnp.shape(grads_finite)}. Use all_finite(grads)."
+            )
+        scale, counter, _ = next_scale(
+            Scale(
+                jnp.asarray(self.loss_scale, jnp.float32),
+                jnp.asarray(self.counter, jnp.int32),
+                jnp.int32(1),
+            ),
+            grads_finite,
+            growth_interval=self.period,
+            growth_factor=self.factor,
+            backoff_factor=1 / self.factor,
+            min_scale=self.min_loss_scale,
+            max_scale=float("inf"),
+            hysteresis=1,
+        )
+        return dataclasses.replace(self, loss_scale=scale, counter=counter)
+
+    def tree_flatten(self):
+        """Scale and counter are children, the rest is static."""
+        static = (self.period, self.factor, self.min_loss_scale)
+        return (self.loss_scale, self.counter), static
+
+    @classmethod
+    def tree_unflatten(cls, static, children) -> "DynamicLossScale":
+        """Takes whatever JAX puts in place of the arrays, without a look at it."""
+        new = object.__new__(cls)
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name, value in zip(fields, (*children, *static), strict=True):
+            object.__setattr__(new, name, value)
+        return new
+
+
+LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
+
+
+def select_tree(pred: jax.Array, a: T, b: T) -> T:
+    """Selects one of two trees by a boolean scalar.
+
+    Args:
+      pred: boolean scalar array.
+      a: the tree to take where `pred` is True.
+      b: the tree to take otherwise, of the same structure and dtypes.
+
+    Returns:
+      A tree of the same structure. Nothing of the other tree reaches it, not even a
+      NaN.
+
+    Raises:
+      SelectPredicateError: if `pred` is no boolean scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> float(jaxmp.select_tree(jnp.bool_(False), jnp.float32(jnp.nan), jnp.ones(())))
+      1.0
+    """
+    if jnp.ndim(pred) != 0 or jnp.result_type(pred) != jnp.bool_:
+        raise SelectPredicateError(
+            f"select_tree() expected boolean scalar, not {jnp.result_type(pred)} of "
+            f"shape {jnp.shape(pred)}. Reduce it first, for example by all_finite()."
+        )
+    return _tree.select(pred, a, b)
+
+
+def _warn_unless_floating(x: Any, name: str) -> None:
+    if not (isinstance(x, (int, float)) or _tree.is_array(x)):
+        return
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        message = f"Expected floating type for {name}, got {jnp.result_type(x)}"
+        warnings.warn(message, stacklevel=4)

@@ -1,0 +1,85 @@
+"""`retry`: computes the gradients of one batch again at a lower scale."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmp import _tree
+from jaxmp.errors import LossScaleOptionError
+from jaxmp.loss_scale._access import get_loss_scale
+from jaxmp.loss_scale._state import LossScaleState
+
+
+def retry(
+    value_and_grad_fn: Callable[..., Any],
+    *,
+    max_retries: int = 3,
+    backoff_factor: float = 0.5,
+    min_scale: float = 1.0,
+) -> Callable[..., Any]:
+    """Computes gradients again at a lower scale instead of losing the batch.
+
+    A skipped step costs its batch. Where data is scarce, this costs time instead: while
+    gradients are non-finite, the same arguments are evaluated again at a lower scale,
+    in a compiled loop. A step that overflows no more is as fast as without it.
+
+    Args:
+      value_and_grad_fn: what `jaxmp.value_and_grad` returned.
+      max_retries: how often to try again; 0 and above.
+      backoff_factor: what the scale is multiplied by on each try.
+      min_scale: no try goes below it.
+
+    Returns:
+      A function `(*args, loss_scale=state, **kwargs)` that returns
+      `((value, grads), state)`, where `state` has the scale of the last try and is to
+      be passed to `update`. `loss_scale` has to be the state of `loss_scaling` itself.
+
+    Raises:
+      LossScaleOptionError: for an option out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> tx = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16")
+      >>> w = jnp.float16(1)
+      >>> loss_fn = lambda w: (w * 2).astype(jnp.float32)
+      >>> step = jaxmp.retry(jaxmp.value_and_grad(loss_fn))
+      >>> (loss, grads), state = step(w, loss_scale=tx.init(w.astype(jnp.float32)))
+      >>> float(grads), float(state.loss_scale)
+      (2.0, 16384.0)
+    """
+    if not isinstance(max_retries, int) or max_retries < 0:
+        raise LossScaleOptionError(
+            f"max_retries={max_retries!r} counts tries. Use an integer of 0 or more."
+        )
+    if not 0 < backoff_factor < 1:
+        raise LossScaleOptionError(
+            f"backoff_factor={backoff_factor!r} would not lower the scale. Use a power "
+            "of two below 1, such as 0.5."
+        )
+
+    @functools.wraps(value_and_grad_fn)
+    def with_retries(*args, loss_scale: LossScaleState, **kwargs):
+        get_loss_scale(loss_scale)  # raises if there is none, or more than one
+
+        def attempt(scale):
+            state = loss_scale._replace(loss_scale=scale)
+            return value_and_grad_fn(*args, loss_scale=state, **kwargs)
+
+        def overflowed(carry):
+            tries, scale, (_, grads) = carry
+            lower = scale > min_scale
+            return ~_tree.all_finite(grads) & (tries < max_retries) & lower
+
+        def again(carry):
+            tries, scale, _ = carry
+            scale = jnp.maximum(scale * jnp.float32(backoff_factor), min_scale)
+            return tries + 1, scale, attempt(scale)
+
+        first = (jnp.int32(0), loss_scale.loss_scale, attempt(loss_scale.loss_scale))
+        _, scale, result = jax.lax.while_loop(overflowed, again, first)
+        return result, loss_scale._replace(loss_scale=scale)
+
+    return with_retries

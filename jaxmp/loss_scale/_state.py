@@ -1,0 +1,97 @@
+"""`LossScaleState`, and how it is found in whatever holds it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jaxmp.errors import MissingLossScale, MultipleLossScales
+from jaxmp.loss_scale._jmp_classes import (
+    DynamicLossScale,
+    LossScale,
+    NoOpLossScale,
+    StaticLossScale,
+)
+
+LOSS_UNKNOWN, LOSS_NONFINITE, LOSS_FINITE = -1, 0, 1
+
+
+class LossScaleState(NamedTuple):
+    """State of `loss_scaling`: scalars beside the state of the inner optimizer.
+
+    Every mode has the same type, so that a run in bfloat16 may go on in float16.
+    """
+
+    inner_state: optax.OptState
+    """State of the inner transformation, as of the last applied step."""
+    loss_scale: jax.Array
+    """float32, a power of two: the scale for the next step."""
+    good_steps: jax.Array
+    """int32: finite steps in a row since the scale last moved."""
+    hysteresis_left: jax.Array
+    """int32: non-finite steps to come before the scale backs off."""
+    grads_finite: jax.Array
+    """bool: whether every gradient of the last step was finite."""
+    loss_finite: jax.Array
+    """int32: 1 and 0 for the last step's loss, -1 where no `value=` was passed."""
+    applied_steps: jax.Array
+    """int32: steps that moved the parameters."""
+    skipped_steps: jax.Array
+    """int32: steps that left everything as it was."""
+    consecutive_skips: jax.Array
+    """int32: skipped steps since the last applied one."""
+
+
+_KINDS = (LossScaleState, NoOpLossScale, StaticLossScale, DynamicLossScale)
+
+
+def find_all(tree: Any) -> list[LossScaleState | LossScale]:
+    """Lists every loss scale in a tree, those inside of another included."""
+    found = []
+    for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _KINDS)):
+        if isinstance(node, _KINDS):
+            found.append(node)
+        if isinstance(node, LossScaleState):
+            found += find_all(node.inner_state)
+    return found
+
+
+def find(tree: Any) -> LossScaleState | LossScale:
+    """Returns the one loss scale in a tree.
+
+    Raises:
+      MissingLossScale: if there is none.
+      MultipleLossScales: if there are several.
+    """
+    found = find_all(tree)
+    if not found:
+        raise MissingLossScale(
+            f"There is no loss scale in this {type(tree).__name__}. Pass the state of "
+            "an optimizer made by jaxmp.loss_scaling(optimizer, policy), or a "
+            "jaxmp.LossScale."
+        )
+    if len(found) > 1:
+        raise MultipleLossScales(multiple_message(len(found)))
+    return _without_variables(found[0])
+
+
+def multiple_message(count: int) -> str:
+    """What is wrong with several scales in one state, and the right order."""
+    return (
+        f"There are {count} loss scales in one optimizer state, and every gradient "
+        "can be unscaled by one only. Put one outermost, around everything else: "
+        "loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), "
+        "policy). For several losses, keep a state each."
+    )
+
+
+def _without_variables(scale: LossScaleState | LossScale) -> LossScaleState | LossScale:
+    """Unwraps the scalars that nnx.Optimizer keeps in Variables, each a pytree."""
+    if not isinstance(scale, LossScaleState):
+        return scale
+    scalars = {
+        name: jax.tree.leaves(value)[0]
+        for name, value in scale._asdict().items()
+        if name != "inner_state"
+    }
+    return scale._replace(**scalars)

@@ -1,0 +1,386 @@
+"""`loss_scaling`: an Optax transformation that skips what is not finite.
+
+It takes true gradients, as `jaxmp.value_and_grad` returns them, and stands outermost:
+
+    tx = loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), adamw), policy)
+
+On a finite step the inner transformation runs and counts. On any other step nothing
+moves: parameters, the whole inner state and the count of its schedule stay
+bit-identical, and a dynamic scale backs off.
+
+Sharp edges
+- The skip is a select behind the inner update, which XLA fuses into it. `lax.cond`
+  around the inner update would double the step's memory traffic, because its branches
+  are compiled apart and every array is copied at their border.
+- A skipped update is -0.0, not 0.0: p + 0.0 turns a parameter -0.0 into +0.0, while
+  p + (-0.0) leaves every p as it is.
+- Inside of a transformation that keeps state of its own (`MultiSteps`, `lookahead`),
+  only what it wraps is protected. That is why it stands outermost.
+"""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmp import _tree
+from jaxmp.errors import (
+    GradientTreeMismatch,
+    HalfParamsWarning,
+    LossScaleOptionError,
+    MultipleLossScales,
+)
+from jaxmp.loss_scale._jmp_classes import (
+    DynamicLossScale,
+    NoOpLossScale,
+    StaticLossScale,
+)
+from jaxmp.loss_scale._state import (
+    LOSS_UNKNOWN,
+    LossScaleState,
+    find_all,
+    multiple_message,
+)
+from jaxmp.loss_scale._state_machines import (
+    DynamicMachine,
+    Machine,
+    Scale,
+    StaticMachine,
+    dynamic_machine,
+)
+from jaxmp.loss_scale._unscale import unscale_tree
+from jaxmp.policy import Policy, get_policy
+
+AxisName = str | tuple[str, ...]
+
+
+def loss_scaling(
+    inner: optax.GradientTransformation,
+    policy_or_scale: Any,
+    *,
+    skip_nonfinite: bool = True,
+    grads_are_scaled: bool = False,
+    axis_name: AxisName | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer with the loss scale that a policy needs.
+
+    A policy with float16 in it gets a dynamic scale; bfloat16 and float32 have the
+    range of float32 and get the scale 1. Non-finite steps are skipped in every mode, so
+    that changing the policy changes the scale and nothing else.
+
+    Args:
+      inner: any Optax transformation; this one goes outermost around it.
+      policy_or_scale: what `get_policy` takes, or a number for a static scale, or a
+        jmp-style `LossScale` to take the options from.
+      skip_nonfinite: False applies every update. Where the scale is 1 or static, the
+        gradients are then not even looked at.
+      grads_are_scaled: True if `update` is given gradients of `scale_loss(loss, state)`
+        and has to unscale them; False for those of `jaxmp.value_and_grad`.
+      axis_name: mesh axes over which all devices take one decision, for `shard_map`
+        and `pmap`. Under `jit`, sharded arrays need nothing.
+      **options: those of `dynamic_loss_scaling`, unused where the scale is not dynamic.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `LossScaleState`. Its
+      `update(grads, state, params, value=loss)` remembers whether the loss was finite.
+
+    Raises:
+      LossScaleOptionError: for an option out of range, whatever the mode.
+      PolicyError: for a policy that cannot be read.
+      MultipleLossScales: from `init`, if `inner` has a loss scale already.
+      GradientTreeMismatch: from `update`, if gradients and parameters differ.
+
+    References:
+      Micikevicius et al., "Mixed Precision Training", 2018, section 3.2
+      (https://arxiv.org/abs/1710.03740).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmp, optax
+      >>> tx = jaxmp.loss_scaling(optax.adam(1e-3), "mixed_float16")
+      >>> params = {"w": jnp.ones(3)}
+      >>> state = tx.init(params)
+      >>> loss_fn = lambda params: jnp.sum(params["w"] ** 2)
+      >>> loss, grads = jaxmp.value_and_grad(loss_fn)(params, loss_scale=state)
+      >>> updates, state = tx.update(grads, state, params, value=loss)
+      >>> params = optax.apply_updates(params, updates)
+      >>> int(state.applied_steps), float(state.loss_scale)
+      (1, 65536.0)
+    """
+    machine = _machine_for(policy_or_scale, options)
+    return _transformation(inner, machine, skip_nonfinite, grads_are_scaled, axis_name)
+
+
+def dynamic_loss_scaling(
+    inner: optax.GradientTransformation,
+    *,
+    init_scale: float = 2.0**16,
+    growth_interval: int = 2000,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    min_scale: float = 1.0,
+    max_scale: float = 2.0**24,
+    hysteresis: int = 1,
+    axis_name: AxisName | None = None,
+    skip_nonfinite: bool = True,
+    grads_are_scaled: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer with a loss scale that adapts to the gradients.
+
+    The scale is multiplied by `growth_factor` on exactly the `growth_interval`-th
+    finite step in a row, and by `backoff_factor` on a non-finite one.
+
+    Args:
+      inner: any Optax transformation; this one goes outermost around it.
+      init_scale: where the scale starts. Scales and factors are powers of two, so that
+        scaling and unscaling are exact.
+      growth_interval: finite steps in a row before the scale grows.
+      growth_factor: above 1.
+      backoff_factor: below 1.
+      min_scale: the scale stays at or above it; may be below 1.
+      max_scale: the scale stays at or below it.
+      hysteresis: non-finite steps that it takes to back off; refilled on growth.
+      axis_name: as in `loss_scaling`.
+      skip_nonfinite: as in `loss_scaling`.
+      grads_are_scaled: as in `loss_scaling`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `LossScaleState`.
+
+    Raises:
+      LossScaleOptionError: for an option out of range.
+
+    References:
+      Defaults and growth as `torch.amp.GradScaler` (torch/amp/grad_scaler.py), the
+      largest scale as NVIDIA Apex (apex/amp/scaler.py), hysteresis as Megatron-LM
+      (megatron/core/optimizer/grad_scaler.py).
+
+    Example:
+      >>> import jaxmp, optax
+      >>> tx = jaxmp.dynamic_loss_scaling(optax.sgd(0.1), init_scale=2.0**15)
+    """
+    machine = DynamicMachine(
+        init_scale=init_scale,
+        growth_interval=growth_interval,
+        growth_factor=growth_factor,
+        backoff_factor=backoff_factor,
+        min_scale=min_scale,
+        max_scale=max_scale,
+        hysteresis=hysteresis,
+    )
+    return _transformation(inner, machine, skip_nonfinite, grads_are_scaled, axis_name)
+
+
+def static_loss_scaling(
+    inner: optax.GradientTransformation,
+    scale: float,
+    *,
+    axis_name: AxisName | None = None,
+    skip_nonfinite: bool = True,
+    grads_are_scaled: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer with a loss scale that stays as it is.
+
+    Args:
+      inner: any Optax transformation; this one goes outermost around it.
+      scale: a power of two.
+      axis_name: as in `loss_scaling`.
+      skip_nonfinite: as in `loss_scaling`.
+      grads_are_scaled: as in `loss_scaling`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `LossScaleState`.
+
+    Raises:
+      LossScaleOptionError: if the scale is no power of two.
+
+    Example:
+      >>> import jaxmp, optax
+      >>> tx = jaxmp.static_loss_scaling(optax.sgd(0.1), 1024)
+    """
+    machine = StaticMachine(scale)
+    return _transformation(inner, machine, skip_nonfinite, grads_are_scaled, axis_name)
+
+
+def _machine_for(policy_or_scale: Any, options: dict[str, Any]) -> Machine:
+    dynamic = dynamic_machine(options)
+    if _tree.is_array(policy_or_scale):
+        policy_or_scale = policy_or_scale.item()
+    match policy_or_scale:
+        case bool():
+            raise LossScaleOptionError(
+                f"Expected a policy or a scale, not {policy_or_scale}. Use a policy "
+                "such as 'mixed_float16', or a power of two."
+            )
+        case int() | float():
+            return StaticMachine(policy_or_scale)
+        case NoOpLossScale():
+            return StaticMachine()
+        case StaticLossScale():
+            return StaticMachine(policy_or_scale.loss_scale)
+        case DynamicLossScale():
+            return DynamicMachine(
+                init_scale=float(policy_or_scale.loss_scale),
+                growth_interval=policy_or_scale.period,
+                growth_factor=policy_or_scale.factor,
+                backoff_factor=1 / policy_or_scale.factor,
+                min_scale=policy_or_scale.min_loss_scale,
+                max_scale=dynamic.max_scale,
+            )
+    return dynamic if _has_float16(get_policy(policy_or_scale)) else StaticMachine()
+
+
+def _has_float16(policy: Policy) -> bool:
+    # A float16 parameter or output gets a float16 cotangent, whatever lies between.
+    dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
+    return jnp.float16 in dtypes
+
+
+def _transformation(
+    inner: Any,
+    machine: Machine,
+    skip_nonfinite: bool,
+    grads_are_scaled: bool,
+    axis_name: AxisName | None,
+) -> optax.GradientTransformationExtraArgs:
+    if hasattr(inner, "gradient_transformation"):  # optax.MultiSteps
+        inner = inner.gradient_transformation()
+    inner = optax.with_extra_args_support(inner)
+    looks_at_gradients = skip_nonfinite or isinstance(machine, DynamicMachine)
+
+    def init_fn(params):
+        inner_state = jax.tree.map(_tree.strong, inner.init(params))
+        others = find_all(inner_state)
+        if others:
+            raise MultipleLossScales(multiple_message(1 + len(others)))
+        _warn_about_half_params(params, inner_state)
+        return _first_state(inner_state, machine.init())
+
+    def update_fn(updates, state, params=None, *, value=None, **extra_args):
+        _check_tree(updates, params)
+        if grads_are_scaled:
+            grads = unscale_tree(updates, state.loss_scale)
+        else:
+            grads = jax.tree.map(_tree.at_least_float32, updates)
+        if looks_at_gradients:
+            finite = _agree(_tree.all_finite(grads), axis_name)
+        else:
+            finite = jnp.bool_(True)
+        if value is not None:
+            extra_args["value"] = value
+        updates, inner_state = inner.update(
+            grads, state.inner_state, params, grads_finite=finite, **extra_args
+        )
+        inner_state = jax.tree.map(_tree.like, inner_state, state.inner_state)
+        if skip_nonfinite:
+            nothing = jax.tree.map(_negative_zero, updates)
+            updates = _tree.select(finite, updates, nothing)
+            inner_state = _tree.select(finite, inner_state, state.inner_state)
+        applied = finite if skip_nonfinite else jnp.bool_(True)
+        scale = machine.next(_scale_of(state), finite)
+        new_state = _next_state(state, inner_state, scale, finite, applied)
+        return updates, new_state._replace(loss_finite=_loss_finite(value, axis_name))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _first_state(inner_state: optax.OptState, scale: Scale) -> LossScaleState:
+    return LossScaleState(
+        inner_state=inner_state,
+        **scale._asdict(),
+        grads_finite=jnp.ones((), jnp.bool_),
+        loss_finite=jnp.full((), LOSS_UNKNOWN, jnp.int32),
+        applied_steps=jnp.zeros((), jnp.int32),
+        skipped_steps=jnp.zeros((), jnp.int32),
+        consecutive_skips=jnp.zeros((), jnp.int32),
+    )
+
+
+def _next_state(
+    state: LossScaleState,
+    inner_state: optax.OptState,
+    scale: Scale,
+    finite: jax.Array,
+    applied: jax.Array,
+) -> LossScaleState:
+    skipped = (~applied).astype(jnp.int32)
+    return state._replace(
+        inner_state=inner_state,
+        **scale._asdict(),
+        grads_finite=finite,
+        applied_steps=state.applied_steps + applied.astype(jnp.int32),
+        skipped_steps=state.skipped_steps + skipped,
+        consecutive_skips=(state.consecutive_skips + skipped) * skipped,
+    )
+
+
+def _scale_of(state: LossScaleState) -> Scale:
+    return Scale(state.loss_scale, state.good_steps, state.hysteresis_left)
+
+
+def _agree(finite: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    if axis_name is None:
+        return finite
+    return jax.lax.pmin(finite.astype(jnp.int32), axis_name).astype(jnp.bool_)
+
+
+def _loss_finite(value: Any, axis_name: AxisName | None) -> jax.Array:
+    if value is None:
+        return jnp.full((), LOSS_UNKNOWN, jnp.int32)
+    return _agree(jnp.all(jnp.isfinite(value)), axis_name).astype(jnp.int32)
+
+
+def _negative_zero(x: Any) -> Any:
+    if not _tree.is_array(x):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.full_like(x, complex(-0.0, -0.0))
+    return jnp.full_like(x, -0.0) if _tree.is_inexact(x) else jnp.zeros_like(x)
+
+
+def _warn_about_half_params(params: Any, inner_state: Any) -> None:
+    half = [
+        _tree.path_string(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if _tree.is_array(x) and x.dtype in _tree.HALF
+    ]
+    if half:
+        warnings.warn(
+            f"{len(half)} parameters are stored in half precision ({half[0]!r} is the "
+            "first), and the optimizer keeps no float32 copy of them: an update below "
+            "1/256 of a bfloat16 weight, or 1/2048 of a float16 one, is lost. Store "
+            "them in float32, as 'mixed_bfloat16' and 'mixed_float16' do.",
+            HalfParamsWarning,
+            stacklevel=3,
+        )
+
+
+def _check_tree(grads: Any, params: Any) -> None:
+    """Compares the leaves of both trees; a None in place of a subtree is allowed."""
+    if params is None or jax.tree.structure(grads) == jax.tree.structure(params):
+        return
+    of_grads, of_params = _leaf_paths(grads), _leaf_paths(params)
+    nones = [path for path, x in of_grads.items() if x is None]
+    nones += [path for path, x in of_params.items() if x is None]
+
+    def is_accounted_for(path):
+        return any(path[: len(none)] == none for none in nones)
+
+    for paths, others, first, second in (
+        (of_grads, of_params, "gradient", "parameter"),
+        (of_params, of_grads, "parameter", "gradient"),
+    ):
+        for path in paths:
+            if path not in others and not is_accounted_for(path):
+                raise GradientTreeMismatch(
+                    f"There is a {first} {_tree.path_string(path)!r} but no {second} "
+                    "of that name. Differentiate with respect to the same tree that "
+                    "is passed as params, and that the optimizer was initialised with."
+                )
+
+
+def _leaf_paths(tree: Any) -> dict[tuple[Any, ...], Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+    return dict(leaves)

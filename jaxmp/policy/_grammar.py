@@ -1,0 +1,173 @@
+"""`get_policy`: a policy from one string."""
+
+import difflib
+from collections.abc import Iterable
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jmp
+
+from jaxmp.errors import PolicyError
+from jaxmp.policy._dtypes import name_to_dtype, policy_name_for, read_dtype
+from jaxmp.policy._matmul_precision import precision_names, read_precision
+from jaxmp.policy._policy import Policy
+
+presets = MappingProxyType(
+    {
+        "mixed_bfloat16": "p=f32,c=bf16,o=f32",
+        "mixed_float16": "p=f32,c=f16,o=f32",
+        "bf16-mixed": "p=f32,c=bf16,o=f32",
+        "16-mixed": "p=f32,c=f16,o=f32",
+        "32-true": "p=f32,c=f32,o=f32",
+        "bf16-true": "p=bf16,c=bf16,o=bf16",
+        "16-true": "p=f16,c=f16,o=f16",
+        "64-true": "p=f64,c=f64,o=f64",
+    }
+)
+"""The names that Keras and Lightning users know, and what they stand for."""
+
+_FIELD_OF_KEY = {
+    "p": "param_dtype",
+    "params": "param_dtype",
+    "c": "compute_dtype",
+    "compute": "compute_dtype",
+    "o": "output_dtype",
+    "output": "output_dtype",
+    "matmul": "matmul_precision",
+}
+_DTYPES = ("half", *name_to_dtype)
+_NAMES = ("auto", *presets, *_DTYPES)
+
+
+def get_policy(spec: Any, *, device: Any = None) -> Policy:
+    """Reads a policy from a string; policies pass through.
+
+    Args:
+      spec: one of
+
+        - key=value parts in any order: `"params=float32,compute=bfloat16"`, or short,
+          `"p=f32,c=bf16,o=f32"`. `params` defaults to float32, `compute` to params,
+          `output` to compute. `matmul=tf32` chooses the algorithm of the matmuls.
+        - a name of Keras or Lightning: `"mixed_bfloat16"`, `"mixed_float16"`,
+          `"bf16-mixed"`, `"16-mixed"`, `"32-true"`, `"bf16-true"`, `"16-true"`. The
+          mixed ones return float32.
+        - one dtype for everything: `"float32"`, `"bf16"`, `"half"`, or a dtype.
+        - `"auto"`: mixed_bfloat16, mixed_float16 or float32, whichever the device
+          multiplies fastest without losing range.
+        - a name or dtype, then parts that change it: `"float32,matmul=tf32"`.
+        - a `Policy` or `jmp.Policy`, which passes through.
+      device: the `jax.Device` that `"auto"` decides for; by default the first local
+        one.
+
+    Returns:
+      A `Policy`; `get_policy(str(policy)) == policy`.
+
+    Raises:
+      PolicyError: for anything else, pointing at the part that is wrong.
+
+    Example:
+      >>> import jaxmp
+      >>> str(jaxmp.get_policy("mixed_bfloat16"))
+      'p=full,c=bf16,o=full'
+      >>> str(jaxmp.get_policy("compute=f16, output=f32"))
+      'p=full,c=f16,o=full'
+    """
+    if isinstance(spec, Policy):
+        return spec
+    if isinstance(spec, jmp.Policy):
+        return Policy(spec.param_dtype, spec.compute_dtype, spec.output_dtype)
+    if isinstance(spec, str):
+        return _parse(spec, device)
+    dtype = read_dtype(spec)
+    if dtype is None:
+        raise PolicyError(
+            f"A policy is a string, a dtype or a Policy, not {spec!r}. "
+            f"Write one of: {', '.join(_NAMES)}; or 'p=f32,c=bf16,o=f32'."
+        )
+    return Policy(dtype, dtype, dtype)
+
+
+def _parse(spec: str, device: Any) -> Policy:
+    base: dict[str, Any] = {}
+    assigned: dict[str, Any] = {}
+    start = 0
+    for part in spec.split(","):
+        if "=" in part:
+            field, value = _read_assignment(spec, start, part)
+            if field in assigned:
+                raise _error(spec, start, part, f"{field} is given twice")
+            assigned[field] = value
+        elif start == 0:
+            base = _read_name(spec, part, device)
+        else:
+            raise _error(spec, start, part, "Expected key=value", keys=True)
+        start += len(part) + 1
+    fields = {**base, **assigned}
+    fields.setdefault("param_dtype", "float32")
+    fields.setdefault("compute_dtype", fields["param_dtype"])
+    fields.setdefault("output_dtype", fields["compute_dtype"])
+    return Policy(**fields)
+
+
+def _read_assignment(spec: str, start: int, part: str) -> tuple[str, Any]:
+    left, right = part.split("=", 1)
+    key, text = left.strip(), right.strip()
+    if key not in _FIELD_OF_KEY:
+        raise _error(spec, start, left, f"Unknown key {key!r}", keys=True)
+    field = _FIELD_OF_KEY[key]
+    is_precision = field == "matmul_precision"
+    value = read_precision(text) if is_precision else read_dtype(text)
+    if value is None:
+        kind = "matmul precision" if is_precision else "dtype"
+        allowed = precision_names() if is_precision else _DTYPES
+        problem = f"Unknown {kind} {text!r}"
+        raise _error(spec, start + len(left) + 1, right, problem, allowed)
+    return field, value
+
+
+def _read_name(spec: str, part: str, device: Any) -> dict[str, Any]:
+    name = part.strip()
+    if name == "auto":
+        name = policy_name_for(device or jax.local_devices()[0])
+    if name in presets:
+        policy = _parse(presets[name], device)
+        return {
+            "param_dtype": policy.param_dtype,
+            "compute_dtype": policy.compute_dtype,
+            "output_dtype": policy.output_dtype,
+        }
+    dtype = read_dtype(name)
+    if dtype is None:
+        problem = f"Unknown dtype or policy name {name!r}"
+        raise _error(spec, 0, part, problem, _NAMES, keys=True)
+    return dict.fromkeys(("param_dtype", "compute_dtype", "output_dtype"), dtype)
+
+
+def _error(
+    spec: str,
+    start: int,
+    part: str,
+    problem: str,
+    allowed: Iterable[str] = (),
+    *,
+    keys: bool = False,
+) -> PolicyError:
+    """The spec, carets under the part that is wrong, and what may stand there."""
+    text = part.strip()
+    start += len(part) - len(part.lstrip())
+    lines = [f"{problem} in policy {spec!r}:"]
+    if spec.isprintable():
+        lines += [f"    {spec}", "    " + " " * start + "^" * max(len(text), 1)]
+    allowed = tuple(allowed)
+    near = difflib.get_close_matches(text, allowed or _FIELD_OF_KEY, n=1)
+    if near:
+        lines.append(f"Did you mean {near[0]!r}?")
+    if allowed:
+        lines.append(f"Allowed here: {', '.join(allowed)}.")
+    if keys:
+        lines.append(
+            "Keys: params (p), compute (c), output (o), matmul; "
+            "for example 'p=f32,c=bf16,o=f32'."
+        )
+    return PolicyError("\n".join(lines))

@@ -1,0 +1,177 @@
+"""`Policy`: which dtype parameters, computation and outputs have."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.errors import PolicyError
+from jaxmp.policy._dtypes import dtype_to_names, name_to_dtype, read_dtype
+from jaxmp.policy._matmul_precision import (
+    lax_precision,
+    precision_names,
+    read_precision,
+)
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy(jmp.Policy):
+    """The dtypes that a computation stores, computes in and returns.
+
+    A policy is a value: frozen, hashable, usable as a static argument. It is a
+    `jmp.Policy`, equal to one with the same dtypes, and accepted wherever one is.
+
+    Args:
+      param_dtype: dtype in which parameters are stored.
+      compute_dtype: dtype in which layers compute.
+      output_dtype: dtype of what is returned. Each dtype may be a dtype, a scalar
+        type or a name such as `"bfloat16"` or `"bf16"`.
+      matmul_precision: algorithm of the matmuls, which changes no dtype:
+        `"tensorfloat32"` (`"tf32"`), or any name or member of `jax.lax.Precision` or
+        `jax.lax.DotAlgorithmPreset`. None leaves JAX's default.
+
+    Raises:
+      PolicyError: for what is no floating dtype, or no known precision.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> policy = jaxmp.Policy("float32", "bfloat16", "float32")
+      >>> policy.cast_to_compute({"x": jnp.ones(3), "step": jnp.int32(1)})["x"].dtype
+      dtype(bfloat16)
+      >>> str(policy)
+      'p=full,c=bf16,o=full'
+    """
+
+    param_dtype: Any
+    compute_dtype: Any
+    output_dtype: Any
+    matmul_precision: Any = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        for field in ("param_dtype", "compute_dtype", "output_dtype"):
+            given = getattr(self, field)
+            dtype = read_dtype(given)
+            if dtype is None:
+                raise PolicyError(
+                    f"Unknown dtype {given!r} as {field} of a policy. "
+                    f"Write one of: half, {', '.join(name_to_dtype)}."
+                )
+            object.__setattr__(self, field, dtype)
+        if self.matmul_precision is not None:
+            precision = read_precision(self.matmul_precision)
+            if precision is None:
+                raise PolicyError(
+                    f"Unknown matmul precision {self.matmul_precision!r}. "
+                    f"Write one of: {', '.join(precision_names())}."
+                )
+            object.__setattr__(self, "matmul_precision", precision)
+
+    @property
+    def lax_precision(self) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset | None:
+        """`matmul_precision` as the `precision=` argument of `jax.lax.dot_general`."""
+        name = self.matmul_precision
+        return None if name is None else lax_precision(name)
+
+    def cast_to_param(self, x: T) -> T:
+        """Casts the floating leaves of a tree to `param_dtype`.
+
+        Args:
+          x: any pytree. Integers, booleans, keys, complex, `None` and Python scalars
+            pass unchanged; so do float64 arrays of JAX and float8 unless one of this
+            policy's dtypes is of that kind. NumPy's float64 is cast, as jmp casts it.
+
+        Returns:
+          The tree with its floating leaves in `param_dtype`.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxmp
+          >>> jaxmp.get_policy("bf16-true").cast_to_param(jnp.ones(2)).dtype
+          dtype(bfloat16)
+        """
+        return self._cast(x, self.param_dtype)
+
+    def cast_to_compute(self, x: T) -> T:
+        """Casts the floating leaves of a tree to `compute_dtype`.
+
+        Args:
+          x: any pytree; `cast_to_param` says which leaves are touched.
+
+        Returns:
+          The tree with its floating leaves in `compute_dtype`.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxmp
+          >>> jaxmp.get_policy("mixed_float16").cast_to_compute(jnp.ones(2)).dtype
+          dtype('float16')
+        """
+        return self._cast(x, self.compute_dtype)
+
+    def cast_to_output(self, x: T) -> T:
+        """Casts the floating leaves of a tree to `output_dtype`.
+
+        Args:
+          x: any pytree; `cast_to_param` says which leaves are touched.
+
+        Returns:
+          The tree with its floating leaves in `output_dtype`.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxmp
+          >>> half = jnp.ones(2, jnp.float16)
+          >>> jaxmp.get_policy("mixed_float16").cast_to_output(half).dtype
+          dtype('float32')
+        """
+        return self._cast(x, self.output_dtype)
+
+    def with_output_dtype(self, output_dtype: jax.typing.DTypeLike) -> "Policy":
+        """Returns the same policy with another output dtype.
+
+        Args:
+          output_dtype: a floating dtype, scalar type or name.
+
+        Returns:
+          A new `Policy`.
+
+        Raises:
+          PolicyError: if it is no floating dtype.
+
+        Example:
+          >>> import jaxmp
+          >>> str(jaxmp.get_policy("mixed_bfloat16").with_output_dtype("bfloat16"))
+          'p=full,c=bf16,o=bf16'
+        """
+        return dataclasses.replace(self, output_dtype=output_dtype)
+
+    def _cast(self, tree: T, dtype: np.dtype) -> T:
+        return _tree.cast_floating(tree, dtype, also=_dtypes(self))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, jmp.Policy):
+            return NotImplemented
+        precision = getattr(other, "matmul_precision", None)
+        return _dtypes(self) == _dtypes(other) and self.matmul_precision == precision
+
+    def __hash__(self) -> int:
+        # As jmp hashes the scalar types its policies are written with.
+        return hash(tuple(dtype.type for dtype in _dtypes(self)))
+
+    def __str__(self) -> str:
+        names = [dtype_to_names[dtype.type][0] for dtype in _dtypes(self)]
+        text = "p={},c={},o={}".format(*names)
+        if self.matmul_precision is None:
+            return text
+        return f"{text},matmul={self.matmul_precision}"
+
+
+def _dtypes(policy: jmp.Policy) -> tuple[np.dtype, np.dtype, np.dtype]:
+    return (
+        jnp.dtype(policy.param_dtype),
+        jnp.dtype(policy.compute_dtype),
+        jnp.dtype(policy.output_dtype),
+    )

@@ -1,0 +1,24 @@
+import os
+
+# Before JAX starts: eight CPU devices, and an environment in which the TPU and H100
+# compilers can be loaded beside them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def strict():
+    """Strict dtype promotion and a tracer-leak check, for jaxmp's own functions.
+
+    Optax and Flax mix dtypes themselves, so tests that run them do without it.
+    """
+    with jax.numpy_dtype_promotion("strict"), jax.checking_leaks():
+        yield
