@@ -108,9 +108,11 @@ def all_finite(tree: PyTree) -> jax.Array:
       >>> bool(jaxmp.all_finite({"w": jnp.array([1.0, jnp.inf])}))
       False
     """
+    # A float32 sum, not `jnp.all`: XLA reads the array once for this and for the sum of
+    # squares of a norm, where it would read it again for a reduction of booleans.
     leaves = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
-    finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
-    return functools.reduce(operator.and_, finite, jnp.bool_(True))
+    nonfinite = [(~jnp.isfinite(x)).astype(jnp.float32).sum() for x in leaves]
+    return functools.reduce(operator.add, nonfinite, jnp.float32(0)) == 0
 
 
 def select(pred: jax.Array, on_true: T, on_false: T) -> T:
