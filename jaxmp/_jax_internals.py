@@ -1,5 +1,7 @@
 """What depends on the installed JAX release; today only the oldest one supported."""
 
+import re
+
 import jax
 
 from jaxmp.errors import UnsupportedJaxVersion
@@ -9,7 +11,7 @@ OLDEST_JAX = (0, 10, 0)
 
 def check_jax_version(version: str = jax.__version__) -> None:
     """Raises `UnsupportedJaxVersion` unless `version` is at least `OLDEST_JAX`."""
-    numbers = tuple(int(n) for n in version.split(".")[:3] if n.isdigit())
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
     if numbers < OLDEST_JAX:
         oldest = ".".join(map(str, OLDEST_JAX))
         raise UnsupportedJaxVersion(

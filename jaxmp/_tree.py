@@ -19,6 +19,7 @@ PyTree = Any
 
 CASTABLE = frozenset(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32)))
 NUMPY = (np.ndarray, np.generic)
+SCALARS = (bool, int, float, complex)
 HALF = frozenset(map(jnp.dtype, (jnp.float16, jnp.bfloat16)))
 
 
@@ -57,7 +58,7 @@ def cast_floating(
 
     def cast(x):
         if isinstance(x, jax.ShapeDtypeStruct):
-            return x.update(dtype=dtype) if x.dtype in castable else x
+            return x.update(dtype=dtype, weak_type=False) if x.dtype in castable else x
         if isinstance(x, jax.Array):
             return x.astype(dtype) if x.dtype in castable else x
         if isinstance(x, NUMPY) and (x.dtype in castable or x.dtype == np.float64):
@@ -74,7 +75,7 @@ def at_least_float32(x: Any) -> Any:
 
 def strong(x: Any) -> Any:
     """Gives a Python scalar or weakly typed array the dtype that JAX would use."""
-    if isinstance(x, (bool, int, float, complex)) or is_array(x):
+    if isinstance(x, SCALARS) or is_array(x):
         return jax.lax.convert_element_type(x, jnp.result_type(x))
     return x
 
@@ -96,7 +97,7 @@ def all_finite(tree: PyTree) -> jax.Array:
     over.
 
     Args:
-      tree: any pytree.
+      tree: any pytree; a Python float counts as the scalar that it is.
 
     Returns:
       A boolean scalar array, True for a tree without floating leaves.
@@ -110,7 +111,11 @@ def all_finite(tree: PyTree) -> jax.Array:
     """
     # A float32 sum, not `jnp.all`: XLA reads the array once for this and for the sum of
     # squares of a norm, where it would read it again for a reduction of booleans.
-    leaves = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
+    leaves = [
+        x
+        for x in jax.tree.leaves(tree)
+        if is_inexact(x) or isinstance(x, (float, complex))
+    ]
     nonfinite = [(~jnp.isfinite(x)).astype(jnp.float32).sum() for x in leaves]
     return functools.reduce(operator.add, nonfinite, jnp.float32(0)) == 0
 
@@ -119,7 +124,7 @@ def select(pred: jax.Array, on_true: T, on_false: T) -> T:
     """Takes one of two trees; what is not taken cannot leak, be it NaN or inf."""
 
     def select_leaf(x, y):
-        if not (is_array(x) or is_array(y)):
+        if not all(is_array(z) or isinstance(z, SCALARS) for z in (x, y)):
             return x
         return jax.lax.select(pred, jnp.asarray(x), jnp.asarray(y))
 

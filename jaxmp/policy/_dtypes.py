@@ -44,13 +44,15 @@ def read_dtype(dtype: Any) -> np.dtype | None:
     """Reads a dtype, scalar type or name; None for what no policy may name."""
     if isinstance(dtype, str):
         dtype = half_dtype() if dtype == "half" else name_to_dtype.get(dtype)
-    if dtype is None:
+    # NumPy would take the dtype of an array, and read None as float64.
+    if not isinstance(dtype, (type, np.dtype)):
         return None
     try:
-        found = jnp.dtype(dtype)
-    except TypeError:
+        scalar_type = jnp.dtype(dtype).type
+    except (TypeError, ValueError):
         return None
-    return found if found.type in dtype_to_names else None
+    # Made anew from its scalar type: JAX has no other byte order than the native one.
+    return jnp.dtype(scalar_type) if scalar_type in dtype_to_names else None
 
 
 def policy_name_for(device: Any) -> str:

@@ -169,9 +169,7 @@ class Policy(jmp.Policy):
         return f"{text},matmul={self.matmul_precision}"
 
 
-def _dtypes(policy: jmp.Policy) -> tuple[np.dtype, np.dtype, np.dtype]:
-    return (
-        jnp.dtype(policy.param_dtype),
-        jnp.dtype(policy.compute_dtype),
-        jnp.dtype(policy.output_dtype),
-    )
+def _dtypes(policy: jmp.Policy) -> tuple[Any, ...]:
+    """The three dtypes; None for what a jmp.Policy, which checks nothing, may hold."""
+    dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
+    return tuple(map(read_dtype, dtypes))
