@@ -55,13 +55,14 @@ def cast_floating(
     """
     dtype = jnp.dtype(dtype)
     castable = CASTABLE.union(also)
+    castable_in_numpy = castable | {np.dtype(np.float64)}
 
     def cast(x):
         if isinstance(x, jax.ShapeDtypeStruct):
             return x.update(dtype=dtype, weak_type=False) if x.dtype in castable else x
         if isinstance(x, jax.Array):
             return x.astype(dtype) if x.dtype in castable else x
-        if isinstance(x, NUMPY) and (x.dtype in castable or x.dtype == np.float64):
+        if isinstance(x, NUMPY) and x.dtype.newbyteorder("=") in castable_in_numpy:
             return x.astype(dtype, copy=False)
         return x
 
@@ -87,6 +88,15 @@ def like(x: Any, reference: Any) -> Any:
     if jnp.issubdtype(reference.dtype, jax.dtypes.extended):
         return x
     return jax.lax.convert_element_type(x, reference.dtype)
+
+
+def negative_zero(x: Any) -> Any:
+    """The update that changes no bit of a parameter: p + 0.0 would lose a -0.0."""
+    if not is_array(x):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.full_like(x, complex(-0.0, -0.0))
+    return jnp.full_like(x, -0.0) if is_inexact(x) else jnp.zeros_like(x)
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -20,6 +20,21 @@ class PolicyError(JaxmpError, ValueError):
     """A policy was written in a way that cannot be read."""
 
 
+# Rules and modules
+
+
+class InvalidRule(JaxmpError, ValueError):
+    """A rule cannot be read."""
+
+
+class UnusedRule(JaxmpError, ValueError):
+    """A rule matches no layer of the module it is applied to."""
+
+
+class NotAModule(JaxmpError, TypeError):
+    """Something else than an instance of a Flax module was given as one."""
+
+
 # Loss scales
 
 
@@ -68,6 +83,37 @@ class MissingAux(JaxmpError, TypeError):
 
 class GradientTreeMismatch(JaxmpError, ValueError):
     """Gradients and parameters are trees of different structure."""
+
+
+class MicroBatchError(JaxmpError, ValueError):
+    """A batch cannot be cut into the micro-batches that were asked for."""
+
+
+# Optimizers
+
+
+class TransformationOrder(JaxmpError, ValueError):
+    """Two transformations stand in an order in which they cannot work."""
+
+
+class OptimizerOptionError(JaxmpError, ValueError):
+    """An option of an optimizer wrapper is out of its range or does not exist."""
+
+
+class MissingParams(JaxmpError, ValueError):
+    """`update` was called without the parameters."""
+
+
+class MissingState(JaxmpError, ValueError):
+    """An optimizer state holds no state of the transformation that is asked for."""
+
+
+class MasterWeightsMismatch(JaxmpError, ValueError):
+    """Working weights and their float32 masters do not belong together."""
+
+
+class DtypeMismatch(JaxmpError, ValueError):
+    """Arrays are stored in other dtypes than they should be."""
 
 
 # Checkpoints

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp import _tree
+from jaxmp import _composition, _tree
 from jaxmp.errors import LossScaleCollapsed, MissingLossScale, NotOnHost
 from jaxmp.loss_scale._state import (
     LOSS_FINITE,
@@ -15,6 +15,7 @@ from jaxmp.loss_scale._state import (
     LossScaleState,
     find,
 )
+from jaxmp.loss_scale._state_machines import check_count
 from jaxmp.loss_scale._unscale import scale_tree
 
 T = TypeVar("T")
@@ -83,7 +84,8 @@ def loss_scale_metrics(opt_state: Any) -> dict[str, jax.Array]:
     Returns:
       A dictionary of scalar arrays: `loss_scale` (float32, for the next step),
       `grads_finite` (bool, of the last step), `applied_steps`, `skipped_steps` and
-      `consecutive_skips` (int32).
+      `consecutive_skips` (int32). Under `accumulate` these count micro-batches, and
+      `applied_windows` and `skipped_windows` (int32) are there too.
 
     Raises:
       MissingLossScale: if there is none.
@@ -107,6 +109,17 @@ def loss_scale_metrics(opt_state: Any) -> dict[str, jax.Array]:
         "applied_steps": state.applied_steps,
         "skipped_steps": state.skipped_steps,
         "consecutive_skips": state.consecutive_skips,
+        **_window_counts(state.inner_state),
+    }
+
+
+def _window_counts(state: Any) -> dict[str, jax.Array]:
+    counts = ("applied_windows", "skipped_windows")
+    return {
+        name: jax.tree.leaves(getattr(node, name))[0]  # nnx.Optimizer keeps Variables
+        for node in _composition.nodes(state)
+        for name in counts
+        if hasattr(node, name)
     }
 
 
@@ -151,6 +164,7 @@ def raise_if_collapsed(opt_state: Any, *, max_consecutive_skips: int) -> None:
         starts at 2^16 finds its place within 17.
 
     Raises:
+      LossScaleOptionError: if `max_consecutive_skips` is below 1.
       LossScaleCollapsed: with the cause, as far as the state knows it. It knows more if
         `update` is given `value=loss`.
       NotOnHost: if called in a compiled function.
@@ -160,6 +174,7 @@ def raise_if_collapsed(opt_state: Any, *, max_consecutive_skips: int) -> None:
       >>> state = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16").init(jnp.ones(2))
       >>> jaxmp.raise_if_collapsed(state, max_consecutive_skips=50)
     """
+    check_count("max_consecutive_skips", max_consecutive_skips)
     state = _find_state(opt_state)
     try:
         skips = np.ravel(np.asarray(state.consecutive_skips))

@@ -41,6 +41,8 @@ class LossScaleState(NamedTuple):
     consecutive_skips: jax.Array
     """int32: skipped steps since the last applied one."""
 
+    transformation = "loss_scaling"
+
 
 _KINDS = (LossScaleState, NoOpLossScale, StaticLossScale, DynamicLossScale)
 

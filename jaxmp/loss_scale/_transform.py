@@ -8,12 +8,23 @@ On a finite step the inner transformation runs and counts. On any other step not
 moves: parameters, the whole inner state and the count of its schedule stay
 bit-identical, and a dynamic scale backs off.
 
+One kind of inner transformation decides about non-finite steps itself: `accumulate`,
+which drops a bad micro-batch and goes on with the window, whose end may be that very
+micro-batch. It is told through `grads_finite=`. Where a state says so
+(`decides_on_nonfinite`, see `jaxmp/_composition.py`), nothing is selected here, and
+what stands between sees a gradient of zero in place of the bad one. State beside
+`accumulate`, which would move on that zero, is refused by `init`.
+
 Sharp edges
 - The skip is a select behind the inner update, which XLA fuses into it. `lax.cond`
   around the inner update would double the step's memory traffic, because its branches
   are compiled apart and every array is copied at their border.
 - A skipped update is -0.0, not 0.0: p + 0.0 turns a parameter -0.0 into +0.0, while
-  p + (-0.0) leaves every p as it is.
+  p + (-0.0) leaves every p as it is. Only a subnormal p may become zero, on machines
+  that flush those in every addition; `TrainState` selects, and keeps it.
+- `jax_debug_nans` raises on the first NaN that a compiled function returns, so it
+  aborts on an overflow that would be skipped, unless the whole step is one function
+  that returns neither gradients nor updates. Leave it off, and read `grads_finite`.
 - Inside of a transformation that keeps state of its own (`MultiSteps`, `lookahead`),
   only what it wraps is protected. That is why it stands outermost.
 """
@@ -25,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmp import _tree
+from jaxmp import _composition, _tree
 from jaxmp.errors import (
     GradientTreeMismatch,
     HalfParamsWarning,
@@ -74,14 +85,15 @@ def loss_scaling(
     Args:
       inner: any Optax transformation; this one goes outermost around it.
       policy_or_scale: what `get_policy` takes, or a number for a static scale, or a
-        jmp-style `LossScale` to take the options from.
+        jmp-style `LossScale` to start from.
       skip_nonfinite: False applies every update. Where the scale is 1 or static, the
         gradients are then not even looked at.
       grads_are_scaled: True if `update` is given gradients of `scale_loss(loss, state)`
         and has to unscale them; False for those of `jaxmp.value_and_grad`.
       axis_name: mesh axes over which all devices take one decision, for `shard_map`
         and `pmap`. Under `jit`, sharded arrays need nothing.
-      **options: those of `dynamic_loss_scaling`, unused where the scale is not dynamic.
+      **options: those of `dynamic_loss_scaling`, unused where the scale is not dynamic;
+        they override those of a `DynamicLossScale`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `LossScaleState`. Its
@@ -205,9 +217,11 @@ def static_loss_scaling(
 
 
 def _machine_for(policy_or_scale: Any, options: dict[str, Any]) -> Machine:
-    dynamic = dynamic_machine(options)
-    if _tree.is_array(policy_or_scale):
+    if _tree.is_array(policy_or_scale) and policy_or_scale.ndim == 0:
         policy_or_scale = policy_or_scale.item()
+    if isinstance(policy_or_scale, DynamicLossScale):
+        options = {**_options_of(policy_or_scale), **options}
+    dynamic = dynamic_machine(options)
     match policy_or_scale:
         case bool():
             raise LossScaleOptionError(
@@ -221,15 +235,18 @@ def _machine_for(policy_or_scale: Any, options: dict[str, Any]) -> Machine:
         case StaticLossScale():
             return StaticMachine(policy_or_scale.loss_scale)
         case DynamicLossScale():
-            return DynamicMachine(
-                init_scale=float(policy_or_scale.loss_scale),
-                growth_interval=policy_or_scale.period,
-                growth_factor=policy_or_scale.factor,
-                backoff_factor=1 / policy_or_scale.factor,
-                min_scale=policy_or_scale.min_loss_scale,
-                max_scale=dynamic.max_scale,
-            )
+            return dynamic
     return dynamic if _has_float16(get_policy(policy_or_scale)) else StaticMachine()
+
+
+def _options_of(scale: DynamicLossScale) -> dict[str, Any]:
+    return {
+        "init_scale": float(scale.loss_scale),
+        "growth_interval": scale.period,
+        "growth_factor": scale.factor,
+        "backoff_factor": 1 / scale.factor,
+        "min_scale": scale.min_loss_scale,
+    }
 
 
 def _has_float16(policy: Policy) -> bool:
@@ -255,7 +272,9 @@ def _transformation(
         others = find_all(inner_state)
         if others:
             raise MultipleLossScales(multiple_message(1 + len(others)))
-        _warn_about_half_params(params, inner_state)
+        _composition.refuse_beside_decision(inner_state)
+        if not _composition.lands_on_half(inner_state):
+            _warn_about_half_params(params)
         return _first_state(inner_state, machine.init())
 
     def update_fn(updates, state, params=None, *, value=None, **extra_args):
@@ -268,14 +287,18 @@ def _transformation(
             finite = _agree(_tree.all_finite(grads), axis_name)
         else:
             finite = jnp.bool_(True)
+        decides = _composition.decides_on_nonfinite(state.inner_state)
+        if decides:
+            nothing = jax.tree.map(_tree.negative_zero, grads)
+            grads = _tree.select(finite, grads, nothing)
         if value is not None:
             extra_args["value"] = value
         updates, inner_state = inner.update(
             grads, state.inner_state, params, grads_finite=finite, **extra_args
         )
         inner_state = jax.tree.map(_tree.like, inner_state, state.inner_state)
-        if skip_nonfinite:
-            nothing = jax.tree.map(_negative_zero, updates)
+        if skip_nonfinite and not decides:
+            nothing = jax.tree.map(_tree.negative_zero, updates)
             updates = _tree.select(finite, updates, nothing)
             inner_state = _tree.select(finite, inner_state, state.inner_state)
         applied = finite if skip_nonfinite else jnp.bool_(True)
@@ -332,15 +355,7 @@ def _loss_finite(value: Any, axis_name: AxisName | None) -> jax.Array:
     return _agree(jnp.all(jnp.isfinite(value)), axis_name).astype(jnp.int32)
 
 
-def _negative_zero(x: Any) -> Any:
-    if not _tree.is_array(x):
-        return x
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return jnp.full_like(x, complex(-0.0, -0.0))
-    return jnp.full_like(x, -0.0) if _tree.is_inexact(x) else jnp.zeros_like(x)
-
-
-def _warn_about_half_params(params: Any, inner_state: Any) -> None:
+def _warn_about_half_params(params: Any) -> None:
     half = [
         _tree.path_string(path)
         for path, x in jax.tree_util.tree_leaves_with_path(params)
@@ -350,8 +365,9 @@ def _warn_about_half_params(params: Any, inner_state: Any) -> None:
         warnings.warn(
             f"{len(half)} parameters are stored in half precision ({half[0]!r} is the "
             "first), and the optimizer keeps no float32 copy of them: an update below "
-            "1/256 of a bfloat16 weight, or 1/2048 of a float16 one, is lost. Store "
-            "them in float32, as 'mixed_bfloat16' and 'mixed_float16' do.",
+            "1/256 of a bfloat16 weight, or 1/2048 of a float16 one, is lost. Keep one "
+            "with loss_scaling(master_weights(optimizer), policy), or store them in "
+            "float32, as 'mixed_bfloat16' and 'mixed_float16' do.",
             HalfParamsWarning,
             stacklevel=3,
         )
@@ -359,6 +375,8 @@ def _warn_about_half_params(params: Any, inner_state: Any) -> None:
 
 def _check_tree(grads: Any, params: Any) -> None:
     """Compares the leaves of both trees; a None in place of a subtree is allowed."""
+    if isinstance(params, optax.LookaheadParams):
+        params = params.fast
     if params is None or jax.tree.structure(grads) == jax.tree.structure(params):
         return
     of_grads, of_params = _leaf_paths(grads), _leaf_paths(params)

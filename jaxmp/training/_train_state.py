@@ -10,6 +10,7 @@ import optax
 from flax import serialization, struct
 from flax.training import train_state
 
+from jaxmp._composition import decides_on_nonfinite
 from jaxmp.errors import InvalidCheckpoint
 from jaxmp.loss_scale import loss_scaling, select_applied, value_and_grad
 from jaxmp.loss_scale._state import find_all
@@ -169,7 +170,11 @@ class TrainState(train_state.TrainState):
             params,
             **({} if value is None else {"value": value}),
         )
-        params = optax.apply_updates(params, updates)
+        moved = optax.apply_updates(params, updates)
+        if decides_on_nonfinite(opt_state):  # a bad micro-batch may end a good window
+            params = moved
+        else:  # not left to the skipped update, -0.0, which flushes a subnormal
+            params = select_applied(opt_state, moved, params)
         if has_metadata:
             metadata = select_applied(
                 opt_state,

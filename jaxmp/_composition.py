@@ -1,0 +1,96 @@
+"""How jaxmp's Optax transformations recognise each other inside of one another.
+
+A transformation is a pair of closures: what it wraps shows only in the state that
+`init` returns. Every state class of jaxmp therefore carries a few class attributes,
+which are static and no part of the pytree:
+
+    transformation = "accumulate"     the name that a user wrote
+    decides_on_nonfinite = True       it handles a non-finite step itself
+    forwards_decision = True          it may stand around one that does
+    lands_on_half = True              no update of a half-precision weight is lost
+
+A state class of your own may carry them too. `decides_on_nonfinite` is a promise: the
+transformation takes `grads_finite=` and, where that is False, ignores the gradients.
+`forwards_decision` is one as well: it passes `grads_finite=` on, and an update of -0.0
+from inside leaves its own state and the parameters as they are.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxmp import _tree
+from jaxmp.errors import TransformationOrder
+
+
+def nodes(state: Any) -> Iterator[Any]:
+    """Yields every state of a jaxmp transformation in a tree, outer ones first."""
+    for node in jax.tree.leaves(state, is_leaf=_is_ours):
+        if _is_ours(node):
+            yield node
+            yield from nodes(tuple(node))
+
+
+def names(state: Any) -> list[str]:
+    """Lists the jaxmp transformations that made a state, outer ones first."""
+    return [node.transformation for node in nodes(state)]
+
+
+def decides_on_nonfinite(state: Any) -> bool:
+    """Whether something in here takes `grads_finite=` and handles it."""
+    return any(getattr(node, "decides_on_nonfinite", False) for node in nodes(state))
+
+
+def lands_on_half(state: Any) -> bool:
+    """Whether something in here keeps what half-precision weights would lose."""
+    return any(getattr(node, "lands_on_half", False) for node in nodes(state))
+
+
+def refuse_inside(outer: str, state: Any, repairs: dict[str, str]) -> None:
+    """Raises if a transformation that cannot work inside of `outer` made `state`.
+
+    Args:
+      outer: name of the transformation that is being initialised.
+      state: state of what it wraps.
+      repairs: for each name that may not stand inside, what to write instead.
+
+    Raises:
+      TransformationOrder: naming both, with the repair.
+    """
+    for inner in names(state):
+        if inner in repairs:
+            raise TransformationOrder(
+                f"{inner}() stands inside of {outer}(), where it cannot work. "
+                f"{repairs[inner]}"
+            )
+
+
+def refuse_beside_decision(state: Any) -> None:
+    """Raises if state of others would move on a step that is not theirs to take.
+
+    Where one transformation decides about non-finite steps, those beside it see a
+    gradient of zero on such a step, and would decay and count.
+    """
+    if not decides_on_nonfinite(state):
+        return
+    undecided = list(_undecided(state))
+    if undecided:
+        raise TransformationOrder(
+            f"{undecided[0]!r} is state beside accumulate() and would move on every "
+            "micro-batch, the dropped ones too. What has state goes inside: "
+            "accumulate(optax.chain(optax.trace(0.9), optax.adamw(1e-3)), every_k=4)."
+        )
+
+
+def _undecided(state: Any) -> Iterator[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_ours)
+    for path, node in leaves:
+        if getattr(node, "forwards_decision", False):
+            yield from _undecided(node.inner_state)
+        elif not getattr(node, "decides_on_nonfinite", False):
+            yield _tree.path_string(path)
+
+
+def _is_ours(node: Any) -> bool:
+    return isinstance(getattr(node, "transformation", None), str)
