@@ -8,10 +8,14 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A busy machine is no failure.
+hypothesis.settings.register_profile("jaxmp", deadline=None)
+hypothesis.settings.load_profile("jaxmp")
 
 
 @pytest.fixture

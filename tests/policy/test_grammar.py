@@ -1,0 +1,260 @@
+"""`get_policy`: what it reads, that it reads what it writes, and nothing else."""
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxmp
+from jaxmp.errors import PolicyError
+from jaxmp.policy import Policy, dtype_to_names, get_policy, presets
+from jaxmp.policy._matmul_precision import precision_names
+
+# Policies, and the strings that name them
+
+dtypes = st.sampled_from(list(dtype_to_names))
+precisions = st.none() | st.sampled_from(precision_names())
+policies = st.builds(Policy, dtypes, dtypes, dtypes, matmul_precision=precisions)
+
+spaces = st.text(" \t", max_size=2)
+KEYS = {
+    "param_dtype": ("p", "params"),
+    "compute_dtype": ("c", "compute"),
+    "output_dtype": ("o", "output"),
+}
+
+
+@st.composite
+def specs(draw):
+    """A valid policy string in any order and spacing, and the policy that it names.
+
+    What is left out is filled in as jmp does it: params float32, compute as params,
+    output as compute.
+    """
+    parts, named = [], {}
+    for field in draw(st.lists(st.sampled_from(list(KEYS)), unique=True)):
+        named[field] = draw(dtypes)
+        name = draw(st.sampled_from(dtype_to_names[named[field]]))
+        parts.append((draw(st.sampled_from(KEYS[field])), name))
+    precision = draw(precisions if parts else st.sampled_from(precision_names()))
+    if precision is not None:
+        parts.append(("matmul", precision))
+    texts = [
+        draw(spaces) + key + draw(spaces) + "=" + draw(spaces) + name + draw(spaces)
+        for key, name in draw(st.permutations(parts))
+    ]
+    param = named.get("param_dtype", "float32")
+    compute = named.get("compute_dtype", param)
+    output = named.get("output_dtype", compute)
+    return ",".join(texts), Policy(param, compute, output, matmul_precision=precision)
+
+
+# Text of the grammar's own pieces gets further into the parser than arbitrary text.
+pieces = ("p", "c", "o", "params", "compute", "output", "matmul", "=", ",", " ", "")
+words = ("half", "f32", "bf16", "auto", "mixed_float16", "tf32", "f", "16", "é", "\n")
+texts = st.text() | st.lists(st.sampled_from(pieces + words)).map("".join)
+
+# What is read
+
+bf16, f16, f32, f64 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64
+f8 = jnp.float8_e4m3fn
+
+READ = {
+    # jmp
+    "params=float32,compute=bfloat16,output=float32": (f32, bf16, f32),
+    "p=f32,c=bf16,o=f32": (f32, bf16, f32),
+    "c=f16": (f32, f16, f16),
+    "p=f16,c=f16": (f16, f16, f16),
+    "p=f16,c=bf16": (f16, bf16, bf16),
+    "o=f16": (f32, f32, f16),
+    "p=bf16": (bf16, bf16, bf16),
+    "full": (f32, f32, f32),
+    "half": (f16, f16, f16),
+    # with spaces, in any order
+    "output = f32 , compute = bf16": (f32, bf16, f32),
+    " bf16 ": (bf16, bf16, bf16),
+    # Keras
+    "mixed_bfloat16": (f32, bf16, f32),
+    "mixed_float16": (f32, f16, f32),
+    "float16": (f16, f16, f16),
+    "bfloat16": (bf16, bf16, bf16),
+    "float32": (f32, f32, f32),
+    "float64": (f64, f64, f64),
+    # Lightning
+    "bf16-mixed": (f32, bf16, f32),
+    "16-mixed": (f32, f16, f32),
+    "32-true": (f32, f32, f32),
+    "64-true": (f64, f64, f64),
+    "bf16-true": (bf16, bf16, bf16),
+    "16-true": (f16, f16, f16),
+    # Transformers
+    "fp16": (f16, f16, f16),
+    "bf16": (bf16, bf16, bf16),
+    # a name, and what is different from it
+    "mixed_bfloat16,o=bf16": (f32, bf16, bf16),
+    "32-true, c=float8_e4m3fn": (f32, f8, f32),
+}
+
+
+@pytest.mark.parametrize(("spec", "dtypes"), READ.items())
+def test_reads(spec, dtypes):
+    policy = get_policy(spec)
+    assert (policy.param_dtype, policy.compute_dtype, policy.output_dtype) == dtypes
+    assert policy.matmul_precision is None
+    assert get_policy(str(policy)) == policy
+
+
+@pytest.mark.parametrize("name", presets)
+def test_every_preset_has_a_case_above(name):
+    assert name in READ
+
+
+@pytest.mark.parametrize("dtype", [bf16, np.float32, np.dtype("float16"), f8])
+def test_a_dtype_stands_for_all_three(dtype):
+    assert get_policy(dtype) == Policy(dtype, dtype, dtype)
+
+
+def test_names_its_dtypes_as_jmp_does():
+    assert str(get_policy("mixed_bfloat16")) == str(jmp.get_policy("c=bf16,o=full"))
+
+
+@given(policies)
+def test_reads_what_it_writes(policy):
+    again = get_policy(str(policy))
+    assert again == policy
+    assert hash(again) == hash(policy)
+    assert str(again) == str(policy)
+
+
+@given(specs())
+def test_reads_parts_in_any_order_and_spacing(spec_and_policy):
+    spec, policy = spec_and_policy
+    assert get_policy(spec) == policy
+
+
+@given(texts)
+@settings(max_examples=300)
+def test_raises_nothing_but_policy_errors(text):
+    try:
+        policy = get_policy(text)
+    except PolicyError as error:
+        message = str(error)
+    else:
+        assert get_policy(str(policy)) == policy
+        return
+    assert repr(text) in message
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(None, 3, 1.5, b"f32", object(), [], {}, {"names": 1}, ("f32",), int, type),
+        *(np.generic, np.floating, np.int8, np.dtype([("a", "f4")]), jnp.complex64),
+        *(jax.random.key(0).dtype, jnp.ones(2), np.float32(1), jnp.float8_e4m3b11fnuz),
+        *(jmp.Policy("nonsense", f32, f32), type("Fake", (), {"dtype": "nonsense"})),
+    ],
+    ids=repr,
+)
+def test_what_is_no_policy_is_a_policy_error(spec):
+    with pytest.raises(PolicyError, match=r"mixed_bfloat16|full, f32, float32"):
+        get_policy(spec)
+
+
+def test_a_foreign_byte_order_is_made_native():
+    swapped = np.dtype("float32").newbyteorder()
+    policy = get_policy(swapped)
+    assert policy.param_dtype == np.float32 != swapped
+    assert get_policy(str(policy)) == policy
+
+
+# Errors: the spec, carets under the part that is wrong, and what may stand there
+
+WRONG = [
+    # spec, what carets are under, the words of the problem, what is allowed
+    ("compute_float16", "compute_float16", "Unknown dtype or policy name", "auto"),
+    ("", "", "Unknown dtype or policy name ''", "Allowed here: auto"),
+    ("mixed_float61", "mixed_float61", "Did you mean 'mixed_float16'?", "16-mixed"),
+    ("p=f32,c=bf17", "bf17", "Unknown dtype 'bf17'", "bf16, bfloat16, f16"),
+    ("p=f32,c=bf17", "bf17", "Did you mean 'bf16'?", "float8_e5m2"),
+    ("p=f32, c = int8 ", "int8", "Unknown dtype 'int8'", "half"),
+    ("p=f32,c=", "", "Unknown dtype ''", "half"),
+    ("p=f32,comptue=bf16", "comptue", "Unknown key 'comptue'", "compute (c)"),
+    ("p=f32,comptue=bf16", "comptue", "Did you mean 'compute'?", "matmul"),
+    ("p=f32,bf16", "bf16", "Expected key=value", "p=f32,c=bf16,o=f32"),
+    ("p=f32,", "", "Expected key=value", "params (p)"),
+    ("p=f32,params=f16", "params=f16", "param_dtype is given twice", ""),
+    ("c=f16,matmul=tf33", "tf33", "Unknown matmul precision", "TF32_TF32_F32"),
+    ("c=f16,matmul=tf33", "tf33", "Did you mean 'tf32'?", "highest"),
+    ("mixed_bfloat16,c=f16,=", "=", "Unknown key ''", "output (o)"),
+]
+
+
+@pytest.mark.parametrize(("spec", "part", "problem", "allowed"), WRONG)
+def test_invariant_11_an_error_points_at_the_part_that_is_wrong(
+    spec, part, problem, allowed
+):
+    with pytest.raises(PolicyError) as caught:
+        get_policy(spec)
+    message = str(caught.value)
+    assert problem in message
+    assert allowed in message
+    assert repr(spec) in message
+    _, quoted, carets, *_ = message.splitlines()
+    assert quoted.strip() == spec.strip()
+    assert set(carets.strip()) == {"^"}
+    start, end = carets.index("^"), carets.rindex("^") + 1
+    assert quoted[start:end].strip() == part
+
+
+def test_an_unprintable_spec_is_quoted_without_carets():
+    with pytest.raises(PolicyError, match=r"'bf16\\n\\x00'") as caught:
+        get_policy("bf16\n\0")
+    assert "^" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["param_dtype", "compute_dtype", "output_dtype"])
+def test_invariant_11_a_wrong_dtype_names_its_field(field):
+    fields = {"param_dtype": f32, "compute_dtype": f32, "output_dtype": f32}
+    with pytest.raises(PolicyError, match=rf"'int7' as {field} .*bfloat16"):
+        Policy(**{**fields, field: "int7"})
+
+
+def test_invariant_11_a_wrong_precision_lists_the_right_ones():
+    with pytest.raises(PolicyError, match=r"'fast'.*tf32.*BF16_BF16_F32_X3"):
+        Policy(f32, f32, f32, matmul_precision="fast")
+
+
+# A policy is a value
+
+
+@given(policies)
+@settings(max_examples=30)
+def test_invariant_05_a_policy_is_a_value(policy):
+    for same in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert same == policy
+        assert hash(same) == hash(policy)
+    (leaf,), _ = jax.tree.flatten(policy)
+    assert leaf is policy
+    with pytest.raises(AttributeError):
+        policy.param_dtype = f32
+
+
+@given(policies, dtypes)
+@settings(max_examples=30)
+def test_with_output_dtype_changes_the_output_only(policy, dtype):
+    changed = policy.with_output_dtype(dtype)
+    assert type(changed) is Policy
+    assert changed.output_dtype == dtype
+    assert changed.matmul_precision == policy.matmul_precision
+    assert changed.with_output_dtype(policy.output_dtype) == policy
+
+
+def test_everyday_names_are_those_of_the_subpackage():
+    assert jaxmp.get_policy is get_policy
+    assert jaxmp.Policy is Policy
