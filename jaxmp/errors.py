@@ -127,6 +127,21 @@ class InvalidCheckpoint(JaxmpError, ValueError):
     """A checkpoint holds no train state of jaxmp, or none at all."""
 
 
+# Autocast
+
+
+class AutocastError(JaxmpError, TypeError):
+    """A function or argument that autocast cannot take."""
+
+
+class AutocastRuleError(JaxmpError, ValueError):
+    """A rule of autocast that cannot be read, or that matches nothing."""
+
+
+class RuleAlreadyRegistered(JaxmpError, ValueError):
+    """A primitive was given a second rule."""
+
+
 # Compile targets
 
 

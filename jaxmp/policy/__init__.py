@@ -9,6 +9,14 @@ from jaxmp.policy._dtypes import (
 )
 from jaxmp.policy._grammar import get_policy, presets
 from jaxmp.policy._policy import Policy
+from jaxmp.policy._rules import (
+    PolicyRule,
+    default_rules,
+    everything_in_half,
+    head_in_float32,
+    matmuls_in_half,
+    norms_in_float32,
+)
 
 __all__ = [
     "Policy",
@@ -20,4 +28,10 @@ __all__ = [
     "cast_to_half",
     "dtype_to_names",
     "name_to_dtype",
+    "PolicyRule",
+    "default_rules",
+    "norms_in_float32",
+    "head_in_float32",
+    "matmuls_in_half",
+    "everything_in_half",
 ]

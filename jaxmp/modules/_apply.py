@@ -1,0 +1,74 @@
+"""`apply_policy`: a Flax module in, the same module under a policy out."""
+
+from typing import Any, TypeVar
+
+import flax.linen as nn
+from flax import nnx
+
+from jaxmp.errors import NotAModule
+from jaxmp.modules._linen import Application, apply_to_linen
+from jaxmp.policy import default_rules, get_policy
+from jaxmp.policy._rules import check_rules
+
+M = TypeVar("M")
+
+
+def apply_policy(module: M, policy: Any, *, rules: Any = default_rules) -> M:
+    """Makes every layer of a Flax module store, compute and return what a policy says.
+
+    Parameters are stored in the policy's `param_dtype`. Flax's own layers compute as if
+    `dtype=` had been written into the model: matmuls and convolutions in the compute
+    dtype, attention with a float32 softmax, embeddings looked up in the table as it is
+    stored. Of the user's own layers, inputs, parameters and outputs are cast; what
+    happens inside is theirs, and `autocast` is for that. The module itself returns the
+    output dtype. Variables that are no parameters, such as BatchNorm statistics, keep
+    their dtype.
+
+    Args:
+      module: a linen module, bound or not, or an nnx module, which may be abstract.
+      policy: what `get_policy` takes.
+      rules: a sequence of `PolicyRule`, tried in order. The default keeps norms in
+        float32 inside. A layer whose author set `dtype=` keeps it unless a rule of
+        yours says otherwise.
+
+    Returns:
+      A module of the same kind, with the same parameter paths. The given one is left as
+      it was. Applied twice, the outer policy holds.
+
+    Raises:
+      NotAModule: for a class, variables, or anything but a Flax module.
+      PolicyError: for a policy that cannot be read.
+      InvalidRule: for rules that are none.
+      UnusedRule: for a rule that matches no layer: at once for nnx, on a call of the
+        whole module for linen.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxmp
+      >>> model = jaxmp.apply_policy(nn.Dense(2), "mixed_bfloat16")
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> variables["params"]["kernel"].dtype, model.apply(variables, jnp.ones(3)).dtype
+      (dtype('float32'), dtype('float32'))
+    """
+    application = Application(get_policy(policy), check_rules(rules))
+    if isinstance(module, nn.Module):
+        return apply_to_linen(module, application)
+    raise NotAModule(_not_a_module(module))
+
+
+def _not_a_module(module: Any) -> str:
+    if isinstance(module, type) and issubclass(module, (nn.Module, nnx.Module)):
+        return (
+            f"{module.__name__} is a class, and apply_policy() takes an instance: "
+            f"apply_policy({module.__name__}(...), policy)."
+        )
+    if isinstance(module, dict) or type(module).__name__ in ("FrozenDict", "State"):
+        return (
+            f"This {type(module).__name__} looks like variables, and apply_policy() "
+            "takes the module that they belong to. To cast variables, use "
+            "policy.cast_to_param(variables) or cast_for_eval(variables, policy)."
+        )
+    return (
+        f"apply_policy() takes a linen or an nnx module, and this is a "
+        f"{type(module).__name__}. For any other function, use "
+        "jaxmp.autocast(function, policy)."
+    )

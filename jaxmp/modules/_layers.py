@@ -1,0 +1,122 @@
+"""What is known of a layer: its kind, and its dtypes under a policy and rules."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmp.errors import UnusedRule
+from jaxmp.policy import Policy, PolicyRule
+from jaxmp.policy._rules import first_match
+
+_KIND_OF_FLAX_CLASS = {
+    "Dense": "dense",
+    "DenseGeneral": "dense",
+    "Einsum": "dense",
+    "Linear": "dense",
+    "LinearGeneral": "dense",
+    "LoRA": "dense",
+    "LoRALinear": "dense",
+    "Conv": "conv",
+    "ConvLocal": "conv",
+    "ConvTranspose": "conv",
+    "Embed": "embed",
+    "MultiHeadDotProductAttention": "attention",
+    "MultiHeadAttention": "attention",
+    "SelfAttention": "attention",
+    "RNNCellBase": "recurrent",
+    "RNN": "recurrent",
+    "Bidirectional": "recurrent",
+    "BatchNorm": "norm",
+    "LayerNorm": "norm",
+    "RMSNorm": "norm",
+    "GroupNorm": "norm",
+    "InstanceNorm": "norm",
+}
+
+# A norm written by hand goes by one of these names wherever we looked (LLaMA's RMSNorm,
+# T5's LayerNorm); a "PreNorm" wraps another layer and is none.
+_NORM_NAME = re.compile(
+    r".*(Batch|Layer|RMS|Rms|Group|Instance|Scale)_?Norm(alization)?"
+)
+
+
+def is_flax_layer(cls: type) -> bool:
+    """True for the layer classes that Flax defines, in linen or nnx.
+
+    Base classes are none, nor are the classes that a lifted transformation makes of a
+    user's class.
+    """
+    if cls.__module__ in ("flax.linen.module", "flax.linen.transforms"):
+        return False
+    return cls.__module__.startswith(("flax.linen.", "flax.nnx.nn."))
+
+
+def kind_of(module: Any) -> str | None:
+    """Returns the kind of a layer, the same for its linen and its nnx form."""
+    for cls in type(module).__mro__:
+        if is_flax_layer(cls) and cls.__name__ in _KIND_OF_FLAX_CLASS:
+            return _KIND_OF_FLAX_CLASS[cls.__name__]
+        if not is_flax_layer(cls) and _NORM_NAME.fullmatch(cls.__name__):
+            return "norm"
+    return None
+
+
+class LayerDtypes(NamedTuple):
+    """What a layer stores, computes in and returns, and the rule that decided."""
+
+    params: np.dtype
+    compute: np.dtype
+    output: np.dtype
+    rule: PolicyRule | None
+
+
+def of_root(policy: Policy, rules: Iterable[PolicyRule], module: Any) -> LayerDtypes:
+    """Returns the dtypes of the module that a policy was applied to."""
+    rule = first_match(rules, "", module, kind_of(module))
+    return LayerDtypes(
+        params=_either(rule and rule.params, policy.param_dtype),
+        compute=_either(rule and rule.compute, policy.compute_dtype),
+        output=_either(rule and rule.output, policy.output_dtype),
+        rule=rule,
+    )
+
+
+def of_layer(
+    enclosing: LayerDtypes, rules: Iterable[PolicyRule], path: str, module: Any
+) -> LayerDtypes:
+    """Returns the dtypes of a layer inside of another one."""
+    rule = first_match(rules, path, module, kind_of(module))
+    return LayerDtypes(
+        params=_either(rule and rule.params, enclosing.params),
+        compute=_either(rule and rule.compute, enclosing.compute),
+        output=_either(rule and rule.output, enclosing.compute),
+        rule=rule,
+    )
+
+
+def check_all_used(
+    rules: Iterable[PolicyRule], used: Iterable[PolicyRule], paths: Iterable[str]
+) -> None:
+    """Raises `UnusedRule` for a rule that no layer matched, with the nearest paths."""
+    used, paths = list(used), sorted(set(paths) - {""})
+    for rule in rules:
+        if rule.allow_unused or rule in used:
+            continue
+        near = difflib.get_close_matches(rule.path or "", paths, n=3, cutoff=0.3)
+        known = f"Nearest paths: {', '.join(near)}." if near else _few(paths)
+        raise UnusedRule(
+            f"{rule} matches no layer. {known} A path has to match in full; "
+            "allow_unused=True lets a rule match nothing."
+        )
+
+
+def _few(paths: list[str]) -> str:
+    shown = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
+    return f"Paths: {shown}." if paths else "The module has no layers."
+
+
+def _either(first: Any, otherwise: Any) -> Any:
+    return otherwise if first is None else first

@@ -1,0 +1,325 @@
+"""Policies for linen modules, by an interceptor of Flax's method calls.
+
+`apply_policy` makes a subclass of the module's class whose methods run under an
+interceptor. On every call of every layer inside, the interceptor finds the layer's
+dtypes and, for the time of the call,
+
+- sets `dtype` on a layer of Flax's own, which then casts its inputs and parameters just
+  as if the dtype had been written into the model;
+- casts the inputs, the parameters and the outputs of a layer of the user's.
+
+Parameters are cast where they are initialised, and stored so.
+
+Sharp edges
+- `nn.jit` reuses a trace where the module's fingerprint is the same. The application is
+  therefore put into the scope's flags, which are part of the fingerprint, and which
+  also tell the layers inside from those of another model that is called meanwhile.
+- A cell hands its carry back in the dtype in which it came, or a scan over it would not
+  have equal types at both ends.
+- Layers of a bound module can be called without it, as in
+  `model.bind(variables).encoder(x)`; they get a subclass of their own when looked up.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from flax.core import Scope, freeze
+
+from jaxmp.modules._layers import (
+    LayerDtypes,
+    check_all_used,
+    is_flax_layer,
+    of_layer,
+    of_root,
+)
+from jaxmp.modules._linen_layers import (
+    adapt_flax_layer,
+    adapt_user_layer,
+    is_transparent,
+)
+from jaxmp.policy import Policy, PolicyRule
+
+Path = tuple[str, ...]
+_FLAG = "jaxmp"
+
+
+class Application(NamedTuple):
+    """A policy and its rules, as applied to one module."""
+
+    policy: Policy
+    rules: tuple[PolicyRule, ...]
+
+
+class Visit(NamedTuple):
+    """One call of one layer."""
+
+    path: str
+    module: nn.Module
+    dtypes: LayerDtypes
+    output: Any
+
+
+_running: contextvars.ContextVar[tuple["_Interceptor", ...]] = contextvars.ContextVar(
+    "interceptors", default=()
+)
+
+
+def apply_to_linen(module: nn.Module, application: Application) -> nn.Module:
+    """Returns the module with a policy applied; `apply_policy` has the whole story."""
+    fields = _fields(module)
+    cls = _policied(original_class(type(module)), application, 0)
+    # A module made inside of @compact is bound already; the new one takes its scope.
+    parent = module.parent if module.scope is None else module.scope
+    return cls(**fields, parent=parent, name=module.name)
+
+
+def original_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class that the user wrote."""
+    return getattr(cls, "_original_class", cls)
+
+
+def application_of(module: nn.Module) -> Application | None:
+    """Returns what was applied to a module, if anything was."""
+    return getattr(type(module), "_application", None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _policied(
+    cls: type[nn.Module], application: Application, depth: int
+) -> type[nn.Module]:
+    """The same-name subclass for one application; equal applications share it.
+
+    `depth` is the length of the module's path below the one the policy was applied to.
+    """
+
+    def run(self, name, call):
+        if self.scope is None or any(i.covers(self.scope) for i in _running.get()):
+            return call()
+        root = self.path[: len(self.path) - depth]
+        return _Interceptor(application, root).run(self, name, call)
+
+    def call_wrapped_method(self, fun, args, kwargs):
+        call = functools.partial(cls._call_wrapped_method, self, fun, args, kwargs)
+        return run(self, getattr(fun, "__name__", ""), call)
+
+    def call_lifted_method(name):
+        def method(self, *args, **kwargs):
+            return run(
+                self, name, functools.partial(lifted[name], self, *args, **kwargs)
+            )
+
+        return functools.wraps(lifted[name])(method)
+
+    # nn.remat and its like make classes whose methods do not pass through the above.
+    is_lifted = cls.__module__ == "flax.linen.transforms"
+    lifted = {
+        name: fun
+        for name, fun in vars(cls).items()
+        if is_lifted and hasattr(fun, "__wrapped__")
+    }
+
+    def get_attribute(self, name):
+        return _policy_children(self, name, cls.__getattribute__(self, name))
+
+    def get_missing_attribute(self, name):
+        return _policy_children(self, name, cls.__getattr__(self, name))
+
+    def reduce(self):
+        return _rebuild, (cls, _fields(self), self.name, application)
+
+    overrides = {
+        **{name: call_lifted_method(name) for name in lifted},
+        "_call_wrapped_method": call_wrapped_method,
+        "__getattribute__": get_attribute,
+        "__getattr__": get_missing_attribute,
+        "__reduce__": reduce,
+    }
+    return type(
+        cls.__name__,
+        (cls,),
+        {
+            **{name: nn.nowrap(fun) for name, fun in overrides.items()},
+            "_original_class": cls,
+            "_application": application,
+            "_depth": depth,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+        },
+    )
+
+
+def _rebuild(cls, fields, name, application):
+    return _policied(cls, application, 0)(**fields, name=name)
+
+
+def _fields(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: getattr(module, name)
+        for name, field in module.__dataclass_fields__.items()
+        if field.init and name not in ("parent", "name")
+    }
+
+
+def _policy_children(parent: nn.Module, name: str, value: Any) -> Any:
+    """Gives the layers of a bound module the policy of the module around them."""
+    if name.startswith("_") or name in ("parent", "scope", "name"):
+        return value
+    for child in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(child, nn.Module) and child.scope is not None:
+            _policy_child(type(parent), parent.scope, child)
+    return value
+
+
+def _policy_child(cls: Any, scope: Scope | None, child: nn.Module) -> None:
+    if scope is None or child.scope is None or application_of(child) is not None:
+        return
+    depth = cls._depth + len(child.scope.path) - len(scope.path)
+    if child.scope.path[: len(scope.path)] == scope.path:
+        policied = _policied(type(child), cls._application, depth)
+        object.__setattr__(child, "__class__", policied)
+
+
+def _scopes(module: nn.Module) -> list[Scope]:
+    """The scopes of a bound module and of the modules in its fields."""
+    scopes = [] if module.scope is None else [module.scope]
+    for value in _fields(module).values():
+        for child in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nn.Module)):
+            if isinstance(child, nn.Module):
+                scopes += _scopes(child)
+    return scopes
+
+
+class _Interceptor:
+    """What happens on every method call while a module with a policy runs."""
+
+    def __init__(self, application: Application, root: Path):
+        self.application = application
+        self.root = root
+        self.layers: dict[tuple[Path, type], LayerDtypes] = {}
+        self.used: set[PolicyRule] = set()
+        self.inside: set[int] = set()
+
+    def covers(self, scope: Scope | None) -> bool:
+        """Whether a layer belongs to the module that this was made for."""
+        while scope is not None:
+            if scope.flags.get(_FLAG) == self.application:
+                return True
+            scope = scope.parent
+        return False
+
+    def run(self, module: nn.Module, method: str, call: Callable[[], Any]) -> Any:
+        """Calls a method of the module that the policy was applied to."""
+        token = _running.set((*_running.get(), self))
+        try:
+            with contextlib.ExitStack() as stack:
+                for scope in _scopes(module):
+                    stack.enter_context(self._flagged(scope))
+                stack.enter_context(nn.intercept_methods(self))
+                output = call()
+        finally:
+            _running.reset(token)
+        if method == "__call__" and module.path == self.root:
+            check_all_used(self.application.rules, self.used, self._paths())
+        return output
+
+    def __call__(self, next_fun, args, kwargs, context):
+        module = context.module
+        if not self.covers(module.scope):
+            return next_fun(*args, **kwargs)
+        dtypes = self._dtypes_of(module)
+        with self._flagged(module.scope), self._entered(module) as from_outside:
+            adapt = self._adapter(module, dtypes)
+            call = functools.partial(adapt, module, context.method_name, dtypes)
+            is_entry = from_outside and context.method_name != "setup"
+            output = call(is_entry, next_fun, args, kwargs)
+        if is_entry:
+            for watcher in _watchers.get():
+                watcher(Visit(self._path_string(module), module, dtypes, output))
+        return output
+
+    def _adapter(self, module: nn.Module, dtypes: LayerDtypes) -> Callable[..., Any]:
+        is_root = module.path == self.root
+        named = dtypes.rule is not None and not dtypes.rule.yields_to_author
+        if is_transparent(module) and not (is_root or named):
+            return lambda module, method, dtypes, is_entry, fun, args, kwargs: fun(
+                *args, **kwargs
+            )
+        is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
+        has_dtype = "dtype" in module.__dataclass_fields__
+        if is_own and has_dtype and not is_transparent(module):
+            return adapt_flax_layer
+        return adapt_user_layer
+
+    def _dtypes_of(self, module: nn.Module) -> LayerDtypes:
+        key = (module.path, original_class(type(module)))
+        if key not in self.layers:
+            policy, rules = self.application
+            if module.path == self.root and not self.layers:
+                dtypes = of_root(policy, rules, module)
+            else:
+                path = self._path_string(module)
+                dtypes = of_layer(self._enclosing(module), rules, path, module)
+            self.layers[key] = dtypes
+            if dtypes.rule is not None:
+                self.used.add(dtypes.rule)
+        return self.layers[key]
+
+    def _enclosing(self, module: nn.Module) -> LayerDtypes:
+        parent = module.parent
+        if isinstance(parent, nn.Module) and self.covers(parent.scope):
+            return self._dtypes_of(parent)
+        # In a lifted transformation, a clone has a scope in place of a parent.
+        around = [
+            key
+            for key in self.layers
+            if module.path[: len(key[0])] == key[0] and key[0] != module.path
+        ]
+        if not around:
+            return of_root(*self.application, None)
+        return self.layers[max(around, key=lambda key: len(key[0]))]
+
+    def _path_string(self, module: nn.Module) -> str:
+        return "/".join(module.path[len(self.root) :])
+
+    def _paths(self) -> set[str]:
+        return {"/".join(path[len(self.root) :]) for path, _ in self.layers}
+
+    @contextlib.contextmanager
+    def _flagged(self, scope: Scope) -> Iterator[None]:
+        flags = scope.flags
+        scope.flags = freeze({**flags, _FLAG: self.application})
+        try:
+            yield
+        finally:
+            scope.flags = flags
+
+    @contextlib.contextmanager
+    def _entered(self, module: nn.Module) -> Iterator[bool]:
+        from_outside = id(module) not in self.inside
+        self.inside.add(id(module))
+        try:
+            yield from_outside
+        finally:
+            if from_outside:
+                self.inside.discard(id(module))
+
+
+_watchers: contextvars.ContextVar[tuple[Callable[[Visit], None], ...]] = (
+    contextvars.ContextVar("watchers", default=())
+)
+
+
+@contextlib.contextmanager
+def watch(watcher: Callable[[Visit], None]) -> Iterator[None]:
+    """Shows every call of a layer to a function, which changes nothing."""
+    token = _watchers.set((*_watchers.get(), watcher))
+    try:
+        yield
+    finally:
+        _watchers.reset(token)
