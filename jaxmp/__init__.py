@@ -6,10 +6,11 @@ policy)` skips non-finite steps and adapts the loss scale, and
 scale is. Everything is a pure function of pytrees.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxmp import _jax_internals as _jax_internals
-from jaxmp import errors, loss_scale, policy
+from jaxmp import errors, loss_scale, optimizers, policy
 from jaxmp.loss_scale import (
     DynamicLossScale,
     LossScale,
@@ -30,16 +31,29 @@ from jaxmp.loss_scale import (
     static_loss_scaling,
     value_and_grad,
 )
+from jaxmp.optimizers import (
+    accumulate,
+    cast_state,
+    check_dtypes,
+    master_weights,
+    stochastic_round,
+    stochastic_rounding,
+)
 from jaxmp.policy import (
     Policy,
+    PolicyRule,
     cast_to_full,
     cast_to_half,
+    default_rules,
     dtype_to_names,
     get_policy,
     half_dtype,
+    head_in_float32,
+    norms_in_float32,
 )
 
 if TYPE_CHECKING:
+    from jaxmp.modules import apply_policy, cast_for_eval, describe
     from jaxmp.training import TrainState
 
 __version__ = "0.1.0"
@@ -52,6 +66,14 @@ __all__ = [
     "cast_to_full",
     "cast_to_half",
     "dtype_to_names",
+    # policies for Flax modules
+    "apply_policy",
+    "PolicyRule",
+    "default_rules",
+    "norms_in_float32",
+    "head_in_float32",
+    "describe",
+    "cast_for_eval",
     # gradients
     "value_and_grad",
     "grad",
@@ -66,6 +88,13 @@ __all__ = [
     "loss_scale_metrics",
     "select_applied",
     "raise_if_collapsed",
+    # optimizers
+    "master_weights",
+    "cast_state",
+    "accumulate",
+    "stochastic_rounding",
+    "stochastic_round",
+    "check_dtypes",
     # loss scales as jmp has them
     "LossScale",
     "NoOpLossScale",
@@ -78,14 +107,21 @@ __all__ = [
     # modules
     "errors",
     "loss_scale",
+    "optimizers",
     "policy",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Flax takes longer to import than everything else here, and optimizers need none.
-    if name == "TrainState":
-        from jaxmp.training import TrainState
+# Flax takes longer to import than everything else here, and optimizers need none.
+_FROM_FLAX_PACKAGES = {
+    "apply_policy": "jaxmp.modules",
+    "cast_for_eval": "jaxmp.modules",
+    "describe": "jaxmp.modules",
+    "TrainState": "jaxmp.training",
+}
 
-        return TrainState
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_FLAX_PACKAGES:
+        return getattr(importlib.import_module(_FROM_FLAX_PACKAGES[name]), name)
     raise AttributeError(f"module 'jaxmp' has no attribute {name!r}")

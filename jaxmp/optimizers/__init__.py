@@ -1,0 +1,36 @@
+"""Optax transformations for training in half precision: what is stored, and how."""
+
+from jaxmp.optimizers._accumulation import AccumulationState, accumulate
+from jaxmp.optimizers._check_dtypes import check_dtypes
+from jaxmp.optimizers._ema import EmaState, ema, get_ema
+from jaxmp.optimizers._master_access import (
+    check_master_weights,
+    get_master_weights,
+    load_master_weights,
+)
+from jaxmp.optimizers._master_weights import MasterWeightsState, master_weights
+from jaxmp.optimizers._state_dtype import CastStateState, cast_state
+from jaxmp.optimizers._stochastic_rounding import (
+    StochasticRoundingState,
+    stochastic_round,
+    stochastic_rounding,
+)
+
+__all__ = [
+    "master_weights",
+    "get_master_weights",
+    "load_master_weights",
+    "check_master_weights",
+    "cast_state",
+    "accumulate",
+    "stochastic_rounding",
+    "stochastic_round",
+    "ema",
+    "get_ema",
+    "check_dtypes",
+    "MasterWeightsState",
+    "CastStateState",
+    "AccumulationState",
+    "StochasticRoundingState",
+    "EmaState",
+]

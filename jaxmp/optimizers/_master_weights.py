@@ -1,0 +1,239 @@
+"""`master_weights`: half parameters in the model, float32 copies in the state.
+
+    tx = loss_scaling(master_weights(optax.adamw(1e-3)), policy)
+
+The inner optimizer sees float32 weights and float32 gradients, as if the model were
+stored in float32. The update that comes out moves the half weights exactly onto the
+rounded master, so that `optax.apply_updates`, `nnx.Optimizer` and `TrainState` need to
+know nothing of it.
+
+Sharp edges
+- A weight that falls below 2^-16 of its size in one step (float16: below 2^-13) may
+  miss the rounded master by the rounding of that step, and is put right by the next.
+- A working weight that has become infinite, because its master left float16's range,
+  stays so: no finite sum leads back.
+- With `split=True` the master is what the working weight and its remainder say
+  together: weights that are loaded or changed by hand change it too. Without it, they
+  are pulled back to the master by the next step; `load_master_weights` is the way.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmp import _composition, _tree
+from jaxmp.errors import MasterWeightsMismatch, OptimizerOptionError
+from jaxmp.optimizers._rounding import (
+    join_float32,
+    landing_update,
+    round_to_nearest,
+    split_float32,
+)
+from jaxmp.optimizers._wrapping import (
+    LOSS_SCALING_OUTERMOST,
+    float32_view,
+    pinned,
+    require_params,
+    strong_state,
+    with_extra_args,
+)
+
+PyTree = Any
+
+_REPAIRS = {
+    "loss_scaling": LOSS_SCALING_OUTERMOST,
+    "master_weights": "One float32 copy is enough: master_weights(optax.adamw(1e-3)).",
+    "stochastic_rounding": (
+        "There is nothing to round at random where a float32 copy is kept. Use one of "
+        "them: master_weights(optax.adamw(1e-3)), or "
+        "stochastic_rounding(optax.adamw(1e-3), seed=0)."
+    ),
+}
+
+
+class MasterWeightsState(NamedTuple):
+    """State of `master_weights`."""
+
+    inner_state: optax.OptState
+    """State of the inner optimizer, as it is for float32 parameters."""
+    master: PyTree
+    """One float32 array per half parameter, or one int16 array with `split=True`;
+    `optax.MaskedNode` for every other parameter."""
+
+    transformation = "master_weights"
+    forwards_decision = True
+    lands_on_half = True
+
+
+def master_weights(
+    inner: optax.GradientTransformation,
+    *,
+    split: bool = False,
+    trainable: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps a float32 copy of half-precision parameters, and optimizes that.
+
+    After `optax.apply_updates` the working weights equal `round(master)` on every step.
+    Parameters of other dtypes have no copy, and pass to `inner` as they are.
+
+    Args:
+      inner: any Optax transformation. It is shown float32 parameters and gradients.
+      split: True stores, in place of a float32 master, the 16 bits that a bfloat16
+        weight lacks: two bytes per parameter, and together exactly float32. Working
+        weights are then rounded to nearest with ties away from zero, else to even.
+      trainable: which parameters move: booleans, as a pytree or a prefix of it, or a
+        function from parameters to that. The others are frozen: they get no master and
+        no state in `inner`, which sees `optax.MaskedNode` in their place.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `MasterWeightsState`,
+      and whose updates are float32. `update` needs the parameters.
+
+    Raises:
+      OptimizerOptionError: from `init`, if `split` meets float16 parameters.
+      TransformationOrder: from `init`, if `inner` holds a loss scale, stochastic
+        rounding or another master.
+      MissingParams: from `update` without parameters.
+      MasterWeightsMismatch: from `update`, if the parameters have other dtypes than
+        those that `init` saw.
+
+    References:
+      Micikevicius et al., "Mixed Precision Training", 2018, section 3.1
+      (https://arxiv.org/abs/1710.03740). The split form as Megatron-LM's
+      `store_param_remainders` (megatron/core/optimizer/optimizer_config.py).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> params = {"w": jnp.ones(2, jnp.bfloat16)}
+      >>> tx = jaxmp.master_weights(optax.sgd(1e-3))
+      >>> state = tx.init(params)
+      >>> for _ in range(10):
+      ...     updates, state = tx.update({"w": jnp.ones(2)}, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params["w"], state.master["w"])
+      [0.988281 0.988281] [0.9900001 0.9900001]
+    """
+    inner = with_extra_args(inner)
+
+    def init_fn(params):
+        moving = _hide_frozen(params, trainable)
+        inner_state = strong_state(inner.init(float32_view(moving)))
+        _composition.refuse_inside("master_weights", inner_state, _REPAIRS)
+        master = jax.tree_util.tree_map_with_path(
+            lambda path, p: _first_master(path, p, split), moving
+        )
+        return MasterWeightsState(inner_state, master)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        require_params(params, "master_weights")
+        moving = _hide_frozen(params, trainable)
+        weights = jax.tree_util.tree_map_with_path(_weight, moving, state.master)
+        updates, inner_state = inner.update(
+            float32_view(_hide_frozen(updates, trainable)),
+            state.inner_state,
+            weights,
+            **extra_args,
+        )
+        moves = jax.tree.map(_move, moving, state.master, weights, updates)
+        updates = jax.tree.map(lambda move: move.update, moves, is_leaf=_is_move)
+        master = jax.tree.map(lambda move: move.master, moves, is_leaf=_is_move)
+        return (
+            jax.tree.map(_stand_still_if_frozen, params, updates),
+            MasterWeightsState(pinned(inner_state, state.inner_state), master),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def round_to_working(weight: jax.Array, master: Any, p: Any) -> tuple[Any, Any]:
+    """Rounds a float32 weight to the dtype of `p`, and makes its master anew.
+
+    Args:
+      weight: float32 array.
+      master: the old master, which tells its kind.
+      p: half-precision array.
+
+    Returns:
+      The rounded weight, as float32, and the new master.
+    """
+    if master.dtype == jnp.int16:
+        high, low = split_float32(weight)
+        return high.astype(jnp.float32), low
+    return round_to_nearest(weight, p.dtype), weight
+
+
+def weight_of(master: Any, p: Any) -> Any:
+    """Returns the float32 weight of which `p` is the working copy."""
+    if is_masked(master):
+        return p
+    return join_float32(p, master) if master.dtype == jnp.int16 else master
+
+
+def is_masked(x: Any) -> bool:
+    """Whether this stands in place of a parameter that has no master."""
+    return isinstance(x, optax.MaskedNode)
+
+
+class _Move(NamedTuple):
+    update: Any
+    master: Any
+
+
+def _is_move(x: Any) -> bool:
+    return isinstance(x, _Move)
+
+
+def _move(p: Any, master: Any, weight: Any, update: Any) -> _Move:
+    if is_masked(master):
+        return _Move(update, master)
+    target, master = round_to_working(weight + update, master, p)
+    return _Move(landing_update(target, p), master)
+
+
+def _first_master(path: Any, p: Any, split: bool) -> Any:
+    if not (_tree.is_array(p) and p.dtype in _tree.HALF):
+        return optax.MaskedNode()
+    if not split:
+        return jnp.asarray(p, jnp.float32)
+    if p.dtype != jnp.bfloat16:
+        raise OptimizerOptionError(
+            f"split=True with the {p.dtype} parameter {_tree.path_string(path)!r}: only "
+            "a bfloat16 number is the upper half of a float32 one. Leave split out, or "
+            "store the parameters in bfloat16."
+        )
+    return jnp.zeros_like(p, jnp.int16)
+
+
+def _weight(path: Any, p: Any, master: Any) -> Any:
+    is_half = _tree.is_array(p) and p.dtype in _tree.HALF
+    if is_half == is_masked(master):
+        there_is = "no float32 master" if is_half else "a float32 master"
+        raise MasterWeightsMismatch(
+            f"The parameter {_tree.path_string(path)!r} is {p.dtype}, and there "
+            f"is {there_is} of it: init() saw another dtype than update() does. Call "
+            "tx.init on the half-precision parameters; load_master_weights(state, "
+            "params, weights) then gives them their float32 values."
+        )
+    return weight_of(master, p)
+
+
+def _hide_frozen(tree: PyTree, trainable: Any) -> PyTree:
+    """Puts a MaskedNode in place of every leaf that does not move, as optax.masked."""
+    no_leaves = not jax.tree.leaves(tree)  # as optax.tree_map_params asks
+    if trainable is None or no_leaves:
+        return tree
+    moves = trainable(tree) if callable(trainable) else trainable
+
+    def hide(moves, subtree):
+        if moves:
+            return subtree
+        return jax.tree.map(lambda _: optax.MaskedNode(), subtree)
+
+    return jax.tree.map(hide, moves, tree)
+
+
+def _stand_still_if_frozen(p: Any, update: Any) -> Any:
+    return _tree.negative_zero(p) if is_masked(update) else update

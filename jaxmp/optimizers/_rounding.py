@@ -1,0 +1,100 @@
+"""Rounding that survives XLA, and updates that land on the rounded value.
+
+XLA may keep more precision than a program asks for: on GPU and TPU it drops the pair of
+casts float32 -> bfloat16 -> float32. What must really be rounded is rounded here, by
+`reduce_precision` and by integer operations, which it leaves alone.
+
+An optimizer returns an update u, and `optax.apply_updates` computes p + u in float32
+and casts it to the dtype of p. `landing_update` finds the u that lands on a chosen half
+value r, namely r - p in float32. The sum p + u is r exactly, or differs from it by half
+a float32 ulp of p at most, which the cast removes unless the ulp of r is just as small:
+
+    bfloat16    always, but for weights that fall below 2^-16 of their former size,
+    float16     always, but for weights of 1/2 and more that fall below 2^-13 of it,
+
+in one step. On backends that flush subnormal float32 numbers (CPU and TPU do),
+bfloat16 weights below 2^-118 may stay where they are.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+SMALLEST_NORMAL_FLOAT16 = np.float32(2.0**-14)
+FLOAT16_SUBNORMALS_PER_UNIT = np.float32(2.0**24)
+
+
+def round_to_nearest(x: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds float32 to the nearest value of float16 or bfloat16, ties to even.
+
+    Args:
+      x: float32 array.
+      dtype: float16 or bfloat16; float32 leaves `x` as it is.
+
+    Returns:
+      A float32 array of values that `dtype` can represent.
+    """
+    info = jnp.finfo(dtype)
+    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.dtype == jnp.float16:
+        # `reduce_precision` flushes what would be subnormal; there, float16 is
+        # fixed-point.
+        steps = lax.round(
+            x * FLOAT16_SUBNORMALS_PER_UNIT, lax.RoundingMethod.TO_NEAREST_EVEN
+        )
+        is_subnormal = jnp.abs(x) < SMALLEST_NORMAL_FLOAT16
+        rounded = jnp.where(is_subnormal, steps / FLOAT16_SUBNORMALS_PER_UNIT, rounded)
+    return rounded
+
+
+def landing_update(target: jax.Array, p: jax.Array) -> jax.Array:
+    """Returns the float32 update that moves `p` onto `target`.
+
+    Args:
+      target: float32 array of values that the dtype of `p` can represent.
+      p: float16 or bfloat16 array of the same shape.
+
+    Returns:
+      A float32 array; -0.0, which changes no bit of `p`, where `p` is there already.
+    """
+    p = p.astype(jnp.float32)
+    return jnp.where(target == p, np.float32(-0.0), target - p)
+
+
+def split_float32(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Splits float32 into the nearest bfloat16 and 16 bits that tell the rest.
+
+    Ties go away from zero: with ties to even, two float32 numbers would share one pair.
+
+    Args:
+      x: float32 array.
+
+    Returns:
+      A bfloat16 and an int16 array. `join_float32` gives back every bit of `x`.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jnp.where(jnp.isnan(x), np.uint32(0x7FC00000), bits)
+    high = lax.shift_right_logical(bits + np.uint32(0x8000), np.uint32(16))
+    low = (bits & np.uint32(0xFFFF)).astype(jnp.uint16)
+    return (
+        lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16),
+        lax.bitcast_convert_type(low, jnp.int16),
+    )
+
+
+def join_float32(high: jax.Array, low: jax.Array) -> jax.Array:
+    """Puts a bfloat16 and the 16 bits of `split_float32` together again.
+
+    Args:
+      high: bfloat16 array.
+      low: int16 array of the same shape.
+
+    Returns:
+      A float32 array.
+    """
+    bits = lax.bitcast_convert_type(high, jnp.uint16).astype(jnp.int32)
+    bits = lax.shift_left(bits, np.int32(16)) + low.astype(jnp.int32)
+    return lax.bitcast_convert_type(bits, jnp.float32)

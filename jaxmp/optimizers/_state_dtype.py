@@ -1,0 +1,176 @@
+"""`cast_state`: the moments of any optimizer, stored in half of the bytes.
+
+    moments = cast_state(optax.adamw(1e-3), "bfloat16", rounding="stochastic")
+    tx = loss_scaling(master_weights(moments), policy)
+
+The state is widened to float32 before every update and rounded after it. Whatever the
+inner optimizer computes, it computes in float32.
+
+Which arrays are moments is not guessed from names: `init` is traced twice, for the
+parameters and for parameters with every axis one longer. What grows is a moment (the
+factors of Adafactor, the history of L-BFGS as well); what does not grow is a count, a
+hyperparameter or a scalar of the algorithm, and keeps its dtype.
+
+Sharp edges
+- Rounded to nearest, an average that moves by less than 1/512 of itself stands still:
+  with b2 = 0.999 Adam's second moment does. That is what stochastic rounding is for.
+- float16 has no room for squares of small gradients: below 2e-4 they become zero.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmp import _composition, _tree
+from jaxmp.errors import OptimizerOptionError
+from jaxmp.optimizers._rounding import round_to_nearest
+from jaxmp.optimizers._stochastic_rounding import (
+    half_or_float32,
+    keys_like,
+    stochastic_round,
+)
+from jaxmp.optimizers._wrapping import (
+    LOSS_SCALING_OUTERMOST,
+    float32_view,
+    pinned,
+    strong_state,
+    with_extra_args,
+)
+
+ROUNDINGS = ("nearest", "stochastic")
+
+_REPAIRS = {
+    "loss_scaling": LOSS_SCALING_OUTERMOST,
+    "master_weights": (
+        "It would round the float32 master weights, which are there not to be rounded. "
+        "Turn them round: master_weights(cast_state(optax.adamw(1e-3), 'bfloat16'))."
+    ),
+    "accumulate": (
+        "It would round the sums of gradients, which are float32 for a reason. Turn "
+        "them round: accumulate(cast_state(optax.adamw(1e-3), 'bfloat16'), 4)."
+    ),
+    "ema": (
+        "It would round the averaged weights, which are float32 for a reason. Put them "
+        "beside: optax.chain(cast_state(optax.adamw(1e-3), 'bfloat16'), ema(0.999))."
+    ),
+    "cast_state": "One dtype is enough: cast_state(optax.adamw(1e-3), 'bfloat16').",
+}
+
+
+class CastStateState(NamedTuple):
+    """State of `cast_state`."""
+
+    inner_state: optax.OptState
+    """State of the inner optimizer, its moments in the dtype that was asked for."""
+    draws: jax.Array | None
+    """int32: how often it was rounded at random; None for rounding to nearest."""
+
+    transformation = "cast_state"
+
+
+def cast_state(
+    inner: optax.GradientTransformation,
+    dtype: Any,
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Stores the moments of an optimizer in another dtype, and computes in float32.
+
+    Args:
+      inner: any Optax transformation. It is shown float32 parameters, gradients and
+        moments.
+      dtype: what moments are stored in: bfloat16, float16 or float32. Counts, scalars
+        and hyperparameters stay as they are.
+      rounding: `"nearest"` or `"stochastic"`.
+      seed: of stochastic rounding.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `CastStateState`.
+
+    Raises:
+      OptimizerOptionError: for another dtype or rounding.
+      TransformationOrder: from `init`, if `inner` keeps something that has to stay
+        float32: a loss scale, master weights, accumulators or averaged weights.
+
+    References:
+      Zamirai et al., "Revisiting BFloat16 Training", 2020
+      (https://arxiv.org/abs/2010.06192).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> tx = jaxmp.cast_state(optax.adam(1e-3), "bfloat16", rounding="stochastic")
+      >>> state = tx.init(jnp.ones(4))
+      >>> adam = state.inner_state[0]
+      >>> adam.mu.dtype.name, adam.nu.dtype.name, adam.count.dtype.name
+      ('bfloat16', 'bfloat16', 'int32')
+    """
+    inner = with_extra_args(inner)
+    dtype = half_or_float32(dtype)
+    if rounding not in ROUNDINGS:
+        raise OptimizerOptionError(
+            f"rounding={rounding!r} is none of {', '.join(map(repr, ROUNDINGS))}."
+        )
+    stochastic = rounding == "stochastic"
+
+    def init_fn(params):
+        weights = float32_view(params)
+        inner_state = strong_state(inner.init(weights))
+        _composition.refuse_inside("cast_state", inner_state, _REPAIRS)
+        moments = _grows_with_params(inner, weights)
+        inner_state = jax.tree.map(
+            lambda x, grows: x.astype(dtype) if grows and _is_castable(x) else x,
+            inner_state,
+            moments,
+        )
+        return CastStateState(inner_state, jnp.int32(0) if stochastic else None)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        moments = jax.tree.map(
+            lambda x: _tree.at_least_float32(x) if _is_stored(x) else x,
+            state.inner_state,
+        )
+        updates, moments = inner.update(
+            float32_view(updates), moments, float32_view(params), **extra_args
+        )
+        return updates, store(moments, state)
+
+    def store(moments, state):
+        if not stochastic:
+            inner_state = jax.tree.map(_store_nearest, moments, state.inner_state)
+            return CastStateState(inner_state, None)
+        keys = keys_like(moments, seed, state.draws)
+        inner_state = jax.tree.map(_store_random, moments, state.inner_state, keys)
+        return CastStateState(inner_state, state.draws + 1)
+
+    def _is_stored(x):
+        return _tree.is_array(x) and x.dtype == dtype
+
+    def _store_nearest(x, stored):
+        if _is_stored(stored) and dtype in _tree.HALF:
+            x = round_to_nearest(_tree.at_least_float32(x), dtype)
+        return pinned(x, stored)
+
+    def _store_random(x, stored, key):
+        if _is_stored(stored) and dtype in _tree.HALF:
+            x = stochastic_round(x, dtype, key)
+        return pinned(x, stored)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_castable(x: Any) -> bool:
+    return _tree.is_array(x) and x.dtype in _tree.CASTABLE
+
+
+def _grows_with_params(inner: Any, params: Any) -> Any:
+    """Tells of each leaf of the state whether its shape follows the parameters'."""
+
+    def lengthen(x):
+        return jax.ShapeDtypeStruct([n + 1 for n in x.shape], x.dtype)
+
+    shapes = jax.eval_shape(inner.init, params)
+    longer = jax.eval_shape(inner.init, jax.tree.map(lengthen, params))
+    return jax.tree.map(lambda x, y: x.shape != y.shape, shapes, longer)

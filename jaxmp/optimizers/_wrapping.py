@@ -1,0 +1,45 @@
+"""What every wrapper here does: float32 inside, and a state of constant dtypes."""
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxmp import _tree
+from jaxmp.errors import MissingParams
+
+LOSS_SCALING_OUTERMOST = (
+    "A loss scale goes outermost, or it never sees the overflow that it has to react "
+    "to: loss_scaling(master_weights(accumulate(optax.adamw(1e-3), 4)), policy)."
+)
+
+
+def with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Takes any Optax transformation, `optax.MultiSteps` included."""
+    if hasattr(inner, "gradient_transformation"):
+        inner = inner.gradient_transformation()
+    return optax.with_extra_args_support(inner)
+
+
+def float32_view(tree: Any) -> Any:
+    """Widens float16 and bfloat16 leaves to float32."""
+    return jax.tree.map(_tree.at_least_float32, tree)
+
+
+def strong_state(state: Any) -> Any:
+    """Gives every leaf of a first state the dtype that it keeps."""
+    return jax.tree.map(_tree.strong, state)
+
+
+def pinned(state: Any, reference: Any) -> Any:
+    """Gives every leaf of a next state the dtype of the one before."""
+    return jax.tree.map(_tree.like, state, reference)
+
+
+def require_params(params: Any, name: str) -> None:
+    """Raises unless `update` was given parameters."""
+    if params is None:
+        raise MissingParams(
+            f"{name}() was updated without parameters, and needs them to tell where "
+            "its update lands. Call tx.update(grads, state, params)."
+        )
