@@ -21,6 +21,7 @@ from jaxmp.errors import (
     NonScalarLoss,
 )
 from jaxmp.loss_scale._access import get_loss_scale
+from jaxmp.loss_scale._micro_batches import MicroBatches
 from jaxmp.loss_scale._unscale import scale_tree, unscale_tree
 
 # The cotangent of a float16 loss is the scale itself, in float16: 2^16 is infinite
@@ -33,6 +34,9 @@ def value_and_grad(
     argnums: int | tuple[int, ...] | Any = 0,
     has_aux: bool = False,
     *,
+    micro_batches: int | None = None,
+    batch_argnums: int | tuple[int, ...] = 1,
+    micro_batch_aux: str = "stack",
     transform: Callable[..., Any] = jax.value_and_grad,
     **transform_kwargs: Any,
 ) -> Callable[..., Any]:
@@ -42,6 +46,14 @@ def value_and_grad(
       fun: function whose (first) result is the loss, a floating scalar of any dtype.
       argnums: positions to differentiate with respect to, as `transform` takes them.
       has_aux: whether `fun` returns `(loss, aux)`.
+      micro_batches: into how many parts the batch is cut. They are run one after the
+        other with the memory of one, and losses and gradients are averaged in float32,
+        which is the same up to rounding if `fun` averages over examples.
+      batch_argnums: positions of the arguments that are cut along the first axis of
+        their arrays. Part j takes the examples j, j + micro_batches, ... A single
+        random key in them is split.
+      micro_batch_aux: `"stack"` gives the auxiliary outputs a first axis of parts;
+        `"mean"` averages the floating ones and takes the others from the last part.
       transform: what differentiates: `jax.value_and_grad`, `nnx.value_and_grad`,
         `equinox.filter_value_and_grad`, or one of the same form.
       **transform_kwargs: passed on to `transform`: `allow_int`, `holomorphic`, ...
@@ -61,6 +73,7 @@ def value_and_grad(
       NonScalarLoss: if the loss has axes, or is no number.
       NonFloatingLoss: if it is an integer or boolean.
       MissingAux: if `has_aux` and `fun` returns no pair.
+      MicroBatchError: if the batch cannot be cut.
 
     References:
       Micikevicius et al., "Mixed Precision Training", 2018, section 3.2
@@ -78,6 +91,9 @@ def value_and_grad(
     """
     if argnums != 0:
         transform_kwargs["argnums"] = argnums
+    cut = None
+    if micro_batches is not None:
+        cut = MicroBatches(micro_batches, _as_tuple(batch_argnums), micro_batch_aux)
 
     @functools.wraps(fun)
     def value_and_grad_of_fun(*args, **kwargs):
@@ -88,10 +104,13 @@ def value_and_grad(
             loss, aux = _split(fun(*args, **kwargs), has_aux, fun)
             return scale_tree(loss, _effective(scale, loss)), (loss, aux)
 
-        differentiate = transform(scaled, has_aux=True, **transform_kwargs)
-        (_, (loss, aux)), grads = differentiate(*args, **kwargs)
-        grads = unscale_tree(grads, _effective(scale, loss))
-        return ((loss, aux) if has_aux else loss), grads
+        def differentiate(*args):
+            value_and_scaled_grad = transform(scaled, has_aux=True, **transform_kwargs)
+            (_, (loss, aux)), grads = value_and_scaled_grad(*args, **kwargs)
+            return (loss, aux), unscale_tree(grads, _effective(scale, loss))
+
+        value, grads = cut(differentiate, args) if cut else differentiate(*args)
+        return (value if has_aux else value[0]), grads
 
     return value_and_grad_of_fun
 
@@ -102,7 +121,7 @@ def grad(
     has_aux: bool = False,
     *,
     transform: Callable[..., Any] = jax.value_and_grad,
-    **transform_kwargs: Any,
+    **kwargs: Any,
 ) -> Callable[..., Any]:
     """Like `jax.grad`, under a loss scale that the result does not show.
 
@@ -111,7 +130,7 @@ def grad(
       argnums: as in `value_and_grad`.
       has_aux: as in `value_and_grad`.
       transform: as in `value_and_grad`; it has to return value and gradient.
-      **transform_kwargs: as in `value_and_grad`.
+      **kwargs: the others of `value_and_grad`.
 
     Returns:
       A function `(*args, loss_scale, **kwargs)` that returns `grads`, or
@@ -127,7 +146,7 @@ def grad(
       6.0
     """
     value_and_grad_of_fun = value_and_grad(
-        fun, argnums, has_aux, transform=transform, **transform_kwargs
+        fun, argnums, has_aux, transform=transform, **kwargs
     )
 
     @functools.wraps(fun)
@@ -147,6 +166,10 @@ def _pop_loss_scale(kwargs: dict[str, Any], fun: Callable[..., Any]) -> Any:
             f"jaxmp.value_and_grad({name})(params, batch, loss_scale=opt_state)"
         )
     return kwargs.pop("loss_scale")
+
+
+def _as_tuple(argnums: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
 
 def _split(output: Any, has_aux: bool, fun: Callable[..., Any]) -> tuple[Any, Any]:

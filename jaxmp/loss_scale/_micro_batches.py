@@ -1,0 +1,153 @@
+"""Gradients of a large batch with the memory of a small one: a scan inside one step.
+
+Micro-batch j of k takes the examples j, j + k, j + 2k, ... of the batch. Consecutive
+examples would do as well on one device; of a batch that is sharded over devices, they
+would all lie on one of them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.errors import MicroBatchError
+from jaxmp.loss_scale._unscale import OVERWRITE_WITH_GRADIENT
+
+PyTree = Any
+
+STACK, MEAN = "stack", "mean"
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatches:
+    """How a batch is cut, and what becomes of the auxiliary outputs."""
+
+    count: int
+    argnums: tuple[int, ...]
+    aux: str = STACK
+
+    def __post_init__(self):
+        is_count = isinstance(self.count, int) and not isinstance(self.count, bool)
+        if not is_count or self.count < 1:
+            raise MicroBatchError(
+                f"micro_batches={self.count!r} is no number of micro-batches. Use an "
+                "integer from 1 that divides the batch size."
+            )
+        if self.aux not in (STACK, MEAN):
+            raise MicroBatchError(
+                f"micro_batch_aux={self.aux!r} is neither {STACK!r}, which gives every "
+                f"auxiliary output an axis of micro-batches, nor {MEAN!r}."
+            )
+
+    def __call__(
+        self, value_and_grad: Callable[..., Any], args: tuple[Any, ...]
+    ) -> tuple[tuple[jax.Array, Any], PyTree]:
+        """Averages losses and gradients over micro-batches, in float32 at least.
+
+        Args:
+          value_and_grad: function of `args` that returns `((loss, aux), grads)`.
+          args: those at `argnums` hold the batch.
+
+        Returns:
+          `((loss, aux), grads)`, in the dtypes that `value_and_grad` returns.
+        """
+        batches = {i: self._cut(args, i) for i in self.argnums}
+
+        def run(micro_batch):
+            micro_args = [micro_batch.get(i, x) for i, x in enumerate(args)]
+            (loss, aux), grads = value_and_grad(*micro_args)
+            return (loss, grads), aux
+
+        def add(totals, micro_batch):
+            results, aux = run(micro_batch)
+            return _add(totals, results), aux
+
+        first = jax.tree.map(lambda x: x[0], batches)
+        results, _ = jax.eval_shape(run, first)
+        zeros = [_zeros(x) for x in _carried(results)]
+        totals, aux = jax.lax.scan(add, zeros, batches, length=self.count)
+        loss, grads = _average(totals, results, self.count)
+        return (loss, jax.tree.map(self._finish_aux, aux)), grads
+
+    def _cut(self, args: tuple[Any, ...], argnum: int) -> PyTree:
+        if argnum >= len(args):
+            raise MicroBatchError(
+                f"batch_argnums names argument {argnum}, and there are {len(args)}. "
+                "Pass the batch by position, and its position as batch_argnums."
+            )
+
+        def cut(path, x):
+            shape = np.shape(x)
+            if _is_key(x) and not shape:
+                return jax.random.split(x, self.count)
+            if not shape or shape[0] % self.count:
+                name = f"args[{argnum}]/{_tree.path_string(path)}".rstrip("/")
+                raise MicroBatchError(
+                    f"{name} has the shape {list(shape)}, which {self.count} "
+                    "micro-batches cannot share. Use a number that divides the first "
+                    "axis of every array of the batch, and pass what has no such axis "
+                    "as another argument."
+                )
+            x = jnp.asarray(x)
+            x = x.reshape(shape[0] // self.count, self.count, *shape[1:])
+            return x.swapaxes(0, 1)
+
+        return jax.tree_util.tree_map_with_path(cut, args[argnum])
+
+    def _finish_aux(self, x: jax.Array) -> jax.Array:
+        if self.aux == STACK:
+            return x
+        if not _tree.is_inexact(x):
+            return x[-1]
+        return _tree.at_least_float32(x).mean(0).astype(x.dtype)
+
+
+def _is_key(x: Any) -> bool:
+    return _tree.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(x.shape, jnp.float32 if x.dtype in _tree.HALF else x.dtype)
+
+
+def _carried(tree: PyTree) -> list[Any]:
+    """Lists what a scan can carry: everything but float0, which has no values."""
+    return [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
+
+
+def _is_summed(path: Any, x: Any) -> bool:
+    """Whether this is a gradient; of FP8 metadata it is the next value itself."""
+    is_new_value = any(
+        getattr(key, "key", None) == OVERWRITE_WITH_GRADIENT for key in path
+    )
+    return jnp.issubdtype(x.dtype, jnp.inexact) and not is_new_value
+
+
+def _add(totals: list[jax.Array], results: PyTree) -> list[jax.Array]:
+    remaining = iter(totals)
+
+    def add(path, x):
+        if x.dtype == jax.dtypes.float0:
+            return x
+        total = next(remaining)
+        return total + x.astype(total.dtype) if _is_summed(path, x) else x
+
+    return _carried(jax.tree_util.tree_map_with_path(add, results))
+
+
+def _average(totals: list[jax.Array], results: PyTree, count: int) -> PyTree:
+    remaining = iter(totals)
+
+    def average(path, x):
+        if x.dtype == jax.dtypes.float0:
+            return np.zeros(x.shape, x.dtype)
+        total = next(remaining)
+        if not _is_summed(path, x):
+            return total
+        return (total / np.asarray(count, total.dtype)).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(average, results)
