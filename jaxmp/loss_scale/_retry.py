@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp.errors import LossScaleOptionError
+from jaxmp.errors import LossScaleOptionError, MissingLossScale
 from jaxmp.loss_scale._access import get_loss_scale
 from jaxmp.loss_scale._state import LossScaleState
+from jaxmp.loss_scale._state_machines import check_count, check_power_of_two
 
 
 def retry(
@@ -27,18 +28,22 @@ def retry(
     in a compiled loop. A step that overflows no more is as fast as without it.
 
     Args:
-      value_and_grad_fn: what `jaxmp.value_and_grad` returned.
+      value_and_grad_fn: what `jaxmp.value_and_grad` returned, of a function whose `aux`
+        is a pytree of arrays and which changes nothing outside of itself (an nnx model
+        with state has to be split first).
       max_retries: how often to try again; 0 and above.
-      backoff_factor: what the scale is multiplied by on each try.
-      min_scale: no try goes below it.
+      backoff_factor: what the scale is multiplied by on each try; below 1.
+      min_scale: no try goes below it. Both are powers of two.
 
     Returns:
       A function `(*args, loss_scale=state, **kwargs)` that returns
       `((value, grads), state)`, where `state` has the scale of the last try and is to
-      be passed to `update`. `loss_scale` has to be the state of `loss_scaling` itself.
+      be passed to `update`; a lower scale starts to count good steps anew. `loss_scale`
+      has to be the state of `loss_scaling` itself.
 
     Raises:
       LossScaleOptionError: for an option out of range.
+      MissingLossScale: from the function, if `loss_scale` is anything else.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp, optax
@@ -50,19 +55,24 @@ def retry(
       >>> float(grads), float(state.loss_scale)
       (2.0, 16384.0)
     """
-    if not isinstance(max_retries, int) or max_retries < 0:
-        raise LossScaleOptionError(
-            f"max_retries={max_retries!r} counts tries. Use an integer of 0 or more."
-        )
-    if not 0 < backoff_factor < 1:
+    check_count("max_retries", max_retries, at_least=0)
+    check_power_of_two("backoff_factor", backoff_factor)
+    check_power_of_two("min_scale", min_scale)
+    if backoff_factor >= 1:
         raise LossScaleOptionError(
             f"backoff_factor={backoff_factor!r} would not lower the scale. Use a power "
             "of two below 1, such as 0.5."
         )
 
     @functools.wraps(value_and_grad_fn)
-    def with_retries(*args, loss_scale: LossScaleState, **kwargs):
-        get_loss_scale(loss_scale)  # raises if there is none, or more than one
+    def with_retries(*args, loss_scale: Any = None, **kwargs):
+        if not isinstance(loss_scale, LossScaleState):
+            raise MissingLossScale(
+                "retry() returns the state of loss_scaling with another scale in it, "
+                f"and was given a {type(loss_scale).__name__}. Pass the state itself: "
+                "step(params, batch, loss_scale=opt_state)"
+            )
+        get_loss_scale(loss_scale)  # raises if there is more than one
 
         def attempt(scale):
             state = loss_scale._replace(loss_scale=scale)
@@ -79,7 +89,8 @@ def retry(
             return tries + 1, scale, attempt(scale)
 
         first = (jnp.int32(0), loss_scale.loss_scale, attempt(loss_scale.loss_scale))
-        _, scale, result = jax.lax.while_loop(overflowed, again, first)
-        return result, loss_scale._replace(loss_scale=scale)
+        tries, scale, result = jax.lax.while_loop(overflowed, again, first)
+        good_steps = jnp.where(tries == 0, loss_scale.good_steps, 0)
+        return result, loss_scale._replace(loss_scale=scale, good_steps=good_steps)
 
     return with_retries

@@ -18,6 +18,7 @@ from jaxmp.errors import LossScaleOptionError
 # A scale and its reciprocal are normal float32 numbers, so that scaling by it and back
 # is exact: 2^-126 is the smallest normal number, and so is the reciprocal of 2^126.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
+LARGEST_COUNT = 2**31 - 1
 
 
 class Scale(NamedTuple):
@@ -73,7 +74,7 @@ class StaticMachine:
     scale: float = 1.0
 
     def __post_init__(self):
-        _check_power_of_two("scale", self.scale)
+        check_power_of_two("scale", self.scale)
 
     def init(self) -> Scale:
         """Starts at the scale."""
@@ -99,11 +100,11 @@ class DynamicMachine:
 
     def __post_init__(self):
         for name in ("init_scale", "min_scale", "max_scale"):
-            _check_power_of_two(name, getattr(self, name))
-        _check_power_of_two("growth_factor", self.growth_factor)
-        _check_power_of_two("backoff_factor", self.backoff_factor)
+            check_power_of_two(name, getattr(self, name))
+        for name in ("growth_factor", "backoff_factor"):
+            check_power_of_two(name, getattr(self, name))
         for name in ("growth_interval", "hysteresis"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if self.growth_factor <= 1:
             raise LossScaleOptionError(
                 f"growth_factor={self.growth_factor} would never let the loss scale "
@@ -164,13 +165,16 @@ def _start(scale: float, hysteresis: int) -> Scale:
     )
 
 
-def _check_power_of_two(name: str, value: Any) -> None:
+def check_power_of_two(name: str, value: Any) -> None:
+    """Raises unless `value` is a scale by which multiplying and dividing is exact."""
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
         raise LossScaleOptionError(
             f"{name}={value!r} is no number. Use a power of two, such as 2.0**16."
-        ) from None
+        )
     if not (SMALLEST_SCALE <= number <= LARGEST_SCALE):
         raise LossScaleOptionError(
             f"{name}={value!r} is outside of [2**-126, 2**126], where a scale and its "
@@ -184,9 +188,11 @@ def _check_power_of_two(name: str, value: Any) -> None:
         )
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
+    """Raises unless `value` is a number of steps that an int32 counter can reach."""
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
-    if not is_integer or value < 1:
+    if not is_integer or not at_least <= value <= LARGEST_COUNT:
         raise LossScaleOptionError(
-            f"{name}={value!r} counts steps. Use a Python integer of at least 1."
+            f"{name}={value!r} counts steps. Use a Python integer of at least "
+            f"{at_least} and at most {LARGEST_COUNT}."
         )

@@ -10,9 +10,10 @@ bit-identical, and a dynamic scale backs off.
 
 One kind of inner transformation decides about non-finite steps itself: `accumulate`,
 which drops a bad micro-batch and goes on with the window, whose end may be that very
-micro-batch. It is told through `grads_finite=`. Where a state says so
-(`decides_on_nonfinite`, see `jaxmp/_composition.py`), nothing is selected here, and
-what stands between sees a gradient of zero in place of the bad one. State beside
+micro-batch. Where a state says so (`decides_on_nonfinite`, see
+`jaxmp/_composition.py`), it is told through `grads_finite=`, which others may refuse,
+nothing is selected here, and what stands between sees a gradient of zero in place of
+the bad one. State beside
 `accumulate`, which would move on that zero, is refused by `init`.
 
 Sharp edges
@@ -291,10 +292,11 @@ def _transformation(
         if decides:
             nothing = jax.tree.map(_tree.negative_zero, grads)
             grads = _tree.select(finite, grads, nothing)
+            extra_args["grads_finite"] = finite
         if value is not None:
             extra_args["value"] = value
         updates, inner_state = inner.update(
-            grads, state.inner_state, params, grads_finite=finite, **extra_args
+            grads, state.inner_state, params, **extra_args
         )
         inner_state = jax.tree.map(_tree.like, inner_state, state.inner_state)
         if skip_nonfinite and not decides:
