@@ -164,13 +164,15 @@ class DynamicLossScale:
         )
         return dataclasses.replace(self, loss_scale=scale, counter=counter)
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Scale and counter are children, the rest is static."""
         static = (self.period, self.factor, self.min_loss_scale)
         return (self.loss_scale, self.counter), static
 
     @classmethod
-    def tree_unflatten(cls, static, children) -> "DynamicLossScale":
+    def tree_unflatten(
+        cls, static: tuple[Any, ...], children: tuple[Any, ...]
+    ) -> "DynamicLossScale":
         """Takes whatever JAX puts in place of the arrays, without a look at it."""
         new = object.__new__(cls)
         fields = [field.name for field in dataclasses.fields(cls)]
@@ -180,6 +182,7 @@ class DynamicLossScale:
 
 
 LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
+"""Any of the three, for annotations and `isinstance`."""
 
 
 def select_tree(pred: jax.Array, a: T, b: T) -> T:

@@ -68,6 +68,12 @@ def policy_name_for(device: Any) -> str:
 
     Returns:
       `"mixed_bfloat16"`, `"mixed_float16"` or `"float32"`.
+
+    Example:
+      >>> import jax
+      >>> from jaxmp.policy import policy_name_for
+      >>> policy_name_for(jax.devices("cpu")[0])
+      'float32'
     """
     if device.platform == "tpu":
         return "mixed_bfloat16"

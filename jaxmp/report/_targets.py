@@ -81,6 +81,11 @@ def target_devices(target: str) -> list[Any]:
       UnknownTarget: for a name that is none.
       MissingTargetPackage: if the packages of the `targets` extra are missing, or the
         process was started without `TARGET_ENVIRONMENT`.
+
+    Example:
+      >>> from jaxmp.report import has_target, target_devices
+      >>> if has_target("h100"):
+      ...     assert "H100" in target_devices("h100")[0].device_kind
     """
     missing = _missing_packages(target)
     unset = [k for k, v in TARGET_ENVIRONMENT.items() if os.environ.get(k) != v]
@@ -121,6 +126,14 @@ def compile_for(
     Raises:
       UnknownTarget: for a name that is none.
       MissingTargetPackage: as `target_devices`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxmp.report import compile_for, has_target
+      >>> x = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)
+      >>> if has_target("h100"):
+      ...     compiled = compile_for("h100", lambda x: x + 1, x)
+      ...     assert compiled.memory_analysis().output_size_in_bytes == 2 * 128 * 128
     """
     sharding = jax.sharding.SingleDeviceSharding(target_devices(target)[0])
     shapes = jax.eval_shape(lambda *args: args, *args)
