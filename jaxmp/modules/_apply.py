@@ -6,7 +6,9 @@ import flax.linen as nn
 from flax import nnx
 
 from jaxmp.errors import NotAModule
-from jaxmp.modules._linen import Application, apply_to_linen
+from jaxmp.modules._layers import Application
+from jaxmp.modules._linen import apply_to_linen
+from jaxmp.modules._nnx import apply_to_nnx
 from jaxmp.policy import default_rules, get_policy
 from jaxmp.policy._rules import check_rules
 
@@ -52,6 +54,8 @@ def apply_policy(module: M, policy: Any, *, rules: Any = default_rules) -> M:
     application = Application(get_policy(policy), check_rules(rules))
     if isinstance(module, nn.Module):
         return apply_to_linen(module, application)
+    if isinstance(module, nnx.Module):
+        return apply_to_nnx(module, application)
     raise NotAModule(_not_a_module(module))
 
 

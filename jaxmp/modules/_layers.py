@@ -64,6 +64,13 @@ def kind_of(module: Any) -> str | None:
     return None
 
 
+class Application(NamedTuple):
+    """A policy and its rules, as applied to one module."""
+
+    policy: Policy
+    rules: tuple[PolicyRule, ...]
+
+
 class LayerDtypes(NamedTuple):
     """What a layer stores, computes in and returns, and the rule that decided."""
 

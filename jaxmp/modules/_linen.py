@@ -31,6 +31,7 @@ import jax
 from flax.core import Scope, freeze
 
 from jaxmp.modules._layers import (
+    Application,
     LayerDtypes,
     check_all_used,
     is_flax_layer,
@@ -42,17 +43,10 @@ from jaxmp.modules._linen_layers import (
     adapt_user_layer,
     is_transparent,
 )
-from jaxmp.policy import Policy, PolicyRule
+from jaxmp.policy import PolicyRule
 
 Path = tuple[str, ...]
 _FLAG = "jaxmp"
-
-
-class Application(NamedTuple):
-    """A policy and its rules, as applied to one module."""
-
-    policy: Policy
-    rules: tuple[PolicyRule, ...]
 
 
 class Visit(NamedTuple):

@@ -1,0 +1,156 @@
+"""The settings that make one of Flax's own nnx layers compute as it should.
+
+What the author wrote is remembered in the layer's `promote_dtype` function, so that
+another policy starts from there.
+"""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxmp.modules._layers import LayerDtypes, is_flax_layer, kind_of
+
+# They have a `dtype` for the parameters that they normalise, and hand on all else.
+_WITH_THEIR_OWN_DTYPE = (nnx.SpectralNorm, nnx.WeightNorm)
+
+
+def is_transparent(cls: type) -> bool:
+    """True for layers of Flax that hand on what they get: Dropout, Sequential, RNN."""
+    if not is_flax_layer(cls):
+        return False
+    if issubclass(cls, _WITH_THEIR_OWN_DTYPE):
+        return True
+    return "dtype" not in inspect.signature(cls.__init__).parameters
+
+
+def has_settings(layer: nnx.Module) -> bool:
+    """True for layers of Flax's own that compute in a dtype they are built with."""
+    is_own = any(is_flax_layer(cls) for cls in type(layer).__mro__)
+    return is_own and hasattr(layer, "dtype") and _promotion_name(layer) is not None
+
+
+def settings_for(layer: Any, dtypes: LayerDtypes) -> dict[str, Any] | None:
+    """The attributes to set; None where the author's own `dtype` is to be kept."""
+    kind, name = kind_of(layer), _promotion_name(layer)
+    assert name is not None
+    dtype, promotes = dtypes.compute, "dtype"
+    if kind == "norm" and dtypes.compute.itemsize >= 4:
+        # Flax casts the arguments to `dtype` before, and the result after.
+        dtype, promotes = dtypes.output, "float32"
+    if kind == "embed":
+        # The rows are cast after the lookup, not the whole table before it.
+        promotes = "table"
+    if _is_authors_choice(layer, dtype, dtypes):
+        return None
+    settings = {
+        "dtype": dtype,
+        name: _Promotion(getattr(layer, name), layer.dtype, promotes),
+    }
+    if kind == "attention" and layer.attention_fn is nnx.dot_product_attention:
+        settings["attention_fn"] = _dot_product_attention
+    return settings
+
+
+def undo_settings(layer: Any) -> None:
+    """Sets what an earlier policy set back to what the author wrote."""
+    name = _promotion_name(layer)
+    promotion = getattr(layer, name) if name else None
+    if name and isinstance(promotion, _Promotion):
+        layer.dtype = promotion.author_dtype
+        setattr(layer, name, promotion.author)
+    if getattr(layer, "attention_fn", None) is _dot_product_attention:
+        layer.attention_fn = nnx.dot_product_attention
+
+
+def natural_output(layer: Any, settings: dict[str, Any]) -> np.dtype | None:
+    """The dtype that a layer returns by itself; None if that depends on its input."""
+    kind = kind_of(layer)
+    return None if kind in ("embed", "recurrent") else settings["dtype"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Promotion:
+    author: Any
+    author_dtype: Any
+    promotes: str
+
+    def __call__(self, args, /, *, dtype=None, **kwargs):
+        if self.promotes == "float32":
+            dtype = jnp.promote_types(dtype, jnp.float32)
+        if self.promotes == "table" and len(args) == 1:
+            return args
+        return self.author(args, dtype=dtype, **kwargs)
+
+
+def _promotion_name(layer: nnx.Module) -> str | None:
+    names = ("promote_dtype", "qkv_promote_dtype")
+    return next((name for name in names if hasattr(layer, name)), None)
+
+
+def _is_authors_choice(layer: Any, dtype: np.dtype, dtypes: LayerDtypes) -> bool:
+    author = layer.dtype
+    if isinstance(layer, nnx.Embed) and author == layer.param_dtype:
+        author = None  # what Embed makes of no dtype at all
+    if author is None or author == dtype:
+        return False
+    return dtypes.rule is None or dtypes.rule.yields_to_author
+
+
+@functools.wraps(nnx.dot_product_attention)
+def _dot_product_attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    dtype,
+    dropout_rate=0.0,
+    module=None,
+    precision=None,
+    is_causal=False,
+    **kwargs,
+):
+    """Attention whose matmuls, forward and backward, are in `dtype`.
+
+    Where there is no dropout, Flax calls `jax.nn.dot_product_attention`, which keeps
+    float32 scores and so multiplies in float32 in its backward pass. This takes the
+    softmax in float32 and all else in half.
+    """
+    if dropout_rate > 0.0 or module is not None:
+        return nnx.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            dtype=dtype,
+            dropout_rate=dropout_rate,
+            module=module,
+            precision=precision,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    queries_per_key = query.shape[-2] // key.shape[-2]
+    if queries_per_key > 1:
+        key = jnp.repeat(key, queries_per_key, axis=-2)
+        value = jnp.repeat(value, queries_per_key, axis=-2)
+    query = query * jnp.asarray(query.shape[-1] ** -0.5, dtype)
+    scores = jnp.einsum("...qhd,...khd->...hqk", query, key, precision=precision)
+    if bias is not None:
+        scores = scores + bias.astype(dtype)
+    if is_causal:
+        causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        mask = causal if mask is None else jnp.logical_and(mask, causal)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, scores.shape)
+        scores = jnp.where(mask, scores, jnp.finfo(dtype).min)
+    weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(dtype)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
