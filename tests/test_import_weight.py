@@ -1,0 +1,118 @@
+"""Importing jaxmp starts no backend, creates no array and loads nothing heavy."""
+
+import functools
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import jaxmp
+
+HEAVY = {"flax", "matplotlib", "orbax", "tqdm", "sklearn", "equinox", "pandas", "scipy"}
+NEEDS_FLAX = {"jaxmp.modules", "jaxmp.training", "jaxmp.testing"}
+
+# Under a platform that does not exist, every array and every look at a device fails.
+NO_BACKEND = {**os.environ, "JAX_PLATFORMS": "no_such_platform"}
+
+
+def run(code, *, env=NO_BACKEND):
+    """Runs code in a new interpreter that ends by naming the heavy modules loaded."""
+    end = f"import sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    return subprocess.run(
+        [sys.executable, "-c", f"{code}\n{end}"],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+        timeout=120,
+    )
+
+
+@functools.cache
+def loaded_by(code):
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+PUBLIC_MODULES = ["jaxmp"] + [
+    f"jaxmp.{module.name}"
+    for module in pkgutil.iter_modules(jaxmp.__path__)
+    if not module.name.startswith("_")
+]
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_invariant_10_an_import_starts_nothing_and_loads_nothing_heavy(module):
+    loaded = loaded_by(f"import {module}") - loaded_by("import jax, jmp, optax")
+    assert loaded <= ({"flax"} if module in NEEDS_FLAX else set())
+
+
+def test_invariant_10_flax_is_imported_when_a_flax_thing_is_used():
+    assert "flax" not in loaded_by("import jaxmp")
+    assert "flax" in loaded_by("import jaxmp; jaxmp.TrainState")
+
+
+def test_listing_names_imports_nothing():
+    assert "flax" not in loaded_by("import jaxmp; dir(jaxmp); jaxmp.__all__")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import jaxmp, jax; jax.numpy.zeros(())",
+        "import jaxmp, jax; jax.devices()",
+        "import jaxmp; jaxmp.half_dtype()",
+        "import jaxmp; jaxmp.get_policy('auto')",
+    ],
+)
+def test_the_check_can_fail(code):
+    result = run(code)
+    assert result.returncode != 0
+    assert "no_such_platform" in result.stderr
+    assert run(code, env={**os.environ, "JAX_PLATFORMS": "cpu"}).returncode == 0
+
+
+def test_the_check_sees_what_is_loaded():
+    assert "tqdm" in loaded_by("import tqdm")
+
+
+def test_policies_are_read_without_a_backend():
+    loaded_by("import jaxmp; str(jaxmp.get_policy('mixed_float16,matmul=tf32'))")
+
+
+# JAX itself
+
+VERSIONS = {
+    "0.4.30": False,
+    "0.9.2": False,
+    "0.9.99.dev20260101": False,
+    "0.10.0": True,
+    "0.10.0rc1": True,
+    "0.10.2+local": True,
+    "0.12.0.1": True,
+    "0.13.0.dev20260801": True,
+    "1.0": True,
+}
+
+
+@pytest.mark.parametrize(("version", "supported"), VERSIONS.items())
+def test_versions_of_jax(version, supported):
+    if supported:
+        jaxmp._jax_internals.check_jax_version(version)
+        return
+    with pytest.raises(jaxmp.errors.UnsupportedJaxVersion, match=version):
+        jaxmp._jax_internals.check_jax_version(version)
+
+
+def test_invariant_11_an_old_jax_is_refused_with_both_versions_and_the_repair():
+    result = run("import jax; jax.__version__ = '0.4.30'\nimport jaxmp")
+    assert result.returncode != 0
+    *_, message = result.stderr.strip().splitlines()
+    assert message.startswith("jaxmp.errors.UnsupportedJaxVersion: ")
+    assert "JAX 0.4.30 is installed" in message
+    assert "JAX 0.10.0 or newer" in message
+    assert "pip install --upgrade 'jax>=0.10.0'" in message
+    assert "UnsupportedJaxVersion" not in run("import jaxmp").stderr
