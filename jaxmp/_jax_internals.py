@@ -1,6 +1,8 @@
-"""What depends on the installed JAX release; today only the oldest one supported."""
+"""What depends on the installed JAX release: its version, and the shape of jaxprs."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -21,3 +23,38 @@ def check_jax_version(version: str = jax.__version__) -> None:
 
 
 check_jax_version()
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """The jaxpr without its constants; from JAX 0.12 on, there is one class only."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def jaxpr_consts(jaxpr: Any) -> Sequence[Any]:
+    """The constants of a jaxpr, in the order of its `constvars`."""
+    return getattr(jaxpr, "consts", ())
+
+
+def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants and how many carries a scan has, from its parameters."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    raise UnsupportedJaxVersion(
+        f"JAX {jax.__version__} describes a scan by {sorted(params)}, which this "
+        "version of jaxmp cannot read. Update jaxmp, or install jax<0.13."
+    )
+
+
+def shard_map_arguments(params: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `jax.shard_map` that give these parameters."""
+    names = {"mesh", "in_specs", "out_specs", "check_vma", "newly_manual_axes"}
+    if set(params) - {"jaxpr"} != names:
+        raise UnsupportedJaxVersion(
+            f"JAX {jax.__version__} describes a shard_map by {sorted(params)}, which "
+            "this version of jaxmp cannot read. Update jaxmp, or install jax<0.13."
+        )
+    arguments = {name: params[name] for name in names - {"newly_manual_axes"}}
+    return {**arguments, "axis_names": set(params["newly_manual_axes"])}

@@ -31,6 +31,10 @@ class UnusedRule(JaxmpError, ValueError):
     """A rule matches no layer of the module it is applied to."""
 
 
+class MissingExample(JaxmpError, TypeError):
+    """A linen module was to be looked at without arguments to call it with."""
+
+
 class NotAModule(JaxmpError, TypeError):
     """Something else than an instance of a Flax module was given as one."""
 

@@ -1,0 +1,182 @@
+"""The arguments of a function: what is traced, what is static, what is written back."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxmp import _tree
+from jaxmp.errors import AutocastError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Stands where an array was taken out of the arguments."""
+
+
+_SLOT = _Slot()
+
+
+class Arguments:
+    """A call's arguments without their arrays: hashable, if what is in it is.
+
+    Attributes:
+      tree: structure of `(args, kwargs)`, with nnx modules as leaves.
+      statics: its leaves; arrays are replaced by a slot.
+      graph: structure of the nnx modules among the leaves, or None.
+      modules: these modules themselves, which take no part in equality.
+      version: of the registry of rules.
+    """
+
+    def __init__(self, tree, statics, graph, modules, num_state, version):
+        self.tree = tree
+        self.statics = tuple(statics)
+        self.graph = graph
+        self.modules = modules
+        self.num_state = num_state
+        self.version = version
+        # 1, 1.0 and True are equal, and give different programs.
+        types = tuple(map(type, self.statics))
+        self._key = (tree, self.statics, types, graph, num_state, version)
+
+    def __eq__(self, other):
+        return isinstance(other, Arguments) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
+
+    @property
+    def is_hashable(self) -> bool:
+        try:
+            hash(self)
+        except TypeError:
+            return False
+        return True
+
+    def trace(self, fn: Callable[..., Any], arrays: Sequence[Any]) -> tuple[Any, Any]:
+        """Traces `fn` to a jaxpr of the arrays, and gives its output's structure."""
+        trees = []
+
+        def flat(*arrays):
+            modules, state, arrays = self.merge(arrays)
+            filled = iter((*arrays, *()))
+            modules = iter(modules)
+            leaves = [
+                next(filled)
+                if leaf is _SLOT
+                else next(modules)
+                if leaf is _MODULE
+                else leaf
+                for leaf in self.statics
+            ]
+            args, kwargs = jax.tree.unflatten(self.tree, leaves)
+            outputs = fn(*args, **kwargs), state()
+            leaves, tree = jax.tree.flatten(outputs)
+            trees.append(tree)
+            return leaves
+
+        return jax.make_jaxpr(flat)(*arrays), trees[0]
+
+    def merge(self, arrays) -> tuple[list[Any], Callable[[], Any], Sequence[Any]]:
+        """Rebuilds the nnx modules; returns them, how to read their state, the rest."""
+        if self.graph is None:
+            return [], lambda: None, arrays
+        nnx = sys.modules["flax.nnx"]
+        graphdef, state_tree = self.graph
+        state = jax.tree.unflatten(state_tree, arrays[: self.num_state])
+        modules = nnx.merge(graphdef, state)
+        return modules, lambda: nnx.state(modules), arrays[self.num_state :]
+
+    def unflatten_outputs(self, tree: Any, leaves: Sequence[Any]) -> tuple[Any, Any]:
+        """The function's output, and the new state of its modules."""
+        return jax.tree.unflatten(tree, leaves)
+
+    def finish(self, outputs: tuple[Any, Any]) -> Any:
+        """Writes the new state into the modules and returns the function's output."""
+        output, state = outputs
+        if self.graph is not None:
+            sys.modules["flax.nnx"].update(self.modules, state)
+        return output
+
+
+_MODULE = _Slot()
+
+
+def flatten_arguments(
+    fn: Callable[..., Any], args: Any, kwargs: Any, version: int
+) -> tuple[Arguments, list[Any]]:
+    """Splits a call's arguments into arrays and the rest."""
+    nnx = sys.modules.get("flax.nnx")
+    is_leaf = None if nnx is None else functools.partial(_is_module, nnx)
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
+    modules = [] if is_leaf is None else [x for x in leaves if is_leaf(x)]
+    graph, state_leaves = None, []
+    if modules:
+        graphdef, state = nnx.split(modules)
+        state_leaves, state_tree = jax.tree.flatten(state)
+        graph = graphdef, state_tree
+    arrays, statics = [], []
+    for leaf in leaves:
+        if is_leaf is not None and is_leaf(leaf):
+            statics.append(_MODULE)
+        elif _tree.is_array(leaf):
+            arrays.append(leaf)
+            statics.append(_SLOT)
+        else:
+            _check_static(fn, leaf)
+            statics.append(leaf)
+    arguments = Arguments(tree, statics, graph, modules, len(state_leaves), version)
+    return arguments, [*state_leaves, *arrays]
+
+
+def _is_module(nnx: Any, x: Any) -> bool:
+    return isinstance(x, (nnx.Module, nnx.Rngs))
+
+
+def check_function(fn: Any) -> None:
+    """Refuses what would lose its state: nnx modules that are not arguments."""
+    if not callable(fn):
+        raise AutocastError(
+            f"autocast takes a function, not {fn!r}. Write autocast(fn, policy)."
+        )
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    for name, value in _closed_over(fn):
+        if isinstance(value, nnx.Module):
+            raise AutocastError(
+                f"{getattr(fn, '__name__', fn)!r} closes over {name!r}, an nnx "
+                f"{type(value).__name__}, and what it writes to it would be lost. "
+                "Pass the module as an argument: "
+                "autocast(lambda model, x: model(x))(model, x)."
+            )
+
+
+def _closed_over(fn: Any) -> list[tuple[str, Any]]:
+    found = []
+    if getattr(fn, "__self__", None) is not None:
+        found.append(("self", fn.__self__))
+    found.append(("itself", fn))
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return found
+    for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
+        try:
+            found.append((name, cell.cell_contents))
+        except ValueError:  # not filled yet
+            continue
+    scope = fn.__globals__
+    return found + [(name, scope[name]) for name in code.co_names if name in scope]
+
+
+def _check_static(fn: Any, leaf: Any) -> None:
+    linen = sys.modules.get("flax.linen")
+    if linen is not None and isinstance(leaf, linen.Module) and leaf.scope is not None:
+        raise AutocastError(
+            f"{getattr(fn, '__name__', fn)!r} is a method of the linen module "
+            f"{type(leaf).__name__}, or was given one that is bound. Put autocast "
+            "around apply: autocast(module.apply)(variables, x)."
+        )

@@ -1,0 +1,198 @@
+"""`autocast`: any JAX function in mixed precision, operation by operation.
+
+The function is traced to a jaxpr, the jaxpr is planned (`_plan`), and the plan is run
+(`_execute`). Nothing is patched and no mode is entered: what comes out is a function of
+the same arguments, to be jitted, differentiated and batched like the one that went in.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.casting import (
+    _registry,
+    rules as _call_rules,  # noqa: F401  registers the rules of calls
+)
+from jaxmp.casting._arguments import Arguments, check_function, flatten_arguments
+from jaxmp.casting._execute import Executor, cast
+from jaxmp.casting._plan import AUTOCAST_SCOPE, JaxprPlan, Planner, Settings
+from jaxmp.casting._rules import read_rules
+from jaxmp.casting._states import FLOAT32, castable_dtype, traced_state
+from jaxmp.errors import AutocastError, AutocastRuleError
+from jaxmp.policy import get_policy
+
+
+def autocast(
+    fn: Callable[..., Any] | None = None,
+    policy: Any = "mixed_bfloat16",
+    *,
+    rules: Sequence[Any] = (),
+    output_dtype: Any = None,
+    half_residuals: bool = True,
+) -> Callable[..., Any]:
+    """Makes a function compute its matmuls in half and its delicate parts in float32.
+
+    Matmuls and convolutions, forward and backward, take the compute dtype of the
+    policy; exponentials, logarithms, sums, norms, softmaxes and losses take float32 and
+    hand their results back in half; everything else follows its neighbours. Weights are
+    cast where they are used, and their gradients are float32. `explain` shows what was
+    decided, and why.
+
+    Args:
+      fn: a function of pytrees that can be jitted. Arrays are traced; Python numbers,
+        strings and other objects stay as they are. nnx modules among the arguments keep
+        their state: what the function writes to them is written back.
+      policy: what `get_policy` takes. Its compute dtype is used, and its
+        `matmul_precision`, which applies to the matmuls that stay in float32.
+      rules: `OpRule`s, by primitive, by path of scopes or modules, or by source
+        function; the first that matches an operation decides. `PolicyRule`s with
+        `path=` and `compute=` are taken too.
+      output_dtype: dtype of the floating outputs. None: those of `fn`.
+      half_residuals: keep only half-precision inputs of the float32 parts for the
+        backward pass, and compute these parts again there. They are elementwise and
+        reductions, so this saves memory and traffic; matmuls are never repeated.
+
+    Returns:
+      A function like `fn`, with the same outputs in the same dtypes. Without `fn`, a
+      decorator.
+
+    Raises:
+      AutocastError: for a function that cannot be traced.
+      AutocastRuleError: for a rule that cannot be read; when called, for one that
+        matches nothing.
+
+    References:
+      Micikevicius et al., "Mixed Precision Training", 2018,
+      https://arxiv.org/abs/1710.03740, section 3.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmp
+      >>> @jaxmp.autocast
+      ... def loss(w, x):
+      ...     return jnp.mean(jax.nn.log_softmax(x @ w))
+      >>> grads = jax.grad(loss)(jnp.ones((4, 2)), jnp.ones((3, 4)))
+      >>> grads.dtype
+      dtype('float32')
+    """
+    if fn is None:
+        return functools.partial(
+            autocast,
+            policy=policy,
+            rules=rules,
+            output_dtype=output_dtype,
+            half_residuals=half_residuals,
+        )
+    check_function(fn)
+    settings = read_settings(policy, rules, half_residuals)
+    if output_dtype is not None:
+        output_dtype = get_policy(output_dtype).output_dtype
+
+    def run(arguments: Arguments, arrays: Sequence[Any]) -> list[Any]:
+        jaxpr, out_tree = arguments.trace(fn, arrays)
+        plan, planner = plan_jaxpr(jaxpr, settings, output_dtype)
+        check_rules(planner)
+        with jax.named_scope(AUTOCAST_SCOPE):
+            args = [cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)]
+            outs = Executor(planner).run(plan, jaxpr.consts, args)
+            outs = [
+                x if aval is None else cast(x, aval)
+                for x, aval in zip(
+                    outs, out_dtypes(jaxpr, output_dtype), strict=True
+                )
+            ]
+        return arguments.unflatten_outputs(out_tree, outs)
+
+    jitted = jax.jit(run, static_argnums=0)
+
+    @functools.wraps(fn, updated=())
+    def autocasted(*args: Any, **kwargs: Any) -> Any:
+        arguments, arrays = flatten_arguments(fn, args, kwargs, _registry.version())
+        is_eager = not any(isinstance(x, jax.core.Tracer) for x in arrays)
+        if is_eager and arguments.is_hashable:
+            return arguments.finish(jitted(arguments, arrays))
+        return arguments.finish(run(arguments, arrays))
+
+    return autocasted
+
+
+def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function so that no autocast around it changes a dtype inside.
+
+    Args:
+      fn: a function that is called, directly or not, by one under `autocast`.
+
+    Returns:
+      The same function under a name scope that `autocast` leaves alone. Its floating
+      arguments arrive in the dtypes that they have without autocast.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> router = jaxmp.full_precision(lambda x, w: x @ w)
+      >>> f = jaxmp.autocast(lambda x, w: router(x, w))
+      >>> w = jnp.full((1, 1), 1.001)
+      >>> bool(f(w, w) == w @ w)
+      True
+    """
+    from jaxmp.casting._plan import FULL_PRECISION_SCOPE
+
+    @functools.wraps(fn, updated=())
+    def precise(*args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(FULL_PRECISION_SCOPE):
+            return fn(*args, **kwargs)
+
+    return precise
+
+
+def read_settings(policy: Any, rules: Sequence[Any], half_residuals: bool) -> Settings:
+    """Reads what a plan depends on from the arguments of `autocast`."""
+    policy = get_policy(policy)
+    dtype = jnp.dtype(policy.compute_dtype)
+    if dtype not in _tree.CASTABLE:
+        raise AutocastError(
+            f"autocast computes in bfloat16, float16 or float32, not in {dtype}, which "
+            f"the policy {str(policy)!r} names. Write autocast(fn, 'mixed_bfloat16')."
+        )
+    return Settings(dtype, policy.lax_precision, read_rules(rules), half_residuals)
+
+
+def plan_jaxpr(
+    jaxpr: Any, settings: Settings, output_dtype: Any = None
+) -> tuple[JaxprPlan, Planner]:
+    """Plans a whole traced function, whose inputs have the dtypes they came in."""
+    planner = Planner(settings)
+    in_states = [traced_state(v) for v in jaxpr.jaxpr.invars]
+    is_half = output_dtype is not None and jnp.dtype(output_dtype) in _tree.HALF
+    out_wants = [
+        is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars
+    ]
+    plan = planner.plan(jaxpr, in_states, out_wants, consts=jaxpr.consts)
+    return plan, planner
+
+
+def out_dtypes(jaxpr: Any, output_dtype: Any) -> list[np.dtype | None]:
+    """The dtypes that the outputs have; None for those that are no floats."""
+    dtypes = map(castable_dtype, jaxpr.jaxpr.outvars)
+    if output_dtype is None:
+        return list(dtypes)
+    return [None if dtype is None else jnp.dtype(output_dtype) for dtype in dtypes]
+
+
+def cast_input(x: Any, state: Any) -> Any:
+    """An input as the array that JAX takes it for."""
+    return x if state is None else jnp.asarray(x, state.dtype or FLOAT32)
+
+
+def check_rules(planner: Planner) -> None:
+    """Raises if a rule of the user's matched no operation."""
+    for rule in planner.settings.rules:
+        if not rule.allow_unused and rule not in planner.used_rules:
+            raise AutocastRuleError(
+                f"{rule} matches no operation. jaxmp.explain(fn, policy)(*args) lists "
+                "the primitives, paths and functions there are; allow_unused=True "
+                "permits it."
+            )

@@ -1,0 +1,181 @@
+"""Runs a plan: binds the equations again, in the dtypes that the plan gives them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import source_info_util
+
+from jaxmp._jax_internals import jaxpr_consts
+from jaxmp.casting import _registry
+from jaxmp.casting._islands import Island
+from jaxmp.casting._plan import EqnPlan, JaxprPlan, Planner
+from jaxmp.casting._states import FLOAT32, is_literal
+
+
+class Executor:
+    """Runs plans made by one planner.
+
+    Values are kept in the dtype of their state and cast where an equation reads them.
+    The cast is made for each reader anew: the cotangents of a float32 value are then
+    summed in float32, and XLA merges the casts.
+    """
+
+    def __init__(self, planner: Planner):
+        self.planner = planner
+
+    def run(
+        self, plan: JaxprPlan, consts: Sequence[Any], args: Sequence[Any]
+    ) -> list[Any]:
+        """Runs a plan.
+
+        Args:
+          plan: the plan of a jaxpr.
+          consts: values of the jaxpr's constants.
+          args: values of its inputs, in the dtypes of `plan.in_states`.
+
+        Returns:
+          The outputs, in the dtypes of `plan.out_states`.
+        """
+        env = _Values()
+        env.write(plan.jaxpr.constvars, consts)
+        env.write(plan.jaxpr.invars, args)
+        for step in plan.steps:
+            if isinstance(step, Island):
+                self.run_island(step, env)
+            else:
+                env.write(step.eqn.outvars, self.run_eqn(step, env))
+        return [
+            env.read(v, state and state.dtype)
+            for v, state in zip(plan.jaxpr.outvars, plan.out_states, strict=True)
+        ]
+
+    def closed(self, plan: JaxprPlan, consts: Sequence[Any]) -> Any:
+        """The jaxpr that running a plan gives, made once per plan."""
+        if "closed" not in plan.cache:
+            avals = [
+                v.aval if state is None else aval_at(v.aval, state.dtype)
+                for v, state in zip(plan.jaxpr.invars, plan.in_states, strict=True)
+            ]
+
+            def run(*args):
+                return self.run(plan, consts, args)
+
+            plan.cache["closed"] = jax.make_jaxpr(run)(*avals)
+        return plan.cache["closed"]
+
+    def run_eqn(self, plan: EqnPlan, env: "_Values") -> list[Any]:
+        """Binds one equation; its results have the dtypes of their states."""
+        outs = self.bind(plan, env)
+        return [
+            x if state is None else cast(x, state.dtype)
+            for x, state in zip(outs, plan.out_states, strict=True)
+        ]
+
+    def bind(self, plan: EqnPlan, env: "_Values") -> list[Any]:
+        """Binds one equation under its name, source line and context."""
+        eqn = plan.eqn
+        operands = [
+            env.read(v, dtype)
+            for v, dtype in zip(eqn.invars, plan.in_dtypes, strict=True)
+        ]
+        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        traceback = eqn.source_info.traceback
+        with (
+            source_info_util.user_context(traceback, name_stack=stack),
+            eqn.ctx.manager,
+        ):
+            if plan.call is not None:
+                rule = _registry.call_rule(eqn.primitive.name)
+                return list(rule.execute(plan, operands, self))
+            params = eqn.params if plan.params is None else plan.params
+            if _is_done_cast(eqn, operands):
+                return operands
+            bind_params = eqn.primitive.get_bind_params(params)
+            outs = eqn.primitive.bind(*operands, **bind_params)
+        return list(outs) if eqn.primitive.multiple_results else [outs]
+
+    def run_island(self, island: Island, env: "_Values") -> None:
+        """Runs the operations of an island as one function of its stored inputs."""
+
+        def run(*args):
+            inside = _Values()
+            inside.write(island.inputs, [_widen(x) for x in args])
+            for plan in island.members:
+                inside.write(plan.eqn.outvars, self.bind(plan, inside))
+            return [inside.read(v, dtype) for v, dtype in island.outputs]
+
+        if island.recompute:
+            run = jax.checkpoint(run)
+        outs = run(*(env.read(v, FLOAT32_IF_WIDE) for v in island.inputs))
+        for (v, dtype), value in zip(island.outputs, outs, strict=True):
+            env.write_at(v, dtype, value)
+
+
+class _Values:
+    """The values of a jaxpr's variables, some of them in two dtypes."""
+
+    def __init__(self):
+        self.stored: dict[Any, Any] = {}
+        self.narrow: dict[tuple[Any, np.dtype], Any] = {}
+
+    def write(self, variables, values) -> None:
+        self.stored.update(zip(variables, values, strict=True))
+
+    def write_at(self, v, dtype, value) -> None:
+        if dtype is None:
+            self.stored[v] = value
+        else:
+            self.narrow[v, dtype] = value
+            self.stored.setdefault(v, value)
+
+    def read(self, atom, dtype) -> Any:
+        if is_literal(atom):
+            return literal(atom, dtype)
+        if dtype is FLOAT32_IF_WIDE:
+            return self.stored[atom]
+        if (atom, dtype) in self.narrow:
+            return self.narrow[atom, dtype]
+        value = self.stored[atom]
+        return value if dtype is None else cast(value, dtype)
+
+
+FLOAT32_IF_WIDE = object()
+
+
+def literal(atom: Any, dtype: np.dtype | None) -> Any:
+    """The value of a literal, in another dtype if one is given."""
+    if dtype is None or atom.aval.dtype == dtype:
+        return atom.val
+    return np.asarray(atom.val).astype(dtype)
+
+
+def cast(x: Any, dtype: np.dtype) -> Any:
+    """Casts a floating value; one that has the dtype passes unchanged."""
+    if jnp.result_type(x) == dtype:
+        return x
+    return jax.lax.convert_element_type(x, dtype)
+
+
+def _widen(x: Any) -> Any:
+    is_half = jnp.result_type(x) in (jnp.float16, jnp.bfloat16)
+    return jax.lax.convert_element_type(x, FLOAT32) if is_half else x
+
+
+def _is_done_cast(eqn: Any, operands: Sequence[Any]) -> bool:
+    return (
+        eqn.primitive.name == "convert_element_type"
+        and jnp.result_type(operands[0]) == eqn.params["new_dtype"]
+    )
+
+
+def aval_at(aval: Any, dtype: np.dtype) -> Any:
+    """An abstract value in another dtype, strongly typed."""
+    return aval.update(dtype=dtype, weak_type=False)
+
+
+def consts_of(jaxpr: Any) -> Sequence[Any]:
+    """The constants of the body of a call."""
+    return jaxpr_consts(jaxpr)

@@ -1,0 +1,179 @@
+"""Groups float32 operations into islands, and puts everything into an order to run.
+
+An island is a set of float32 operations that hand values to each other. It is run as
+one function with half inputs and half outputs, so that one place decides what its
+gradient keeps: under `jax.checkpoint`, only the half inputs.
+
+Two operations belong to one island if they are connected by a float32 value and no path
+between them leaves the island. To know that without a search, every equation gets a
+stage, which grows along each path and grows strictly where it leaves an island: members
+that are connected and of the same stage form an island, and what would need them while
+they run is of a later stage.
+"""
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmp.casting import _registry
+from jaxmp.casting._states import FLOAT32, State, is_literal
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Island:
+    """Float32 operations that are run together.
+
+    Attributes:
+      members: plans of its equations, in order.
+      inputs: variables from outside.
+      outputs: variables with the dtypes in which others read them.
+      recompute: whether its gradient computes it again from its inputs.
+    """
+
+    members: list[Any]
+    inputs: tuple[Any, ...]
+    outputs: tuple[tuple[Any, np.dtype | None], ...]
+    recompute: bool
+
+
+def schedule(
+    plans: Sequence[Any],
+    jaxpr: Any,
+    out_states: Sequence[State | None],
+    recompute: bool,
+) -> list[Any]:
+    """Orders the plans of a jaxpr's equations, those of islands together.
+
+    Returns:
+      A list of equation plans and `Island`s.
+    """
+    if not any(plan.in_island for plan in plans):
+        return list(plans)
+    producer = {v: i for i, plan in enumerate(plans) for v in plan.eqn.outvars}
+    group = _groups(plans, producer)
+    reads = _reads(plans, jaxpr, out_states, group, producer)
+    members: dict[int, list[int]] = {}
+    for i, g in enumerate(group):
+        members.setdefault(g, []).append(i)
+    steps = []
+    for g in _order(plans, group, members, producer):
+        if not plans[g].in_island:
+            steps.append(plans[g])
+            continue
+        steps.append(_island([plans[i] for i in members[g]], reads, recompute))
+    return steps
+
+
+def _stored_dtype(plan, v) -> np.dtype | None:
+    state = plan.out_states[plan.eqn.outvars.index(v)]
+    return None if state is None else state.dtype
+
+
+def _groups(plans, producer) -> list[int]:
+    """The first equation of the group that each equation belongs to."""
+    stage = [0] * len(plans)
+    parent = list(range(len(plans)))
+
+    def find(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    last_effect = 0
+    for i, plan in enumerate(plans):
+        sources = _sources(plan, producer)
+        for j in sources:
+            leaves = plans[j].in_island and not plan.in_island
+            stage[i] = max(stage[i], stage[j] + leaves)
+        if plan.eqn.effects:
+            stage[i] = last_effect = max(stage[i], last_effect)
+        if plan.in_island:
+            for j in sources:
+                if plans[j].in_island and stage[j] == stage[i]:
+                    a, b = find(i), find(j)
+                    parent[max(a, b)] = min(a, b)
+    return [find(i) for i in range(len(plans))]
+
+
+def _sources(plan, producer) -> list[int]:
+    return [
+        producer[v] for v in plan.eqn.invars if not is_literal(v) and v in producer
+    ]
+
+
+def _reads(plans, jaxpr, out_states, group, producer) -> dict[Any, dict[Any, None]]:
+    """In which dtypes each value of an island is read from outside the island."""
+    reads: dict[Any, dict[Any, None]] = {}
+    for i, plan in enumerate(plans):
+        for v, dtype in zip(plan.eqn.invars, plan.in_dtypes, strict=True):
+            if is_literal(v) or v not in producer:
+                continue
+            source = producer[v]
+            if plans[source].in_island and group[source] != group[i]:
+                reads.setdefault(v, {})[dtype or _stored_dtype(plans[source], v)] = None
+    for v, state in zip(jaxpr.outvars, out_states, strict=True):
+        if not is_literal(v) and v in producer and plans[producer[v]].in_island:
+            reads.setdefault(v, {})[state and state.dtype] = None
+    return reads
+
+
+def _order(plans, group, members, producer) -> list[int]:
+    """Groups in an order that has every producer first, near the traced order."""
+    waits: dict[int, set[int]] = {g: set() for g in members}
+    readers: dict[int, list[int]] = {g: [] for g in members}
+    last_effect = None
+    for i, plan in enumerate(plans):
+        needs = {group[j] for j in _sources(plan, producer)}
+        if plan.eqn.effects:
+            needs |= set() if last_effect is None else {last_effect}
+            last_effect = group[i]
+        for need in needs - {group[i]} - waits[group[i]]:
+            waits[group[i]].add(need)
+            readers[need].append(group[i])
+    ready = [(members[g][-1], g) for g in members if not waits[g]]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, g = heapq.heappop(ready)
+        order.append(g)
+        for reader in readers[g]:
+            waits[reader].discard(g)
+            if not waits[reader]:
+                heapq.heappush(ready, (members[reader][-1], reader))
+    return order
+
+
+def _island(members, reads, recompute) -> Island:
+    made = {v for plan in members for v in plan.eqn.outvars}
+    inputs = dict.fromkeys(
+        v
+        for plan in members
+        for v in plan.eqn.invars
+        if not is_literal(v) and v not in made
+    )
+    outputs = tuple((v, dtype) for v in made_in_order(members) for dtype in _of(reads, v))
+    is_nonlinear = any(_is_nonlinear(plan) for plan in members)
+    return Island(members, tuple(inputs), outputs, recompute and is_nonlinear)
+
+
+def made_in_order(members: Sequence[Any]) -> list[Any]:
+    """The results of equations, in order."""
+    return [v for plan in members for v in plan.eqn.outvars]
+
+
+def _of(reads, v) -> list[Any]:
+    # Both dtypes None and float32 are the float32 value itself.
+    dtypes = dict.fromkeys(None if d == FLOAT32 else d for d in reads.get(v, {}))
+    return list(dtypes)
+
+
+def _is_nonlinear(plan) -> bool:
+    name = plan.eqn.primitive.name
+    if name in _registry.LINEAR:
+        return False
+    if name in ("mul", "div"):
+        return not any(is_literal(v) for v in plan.eqn.invars)
+    return True

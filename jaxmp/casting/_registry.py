@@ -1,0 +1,122 @@
+"""What autocast knows about primitives: the op lists, and what users added to them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxmp.casting._op_lists import (
+    CLASS_OF,
+    UNKNOWN,
+    Entry,
+    OpClass,
+    layout_primitives,
+    linear_primitives,
+)
+from jaxmp.errors import RuleAlreadyRegistered
+
+LAYOUT = layout_primitives()
+LINEAR = linear_primitives()
+
+# Costly or not repeatable: never computed again to save memory.
+_NOT_REPEATED = frozenset(
+    "psum psum_invariant reduce_scatter unreduced_psum unreduced_reduce_scatter "
+    "all_gather all_gather_invariant all_to_all ppermute pmax pmin pbroadcast sort "
+    "top_k approx_top_k name optimization_barrier random_gamma".split()
+)
+_CHEAP_UNTOUCHED = frozenset(("iota", "convert_element_type"))
+
+ParamsAt = Callable[[dict[str, Any], np.dtype], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """A rule that a user added."""
+
+    entry: Entry
+    params_at: ParamsAt | None
+
+
+_registered: dict[str, Registered] = {}
+_call_rules: dict[str, Any] = {}
+
+
+def register_rule(
+    primitive: Any,
+    op_class: str,
+    *,
+    reason: str = "registered by the user",
+    params_at: ParamsAt | None = None,
+) -> None:
+    """Gives a primitive that autocast does not know a class.
+
+    Args:
+      primitive: a `jax.extend.core.Primitive`, or its name.
+      op_class: `"compute"` (half operands and results), `"full"` (float32),
+        `"follow"` (as its operands) or `"untouched"`.
+      reason: shown by `explain`.
+      params_at: `params_at(params, dtype) -> params`, for a primitive with parameters
+        that name a dtype, such as `preferred_element_type`. Called when the primitive
+        is bound in a half dtype.
+
+    Raises:
+      RuleAlreadyRegistered: if the primitive has a class, built in or registered. To
+        decide otherwise for one call, use `autocast(..., rules=[OpRule(...)])`.
+
+    Example:
+      >>> import jaxmp
+      >>> jaxmp.register_rule("my_library_matmul", "compute")
+    """
+    name = primitive if isinstance(primitive, str) else primitive.name
+    if name in _registered or name in CLASS_OF or name in _call_rules:
+        raise RuleAlreadyRegistered(
+            f"The primitive {name!r} already has the class "
+            f"{entry(name).op_class.value!r}. To decide otherwise in one place, write "
+            f"autocast(fn, rules=[OpRule(primitive={name!r}, compute=...)])."
+        )
+    new = Entry(OpClass(op_class), (name,), reason)
+    _registered[name] = Registered(new, params_at)
+
+
+def version() -> int:
+    """Changes whenever a rule is registered; part of the key of cached plans."""
+    return len(_registered)
+
+
+def entry(name: str) -> Entry:
+    """The class of a primitive, and why."""
+    if name in _registered:
+        return _registered[name].entry
+    return CLASS_OF.get(name, UNKNOWN)
+
+
+def is_cheap(name: str) -> bool:
+    """Tells whether a primitive may be computed again to save memory."""
+    known = entry(name).op_class in (OpClass.FULL, OpClass.FOLLOW)
+    return (known and name not in _NOT_REPEATED) or name in _CHEAP_UNTOUCHED
+
+
+def params_at(
+    name: str, params: dict[str, Any], dtype: np.dtype
+) -> dict[str, Any] | None:
+    """The parameters of a primitive bound in another dtype; None if they are the same."""
+    if name in _registered:
+        rewrite = _registered[name].params_at
+        return None if rewrite is None else rewrite(dict(params), dtype)
+    if "preferred_element_type" in params:
+        return {**params, "preferred_element_type": dtype}
+    if name == "convert_element_type":
+        return {**params, "new_dtype": dtype}
+    return None
+
+
+def add_call_rule(rule: Any) -> None:
+    """Adds the rule for a primitive that holds jaxprs."""
+    for name in rule.primitives:
+        _call_rules[name] = rule
+
+
+def call_rule(name: str) -> Any:
+    """The rule for a primitive that holds jaxprs, or None."""
+    return _call_rules.get(name)

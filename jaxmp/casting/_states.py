@@ -1,0 +1,86 @@
+"""What a plan knows about a value: its dtype, and where that dtype came from."""
+
+import enum
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp import _tree
+
+FLOAT32 = jnp.dtype(jnp.float32)
+FLOAT16 = jnp.dtype(jnp.float16)
+
+
+class Kind(enum.Enum):
+    """Where the dtype of a value came from."""
+
+    NEUTRAL = "neutral"
+    """float32 from outside: a parameter, an input, a constant, a random draw. It is
+    cast where it is used, as often as it is used, so that its gradient is summed in
+    float32."""
+    LOW = "low"
+    """The compute dtype, or a half dtype that the program was written with."""
+    GRADIENT = "gradient"
+    """Low, and made by a backward pass inside the function."""
+    FULL = "full"
+    """Result of a float32 island; handed back in half where half is wanted."""
+    PINNED = "pinned"
+    """float32 because the program asks for it; stays so in what follows."""
+
+
+class State(NamedTuple):
+    """Kind and dtype of a floating value; other values have the state None."""
+
+    kind: Kind
+    dtype: np.dtype
+
+    @property
+    def is_low(self) -> bool:
+        return self.kind in (Kind.LOW, Kind.GRADIENT)
+
+
+NEUTRAL = State(Kind.NEUTRAL, FLOAT32)
+FULL = State(Kind.FULL, FLOAT32)
+PINNED = State(Kind.PINNED, FLOAT32)
+
+
+def low(dtype: np.dtype) -> State:
+    """The state of a value that is in a half dtype."""
+    return State(Kind.LOW, dtype)
+
+
+def castable_dtype(atom: Any) -> np.dtype | None:
+    """The dtype of a float16, bfloat16 or float32 value; None for all others."""
+    dtype = getattr(atom.aval, "dtype", None)
+    return dtype if dtype in _tree.CASTABLE else None
+
+
+def traced_state(atom: Any) -> State | None:
+    """The state of a value in the dtype it was traced with."""
+    dtype = castable_dtype(atom)
+    if dtype is None:
+        return None
+    return low(dtype) if dtype in _tree.HALF else NEUTRAL
+
+
+def is_literal(atom: Any) -> bool:
+    """True for a constant that is written into an equation."""
+    return isinstance(atom, jax.extend.core.Literal)
+
+
+def join(states: Iterable[State | None], wanted: bool) -> State | None:
+    """The one state that the branches of a conditional agree on for an output."""
+    known = [s for s in states if s is not None]
+    if not known:
+        return None
+    kinds = {s.kind for s in known}
+    lows = {s.dtype for s in known if s.is_low}
+    if len(lows) > 1 or Kind.PINNED in kinds:
+        return PINNED
+    if lows and (len(lows) == len(kinds) or wanted):
+        return next(s for s in known if s.is_low)
+    return FULL if Kind.FULL in kinds or lows else NEUTRAL

@@ -1,0 +1,120 @@
+"""What the rules of calls have in common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmp._jax_internals import jaxpr_consts, open_jaxpr
+from jaxmp.casting._op_lists import OpClass
+from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan, Planner
+from jaxmp.casting._states import NEUTRAL, Kind, State, castable_dtype
+
+
+class CallRule:
+    """Plans and runs one kind of primitive that holds jaxprs.
+
+    Attributes:
+      primitives: names of the primitives.
+      is_composite: whether a call without a matmul in it may be bound whole.
+      is_loop: whether its body runs more than once.
+    """
+
+    primitives: tuple[str, ...] = ()
+    is_composite = True
+    is_loop = False
+
+    def bodies(self, eqn: Any) -> list[Any]:
+        """The jaxprs that the equation holds."""
+        raise NotImplementedError
+
+    def wants(
+        self, eqn: Any, results: Sequence[bool], planner: Planner, context: Context
+    ) -> Sequence[bool]:
+        """Which operands are wanted low, given which results are."""
+        raise NotImplementedError
+
+    def plan(
+        self,
+        eqn: Any,
+        states: Sequence[State | None],
+        wants: Sequence[bool],
+        planner: Planner,
+        context: Context,
+    ) -> EqnPlan:
+        """Plans the bodies, and so the equation."""
+        raise NotImplementedError
+
+    def execute(self, plan: EqnPlan, operands: Sequence[Any], executor: Any) -> Any:
+        """Binds the equation with its planned bodies."""
+        raise NotImplementedError
+
+
+class SingleBodyRule(CallRule):
+    """A call of one body, with the same operands and results as the body."""
+
+    body_name = "jaxpr"
+
+    def bodies(self, eqn: Any) -> list[Any]:
+        return [eqn.params[self.body_name]]
+
+    def wants(self, eqn, results, planner, context):
+        return planner.wants(self.bodies(eqn)[0], results, context)
+
+    def plan(self, eqn, states, wants, planner, context) -> EqnPlan:
+        body = self.bodies(eqn)[0]
+        in_wants = planner.wants(body, wants, context)
+        states = [
+            fed(s, want, planner) for s, want in zip(states, in_wants, strict=True)
+        ]
+        plan = planner.plan(body, states, wants, context, jaxpr_consts(body))
+        return call_plan(eqn, plan.in_states, plan.out_states, plan)
+
+    def consts(self, plan: EqnPlan) -> Sequence[Any]:
+        """The constants of the body."""
+        return jaxpr_consts(self.bodies(plan.eqn)[0])
+
+
+def fed(state: State | None, want: bool, planner: Planner) -> State | None:
+    """The state in which a value enters a body.
+
+    The result of a float32 island enters in half where the body wants half.
+    """
+    if state is None or state.kind is not Kind.FULL:
+        return state
+    return planner.low if want else NEUTRAL
+
+
+def call_plan(
+    eqn: Any,
+    in_states: Sequence[State | None],
+    out_states: Sequence[State | None],
+    call: Any,
+) -> EqnPlan:
+    """The plan of a call, from the states of what goes in and comes out."""
+    dtypes = tuple(None if s is None else s.dtype for s in in_states)
+    return EqnPlan(
+        eqn, OpClass.FOLLOW, "a call, planned inside", dtypes, tuple(out_states),
+        call=call,
+    )  # fmt: skip
+
+
+def with_outputs(plan: JaxprPlan, states: Sequence[State | None]) -> JaxprPlan:
+    """The same plan with outputs cast to other dtypes; the caller knows they differ."""
+    if tuple(states) == plan.out_states:
+        return plan
+    from jaxmp.casting._islands import schedule
+
+    recompute = any(getattr(step, "recompute", False) for step in plan.steps)
+    steps = schedule(plan.eqns, plan.jaxpr, states, recompute)
+    return JaxprPlan(plan.jaxpr, plan.in_states, tuple(states), plan.eqns, steps)
+
+
+def float_dtype(atom: Any) -> np.dtype | None:
+    """The dtype of a castable value, else None."""
+    return castable_dtype(atom)
+
+
+def body_of(jaxpr: Any) -> Any:
+    """A jaxpr without its constants."""
+    return open_jaxpr(jaxpr)

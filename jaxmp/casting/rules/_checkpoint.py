@@ -1,0 +1,20 @@
+"""`jax.checkpoint`: the region, its policy and `prevent_cse` stay.
+
+What enters the region is saved as it enters, so the casts of float32 values to half are
+inside the region, and those of islands' results outside of it.
+"""
+
+from jaxmp._jax_internals import open_jaxpr
+from jaxmp.casting.rules._call import SingleBodyRule
+
+
+class CheckpointRule(SingleBodyRule):
+    """Binds the same region with another body."""
+
+    primitives = ("remat2", "checkpoint", "remat")
+    is_composite = False
+
+    def execute(self, plan, operands, executor):
+        closed = executor.closed(plan.call, ())
+        params = {**plan.eqn.params, self.body_name: open_jaxpr(closed)}
+        return plan.eqn.primitive.bind(*operands, **params)
