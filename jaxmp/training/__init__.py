@@ -1,6 +1,26 @@
-"""`TrainState` and the policy beside a checkpoint. Imports Flax."""
+"""`TrainState` and checkpoints. Imports Flax, and Orbax for `Checkpoints` only."""
+
+from typing import TYPE_CHECKING, Any
 
 from jaxmp.training._checkpoint_policy import check_checkpoint_policy, convert_like
 from jaxmp.training._train_state import TrainState, restore
 
-__all__ = ["TrainState", "restore", "check_checkpoint_policy", "convert_like"]
+if TYPE_CHECKING:
+    from jaxmp.training._orbax import Checkpoints
+
+__all__ = [
+    "TrainState",
+    "restore",
+    "Checkpoints",
+    "check_checkpoint_policy",
+    "convert_like",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Orbax is an extra, and takes as long to import as JAX.
+    if name == "Checkpoints":
+        from jaxmp.training._orbax import Checkpoints
+
+        return Checkpoints
+    raise AttributeError(f"module 'jaxmp.training' has no attribute {name!r}")
