@@ -127,7 +127,10 @@ def all_finite(tree: PyTree) -> jax.Array:
         if is_inexact(x) or isinstance(x, (float, complex))
     ]
     nonfinite = [(~jnp.isfinite(x)).astype(jnp.float32).sum() for x in leaves]
-    return functools.reduce(operator.add, nonfinite, jnp.float32(0)) == 0
+    count = functools.reduce(operator.add, nonfinite, jnp.float32(0))
+    # XLA repeats a cheap sum of scalars in every fusion that reads it, on the CPU in one
+    # per leaf; a square root it computes once.
+    return jnp.sqrt(count) == 0
 
 
 def select(pred: jax.Array, on_true: T, on_false: T) -> T:
