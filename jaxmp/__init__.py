@@ -10,7 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxmp import _jax_internals as _jax_internals
-from jaxmp import errors, loss_scale, optimizers, policy
+from jaxmp import casting, errors, loss_scale, optimizers, policy
+from jaxmp.casting import autocast, full_precision, register_rule
 from jaxmp.loss_scale import (
     DynamicLossScale,
     LossScale,
@@ -74,6 +75,10 @@ __all__ = [
     "head_in_float32",
     "describe",
     "cast_for_eval",
+    # autocast
+    "autocast",
+    "full_precision",
+    "register_rule",
     # gradients
     "value_and_grad",
     "grad",
@@ -105,6 +110,7 @@ __all__ = [
     # training
     "TrainState",
     # modules
+    "casting",
     "errors",
     "loss_scale",
     "optimizers",

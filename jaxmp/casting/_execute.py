@@ -77,16 +77,16 @@ class Executor:
     def bind(self, plan: EqnPlan, env: "_Values") -> list[Any]:
         """Binds one equation under its name, source line and context."""
         eqn = plan.eqn
-        operands = [
-            env.read(v, dtype)
-            for v, dtype in zip(eqn.invars, plan.in_dtypes, strict=True)
-        ]
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
         traceback = eqn.source_info.traceback
         with (
             source_info_util.user_context(traceback, name_stack=stack),
             eqn.ctx.manager,
         ):
+            operands = [
+                env.read(v, dtype)
+                for v, dtype in zip(eqn.invars, plan.in_dtypes, strict=True)
+            ]
             if plan.call is not None:
                 rule = _registry.call_rule(eqn.primitive.name)
                 return list(rule.execute(plan, operands, self))

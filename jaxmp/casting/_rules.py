@@ -115,7 +115,11 @@ def matches(rule: OpRule, primitive: str, scopes: tuple[str, ...], eqn: Any) -> 
     if rule.function is not None:
         traceback = eqn.source_info.traceback
         frames = traceback.frames if traceback is not None else ()
-        return any(re.fullmatch(rule.function, f.function_name) for f in frames)
+        return any(
+            re.fullmatch(rule.function, name)
+            for frame in frames
+            for name in (frame.function_name, frame.function_name.split(".")[-1])
+        )
     return True
 
 
