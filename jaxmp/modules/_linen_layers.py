@@ -115,6 +115,16 @@ def _dot_product_attention(query, key, value, *, dtype, precision=None, **kwargs
     return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
 
 
+def authors_dtype(module: nn.Module, dtypes: LayerDtypes) -> Any:
+    """Returns the `dtype` of a layer's author if it is to be kept, else None."""
+    is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
+    if not is_own or not hasattr(module, "dtype") or is_transparent(module):
+        return None
+    settings = _settings(module, "__call__", dtypes)
+    is_kept = _is_authors_choice(module, settings, dtypes)
+    return module.dtype if is_kept else None
+
+
 def _is_authors_choice(
     module: nn.Module, settings: dict[str, Any], dtypes: LayerDtypes
 ) -> bool:

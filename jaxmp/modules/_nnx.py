@@ -52,7 +52,7 @@ def apply_to_nnx(module: M, application: Application) -> M:
     used = [dtypes.rule for _, dtypes in layers.values() if dtypes.rule is not None]
     check_all_used(application.rules, used, layers)
     for path, (layer, dtypes) in layers.items():
-        _apply_to_layer(layer, dtypes, is_root=path == "")
+        _apply_to_layer(layer, dtypes, application if path == "" else None)
     return new
 
 
@@ -86,7 +86,11 @@ def own_parameters(layer: nnx.Module) -> dict[str, list[nnx.Param]]:
     return found
 
 
-def _apply_to_layer(layer: Any, dtypes: LayerDtypes, *, is_root: bool) -> None:
+def _apply_to_layer(
+    layer: Any, dtypes: LayerDtypes, application: Application | None
+) -> None:
+    """Applies dtypes to one layer; `application` is given for the outermost one."""
+    is_root = application is not None
     cls = original_class(type(layer))
     object.__setattr__(layer, "__class__", cls)
     undo_settings(layer)
@@ -103,9 +107,10 @@ def _apply_to_layer(layer: Any, dtypes: LayerDtypes, *, is_root: bool) -> None:
             setattr(layer, name, value)
         border = Border(None, None, dtypes.output)
         is_attention = isinstance(layer, nnx.MultiHeadAttention)
-        if natural_output(layer, settings) == dtypes.output and not is_attention:
+        is_natural = natural_output(layer, settings) == dtypes.output
+        if is_natural and not is_attention and not is_root:
             return
-    object.__setattr__(layer, "__class__", with_border(cls, border))
+    object.__setattr__(layer, "__class__", with_border(cls, border, application))
 
 
 def _store_parameters(layer: nnx.Module, dtype: np.dtype) -> None:

@@ -31,8 +31,11 @@ def original_class(cls: type) -> type:
 
 
 @functools.lru_cache(maxsize=4096)
-def with_border(cls: type, border: Border) -> type:
-    """The subclass of a class whose methods cast; equal borders share it."""
+def with_border(cls: type, border: Border, application: Any) -> type:
+    """The subclass of a class whose methods cast; equal borders share it.
+
+    `application` is what was applied to the module, if it is the outermost one.
+    """
     methods = {name: _casting(method, border) for name, method in _methods(cls).items()}
     names = ("__module__", "__qualname__", "__doc__")
     return type(cls)(
@@ -42,6 +45,7 @@ def with_border(cls: type, border: Border) -> type:
             **methods,
             **{name: getattr(cls, name) for name in names},
             "_original_class": cls,
+            "_application": application,
         },
     )
 
@@ -98,8 +102,10 @@ def _call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    carry: tuple[Any, ...] = ()
     is_cell = isinstance(layer, nnx.RNNCellBase) and len(args) > 1
-    carry, args = (args[:1], args[1:]) if is_cell else ((), args)
+    if is_cell:
+        carry, args = args[:1], args[1:]
     if border.inputs is not None:
         args, kwargs = _tree.cast_floating((args, kwargs), border.inputs)
     output = method(*carry, *args, **kwargs)
@@ -125,7 +131,7 @@ def _entered(layer: nnx.Module) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _cast_variables(layer: nnx.Module, border: Border) -> Iterator[None]:
+def _cast_variables(layer: Any, border: Border) -> Iterator[None]:
     """Replaces parameters by cast ones, and a cache by one that is written back."""
     caches: list[tuple[nnx.Variable, nnx.Variable]] = []
 

@@ -80,7 +80,7 @@ class _Promotion:
     author_dtype: Any
     promotes: str
 
-    def __call__(self, args, /, *, dtype=None, **kwargs):
+    def __call__(self, args: Any, /, *, dtype: Any = None, **kwargs: Any) -> Any:
         if self.promotes == "float32":
             dtype = jnp.promote_types(dtype, jnp.float32)
         if self.promotes == "table" and len(args) == 1:

@@ -1,0 +1,270 @@
+"""`describe`: what every layer stores, computes and returns, and which rule decided."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from jaxmp import _tree
+from jaxmp.errors import MissingExample
+from jaxmp.modules._layers import Application, LayerDtypes
+from jaxmp.modules._linen import (
+    Visit,
+    application_of,
+    apply_to_linen,
+    original_class,
+    watch,
+)
+from jaxmp.modules._linen_layers import authors_dtype, is_transparent
+from jaxmp.modules._nnx import apply_to_nnx, layers_of, own_parameters
+from jaxmp.modules._nnx_settings import is_transparent as is_transparent_in_nnx
+from jaxmp.modules._nnx_settings import settings_for
+from jaxmp.modules._variables import layer_dtypes_of_variables
+from jaxmp.policy import PolicyRule, default_rules, get_policy
+from jaxmp.policy._rules import check_rules
+
+
+class Row(NamedTuple):
+    """One layer; dtypes are names, several are joined by commas."""
+
+    path: str
+    type: str
+    stored: str
+    computes: str
+    returns: str
+    rule: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The layers of a module under a policy; `str` of it is a table.
+
+    Attributes:
+      title: the policy, and the one that it replaces.
+      rows: one `Row` for every layer.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        rows = [Row(*(field.upper() for field in Row._fields)), *_folded(self.rows)]
+        widths = [
+            max(len(cell) for cell in column) for column in zip(*rows, strict=True)
+        ]
+        lines = [
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            )
+            for row in rows
+        ]
+        return "\n".join([self.title, "", *(line.rstrip() for line in lines)])
+
+
+def describe(
+    module: Any, policy: Any, *example_args: Any, rules: Any = default_rules
+) -> Description:
+    """Lists what every layer of a module stores, computes in and returns.
+
+    Args:
+      module: a linen module, an nnx module, or variables. Of variables nothing but the
+        paths is known: rules by path apply, and norms are told by their `scale`.
+      policy: what `get_policy` takes.
+      *example_args: for a linen module, arguments of its call: arrays or
+        `jax.ShapeDtypeStruct`s. Nothing is computed.
+      rules: as for `apply_policy`.
+
+    Returns:
+      A `Description`: `print` it for a table, in which repeated blocks share a line, or
+      read its `rows`.
+
+    Raises:
+      MissingExample: for a linen module without example arguments.
+      PolicyError: for a policy that cannot be read.
+      InvalidRule: for rules that are none.
+      UnusedRule: for a rule that matches no layer.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, jaxmp
+      >>> model = nn.Sequential([nn.Dense(8), nn.LayerNorm()])
+      >>> print(jaxmp.describe(model, "mixed_bfloat16", jnp.ones((1, 4))))
+      policy p=full,c=bf16,o=full
+      <BLANKLINE>
+      PATH      TYPE        STORED   COMPUTES  RETURNS   RULE
+                Sequential           bfloat16  float32   policy
+      layers_0  Dense       float32  bfloat16  bfloat16  policy
+      layers_1  LayerNorm   float32  float32   bfloat16  kind='norm'
+    """
+    application = Application(get_policy(policy), check_rules(rules))
+    if isinstance(module, nn.Module):
+        rows = _rows_of_linen(module, application, example_args)
+        replaced = application_of(module)
+    elif isinstance(module, nnx.Module):
+        rows = _rows_of_nnx(module, application)
+        replaced = getattr(type(module), "_application", None)
+    else:
+        rows, replaced = _rows_of_variables(module, application), None
+    title = f"policy {application.policy}"
+    if replaced is not None:
+        title += f", in place of {replaced.policy}"
+    return Description(title, tuple(rows))
+
+
+def _rows_of_linen(
+    module: nn.Module, application: Application, example_args: tuple[Any, ...]
+) -> list[Row]:
+    if not example_args:
+        raise MissingExample(
+            f"The layers of a linen module are not known before it is called, and "
+            f"describe() of {type(module).__name__} was given no example. Pass the "
+            "arguments of its call: describe(model, policy, jnp.zeros((1, 28, 28)))."
+        )
+    policied = apply_to_linen(module, application)
+    visits: list[Visit] = []
+    with watch(visits.append):
+        key = jax.random.key(0)
+        rngs = {"params": key, "dropout": key}
+        variables = jax.eval_shape(
+            lambda args: policied.init(rngs, *args), example_args
+        )
+    stored = _stored(variables.get("params", {}))
+    rows: dict[tuple[str, str], Row] = {}
+    for visit in visits:
+        name = _class_name(type(visit.module))
+        returns = _dtypes_in(visit.output)
+        if (visit.path, name) in rows:
+            before = rows[visit.path, name].returns
+            returns = _joined({*before.split(", "), *returns.split(", ")})
+        rows[visit.path, name] = _row(
+            visit.path,
+            name,
+            stored.get(visit.path, ""),
+            visit.dtypes,
+            returns=returns,
+            author=authors_dtype(visit.module, visit.dtypes),
+            is_applied=visit.path == "" or not is_transparent(visit.module),
+        )
+    return _outer_first(rows.values())
+
+
+def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
+    policied = apply_to_nnx(module, application)
+    rows = []
+    for path, (layer, dtypes) in layers_of(policied, application).items():
+        parameters = own_parameters(layer).values()
+        stored = _joined({str(p.dtype) for found in parameters for p in found})
+        has_own = getattr(layer, "dtype", None)
+        author = None
+        if hasattr(layer, "promote_dtype") and settings_for(layer, dtypes) is None:
+            author = has_own
+        is_applied = path == "" or not is_transparent_in_nnx(type(layer))
+        returns = str(author or dtypes.output) if is_applied else "as given"
+        rows.append(
+            _row(
+                path,
+                type(layer).__name__,
+                stored,
+                dtypes,
+                returns=returns,
+                author=author,
+                is_applied=is_applied,
+            )
+        )
+    return sorted(rows, key=_natural_order)
+
+
+def _rows_of_variables(variables: Any, application: Application) -> list[Row]:
+    return [
+        _row(path, "", str(dtypes.params), dtypes, returns=str(dtypes.output))
+        for path, dtypes in layer_dtypes_of_variables(variables, application).items()
+    ]
+
+
+def _row(
+    path: str,
+    name: str,
+    stored: str,
+    dtypes: LayerDtypes,
+    *,
+    returns: str,
+    author: Any = None,
+    is_applied: bool = True,
+) -> Row:
+    if author is not None:
+        return Row(
+            path, name, stored, str(jnp.dtype(author)), returns, "author's dtype"
+        )
+    computes = str(dtypes.compute) if is_applied else "as given"
+    return Row(path, name, stored, computes, returns, _rule_text(dtypes.rule))
+
+
+def _rule_text(rule: PolicyRule | None) -> str:
+    if rule is None:
+        return "policy"
+    text = str(rule).removeprefix("PolicyRule(").removesuffix(")")
+    return re.split(r", (?=params=|compute=|output=)", text)[0]
+
+
+def _class_name(cls: type[nn.Module]) -> str:
+    """The name of the class before nn.remat, nn.jit and their like renamed it."""
+    for base in original_class(cls).__mro__:
+        if base.__module__ != "flax.linen.transforms":
+            return base.__name__
+    return cls.__name__
+
+
+def _stored(params: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, set[str]] = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        for array in jax.tree.leaves(leaf):
+            found.setdefault("/".join(path[:-1]), set()).add(str(array.dtype))
+    return {path: _joined(names) for path, names in found.items()}
+
+
+def _dtypes_in(output: Any) -> str:
+    return _joined({str(x.dtype) for x in jax.tree.leaves(output) if _tree.is_array(x)})
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ", ".join(sorted(name for name in names if name))
+
+
+def _outer_first(rows: Iterable[Row]) -> list[Row]:
+    """Orders layers as they were entered; a call ends after those inside of it."""
+    rows = list(rows)
+    first: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        parts = row.path.split("/") if row.path else []
+        for depth in range(len(parts) + 1):
+            first.setdefault("/".join(parts[:depth]), i)
+    return sorted(rows, key=lambda row: _order(row.path, first))
+
+
+def _order(path: str, first: dict[str, int]) -> list[int]:
+    parts = path.split("/") if path else []
+    return [first["/".join(parts[:depth])] for depth in range(len(parts) + 1)]
+
+
+def _natural_order(row: Row) -> list[Any]:
+    """Orders paths as a person would: blocks_2 comes before blocks_10."""
+    parts = re.split(r"(\d+)", row.path.replace("/", " "))
+    return [int(part) if part.isdigit() else part for part in parts]
+
+
+def _folded(rows: tuple[Row, ...]) -> list[Row]:
+    """Gives blocks that are equal but for their number one line each row."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        pattern = re.sub(r"_\d+(?=/|$)", "_*", row.path)
+        groups.setdefault((pattern, *row[1:]), []).append(row)
+    return [
+        group[0]._replace(path=f"{pattern} ({len(group)} times)")
+        if len(group) > 1
+        else group[0]
+        for (pattern, *_), group in groups.items()
+    ]

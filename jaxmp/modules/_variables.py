@@ -1,0 +1,148 @@
+"""Variables without their module: what is known of them, and casts of whole trees."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from jaxmp import _tree
+from jaxmp.modules._apply import apply_policy
+from jaxmp.modules._layers import Application, LayerDtypes
+from jaxmp.policy import Policy, default_rules, get_policy
+from jaxmp.policy._rules import check_rules, first_match
+
+T = TypeVar("T")
+
+
+def layer_dtypes_of_variables(
+    variables: Mapping[str, Any], application: Application
+) -> dict[str, LayerDtypes]:
+    """Finds the dtypes of layers that nothing but parameters are known of.
+
+    Rules by path apply. A layer whose parameters are a `scale`, with or without a
+    `bias`, is a norm: no other layer of Flax has a parameter of that name.
+    """
+    policy, rules = application
+    params = variables.get("params", variables)
+    found: dict[str, set[str]] = {}
+    for path in traverse_util.flatten_dict(params):
+        found.setdefault(_layer(path), set()).add(str(path[-1]))
+    layers = {}
+    for path, names in found.items():
+        is_norm = "scale" in names and names <= {"scale", "bias"}
+        rule = first_match(rules, path, None, "norm" if is_norm else None)
+        layers[path] = LayerDtypes(
+            params=(rule and rule.params) or policy.param_dtype,
+            compute=(rule and rule.compute) or policy.compute_dtype,
+            output=(rule and rule.output) or policy.compute_dtype,
+            rule=rule,
+        )
+    return layers
+
+
+def cast_for_eval(
+    module_or_variables: T, policy: Any, *, rules: Any = default_rules
+) -> T:
+    """Casts parameters to the compute dtype once, for evaluation or serving in half.
+
+    Under a mixed policy every call casts the float32 parameters again. Where they are
+    not trained any more, half of them is enough.
+
+    Args:
+      module_or_variables: an nnx module; a linen module, bound or not; or variables: a
+        dictionary with `"params"`, or the parameters alone.
+      policy: what `get_policy` takes; its `param_dtype` does not matter.
+      rules: as for `apply_policy`; the default keeps the parameters of norms in
+        float32. Of variables alone, rules by path apply, and norms are told by their
+        `scale`.
+
+    Returns:
+      The same kind of thing. Variables that are no parameters keep their dtype. An
+      unbound linen module is returned under the policy; cast its variables too.
+
+    Raises:
+      PolicyError: for a policy that cannot be read.
+      InvalidRule: for rules that are none.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxmp
+      >>> model = nn.Dense(2)
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> half = jaxmp.cast_for_eval(variables, "mixed_bfloat16")
+      >>> half["params"]["kernel"].dtype
+      dtype(bfloat16)
+    """
+    policy = get_policy(policy)
+    half = Policy(
+        policy.compute_dtype,
+        policy.compute_dtype,
+        policy.output_dtype,
+        matmul_precision=policy.matmul_precision,
+    )
+    if isinstance(module_or_variables, nn.Module) and module_or_variables.scope:
+        module, variables = module_or_variables.unbind()
+        cast = _cast_variables(variables, Application(half, check_rules(rules)))
+        return apply_policy(module, half, rules=rules).bind(cast)
+    if isinstance(module_or_variables, (nn.Module, nnx.Module)):
+        return apply_policy(module_or_variables, half, rules=rules)
+    return _cast_variables(module_or_variables, Application(half, check_rules(rules)))
+
+
+def cast_like(variables: T, like: Any) -> tuple[T, dict[str, float]]:
+    """Casts variables to the dtypes of others, and tells where that rounds.
+
+    For loading a float32 checkpoint into a model in half and back.
+
+    Args:
+      variables: pytree of arrays.
+      like: pytree of arrays or `jax.ShapeDtypeStruct`s of the same structure.
+
+    Returns:
+      The variables in the dtypes of `like`, and the largest relative error by path for
+      every leaf that was rounded. The second is empty where the cast is exact, as every
+      cast from half to float32 is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmp.modules import cast_like
+      >>> half, rounded = cast_like({"a": jnp.float32(1.5), "b": jnp.float32(0.1)},
+      ...                           {"a": jnp.bfloat16(0), "b": jnp.bfloat16(0)})
+      >>> sorted(rounded)
+      ['b']
+    """
+    cast = jax.tree.map(
+        lambda x, y: jnp.asarray(x, y.dtype) if _tree.is_inexact(x) else x,
+        variables,
+        like,
+    )
+    rounded = {}
+    before = jax.tree_util.tree_leaves_with_path(variables)
+    for (path, old), new in zip(before, jax.tree.leaves(cast), strict=True):
+        if not _tree.is_inexact(old) or old.dtype == new.dtype:
+            continue
+        wide = jnp.promote_types(old.dtype, new.dtype)
+        old, new = jnp.asarray(old, wide), jnp.asarray(new, wide)
+        if not bool(jnp.array_equal(old, new, equal_nan=True)):
+            scale = jnp.where(old == 0, 1, jnp.abs(old))
+            rounded[_tree.path_string(path)] = float(
+                jnp.max(jnp.abs(new - old) / scale)
+            )
+    return cast, rounded
+
+
+def _layer(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path[:-1]))
+
+
+def _cast_variables(variables: Any, application: Application) -> Any:
+    layers = layer_dtypes_of_variables(variables, application)
+    has_collections = "params" in variables
+    params = variables["params"] if has_collections else variables
+    cast = traverse_util.path_aware_map(
+        lambda path, x: _tree.cast_floating(x, layers[_layer(path)].params),
+        params,
+    )
+    return {**variables, "params": cast} if has_collections else cast
