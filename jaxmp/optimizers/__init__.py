@@ -3,6 +3,7 @@
 from jaxmp.optimizers._accumulation import AccumulationState, accumulate
 from jaxmp.optimizers._check_dtypes import check_dtypes
 from jaxmp.optimizers._ema import EmaState, ema, get_ema
+from jaxmp.optimizers._lint import Finding, lint_optimizer
 from jaxmp.optimizers._master_access import (
     check_master_weights,
     get_master_weights,
@@ -28,6 +29,8 @@ __all__ = [
     "ema",
     "get_ema",
     "check_dtypes",
+    "lint_optimizer",
+    "Finding",
     "MasterWeightsState",
     "CastStateState",
     "AccumulationState",

@@ -12,8 +12,9 @@ a float32 ulp of p at most, which the cast removes unless the ulp of r is just a
     bfloat16    always, but for weights that fall below 2^-16 of their former size,
     float16     always, but for weights of 1/2 and more that fall below 2^-13 of it,
 
-in one step. On backends that flush subnormal float32 numbers (CPU and TPU do),
-bfloat16 weights below 2^-118 may stay where they are.
+in one step. At the ends of bfloat16's range, r - p has to be a float32 number: below
+2^-118 it may be flushed to zero as subnormal (on CPU and TPU), and from 2^127 to -2^127
+it is infinite.
 """
 
 from typing import Any

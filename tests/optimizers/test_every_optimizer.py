@@ -1,0 +1,216 @@
+"""Every transformation that Optax exports, crossed with what jaxmp promises of it.
+
+Each case runs 50 steps in one `lax.scan`, which refuses a state whose dtypes drift, on
+several sequences of gradients at once.
+"""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxmp
+from jaxmp.optimizers import get_master_weights
+
+from .optax_cases import CASES, exported
+
+STEPS, BAD_STEP = 50, 20
+EVERYDAY = {
+    "adafactor", "adam", "adamw", "chain", "inject_hyperparams", "lbfgs", "lion",
+    "lookahead", "masked", "muon", "prodigy", "rmsprop", "sam", "schedule_free", "sgd",
+}  # fmt: skip
+SOME = [
+    pytest.param(case, marks=() if case.name in EVERYDAY else pytest.mark.slow)
+    for case in CASES
+]
+every_case = pytest.mark.parametrize("case", SOME, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _optax_may_promote_ranks():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_list_is_complete():
+    named = {case.name.split(" without")[0].split(",")[0] for case in CASES}
+    assert named == exported()
+
+
+def sequences(case):
+    """Random, zero and tiny gradients, and the random ones with an inf among them."""
+    normal = case.grads(STEPS)
+    zero = jax.tree.map(jnp.zeros_like, normal)
+    tiny = jax.tree.map(lambda x: jnp.full_like(x, 1e-6), normal)
+
+    def spoil(x):
+        bad = jnp.full_like(x[:1], 0.5).at[(0,) * x.ndim].set(jnp.inf)
+        return jnp.concatenate([x[:BAD_STEP], bad, x[BAD_STEP:-1]])
+
+    grads = {"normal": normal, "zero": zero, "tiny": tiny}
+    grads["spoiled"] = {**normal, "w": spoil(normal["w"])}
+    grads["spoiled"]["b"] = jnp.concatenate(
+        [normal["b"][:BAD_STEP], normal["b"][:1], normal["b"][BAD_STEP:-1]]
+    )
+    return grads
+
+
+def run(case, tx, params, grads, names):
+    """Trains on each named sequence; returns params and states after every step."""
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params, **case.extra(grads))
+        carry = optax.apply_updates(params, updates), state
+        return carry, carry
+
+    @functools.partial(jax.jit, donate_argnums=())
+    @jax.vmap
+    def train(grads):
+        return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(grads[n] for n in names))
+    histories = train(stacked)
+    return {n: jax.tree.map(lambda x: x[i], histories) for i, n in enumerate(names)}  # noqa: B023
+
+
+def plain(case):
+    tx = case.make()
+    if isinstance(tx, optax.MultiSteps):
+        tx = tx.gradient_transformation()
+    return optax.with_extra_args_support(tx)
+
+
+@pytest.fixture(scope="module")
+def histories():
+    """The runs of a case, made once for all properties."""
+
+    @functools.cache
+    def of(case):
+        grads = sequences(case)
+        params = case.params(jnp.bfloat16)
+        tx = jaxmp.loss_scaling(jaxmp.master_weights(case.make()), "mixed_bfloat16")
+        mixed = run(case, tx, params, grads, ["normal", "zero", "tiny", "spoiled"])
+        start = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        full = run(case, plain(case), start, grads, ["normal", "zero", "tiny"])
+        return mixed, full
+
+    return of
+
+
+def masters(history):
+    params, state = history
+    return get_master_weights(state, params)
+
+
+def equal_bits(x, y):
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        np.testing.assert_array_equal(*map(as_bits, (a, b)))
+
+
+def as_bits(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x).view(f"u{x.dtype.itemsize}")
+
+
+@every_case
+def test_working_weights_are_the_rounded_masters(histories, case):
+    mixed, _ = histories(case)
+    for history in mixed.values():
+        rounded = jax.tree.map(lambda m: m.astype(jnp.bfloat16), masters(history))
+        jax.tree.map(np.testing.assert_array_equal, history[0], rounded)
+
+
+@every_case
+@pytest.mark.parametrize("name", ["normal", "zero", "tiny"])
+def test_masters_are_the_plain_float32_run(histories, case, name):
+    mixed, full = histories(case)
+    steps = 1 if case.chaotic else STEPS
+    for ours, theirs in zip(
+        jax.tree.leaves(masters(mixed[name])),
+        jax.tree.leaves(full[name][0]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours[:steps], theirs[:steps], rtol=2e-5, atol=1e-6)
+
+
+@every_case
+def test_all_weights_stay_finite(histories, case):
+    mixed, _ = histories(case)
+    for params, _ in mixed.values():
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+@every_case
+def test_a_skip_leaves_everything_bit_identical(histories, case):
+    mixed, _ = histories(case)
+    params, state = mixed["spoiled"]
+    moves = (params, state.inner_state)
+    before = jax.tree.map(lambda x: x[BAD_STEP - 1], moves)
+    after = jax.tree.map(lambda x: x[BAD_STEP], moves)
+    equal_bits(before, after)
+    assert state.skipped_steps[-1] == 1
+
+
+@every_case
+def test_after_a_skip_it_goes_on_as_if_nothing_had_been(histories, case):
+    mixed, _ = histories(case)
+    params, state = mixed["normal"]
+    before = jax.tree.map(lambda x: x[-2], (params, state.inner_state))
+    params, state = mixed["spoiled"]
+    equal_bits(before, jax.tree.map(lambda x: x[-1], (params, state.inner_state)))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_gradients_of_float32_params_are_widened(case, dtype):
+    grads = jax.tree.map(lambda g: g.astype(dtype), case.grads(STEPS))
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    params = case.params(jnp.float32)
+    tx = jaxmp.loss_scaling(case.make(), "mixed_bfloat16")
+    ours = run(case, tx, params, {"half": grads}, ["half"])["half"][0]
+    theirs = run(case, tx, params, {"wide": wide}, ["wide"])["wide"][0]
+    steps = 1 if case.chaotic else STEPS
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(
+            x[:steps], y[:steps], rtol=2e-5, atol=1e-6
+        ),
+        ours,
+        theirs,
+    )
+
+
+@every_case
+@pytest.mark.parametrize("wrapper", ["master_weights", "split", "stochastic", "cast"])
+def test_one_compile_and_every_buffer_donated(case, wrapper):
+    inner = {
+        "master_weights": jaxmp.master_weights,
+        "split": functools.partial(jaxmp.master_weights, split=True),
+        "stochastic": functools.partial(jaxmp.stochastic_rounding, seed=0),
+        "cast": lambda tx: jaxmp.master_weights(
+            jaxmp.cast_state(tx, "bfloat16", rounding="stochastic")
+        ),
+    }[wrapper](case.make())
+    tx = jaxmp.loss_scaling(inner, "mixed_bfloat16")
+    grads = case.grads(3)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params, **case.extra(grads))
+        return optax.apply_updates(params, updates), state
+
+    params = case.params(jnp.bfloat16)
+    state = tx.init(params)
+    # Optax itself may return one buffer twice in a first state; ours is copied.
+    state = jax.tree.map(jnp.copy, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(3):
+            params, state = step(params, state, jax.tree.map(lambda g: g[i], grads))  # noqa: B023
+    assert step._cache_size() == 1
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
