@@ -124,10 +124,19 @@ def aliases():
 
 
 ALIASES = aliases()
-COMMON = (
-    "adafactor adam adamw lamb lbfgs lion rmsprop sgd contrib.muon contrib.prodigy "
-    "contrib.schedule_free_adamw"
-).split()
+COMMON = [
+    "adafactor",
+    "adam",
+    "adamw",
+    "lamb",
+    "lbfgs",
+    "lion",
+    "rmsprop",
+    "sgd",
+    "contrib.muon",
+    "contrib.prodigy",
+    "contrib.schedule_free_adamw",
+]
 REFUSE_EXTRA_ARGUMENTS = {"contrib.sam"}
 GOOD, BAD = (0, 1, 3, 5), (2, 4)
 
@@ -275,8 +284,8 @@ def good_steps_are_those_of_the_bare_optimizer(run):
         bare = bare.gradient_transformation()
     bare = optax.with_extra_args_support(bare)
     step = stepper(bare, run.name)
-    expected, _, _ = run_steps(step, bare.init, run.snapshots[0][0], GOOD)
-    for (params, state), expected in zip(run.without_bad_steps, expected, strict=True):
+    snapshots, _, _ = run_steps(step, bare.init, run.snapshots[0][0], GOOD)
+    for (params, state), expected in zip(run.without_bad_steps, snapshots, strict=True):
         actual = jax.tree.leaves((params, state.inner_state))
         for a, e in zip(actual, jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-6)

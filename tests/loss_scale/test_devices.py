@@ -1,0 +1,208 @@
+"""Eight devices: a bad gradient on one makes all skip, and there is one scale."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxmp
+
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+SHARDED_TX = jaxmp.loss_scaling(TX, "mixed_float16")
+AXIS_TX = jaxmp.loss_scaling(TX, "mixed_float16", axis_name="data")
+
+
+def loss_fn(w, x):
+    half = x.astype(jnp.float16) * w.astype(jnp.float16)[None]
+    return jnp.mean(half.astype(jnp.float32) ** 2)
+
+
+@functools.cache
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def batch(bad_device=None):
+    x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    if bad_device is not None:
+        x[bad_device, 3] = np.nan
+    return jnp.asarray(x)
+
+
+@functools.cache
+def jit_step(params_spec):
+    sharding = NamedSharding(mesh(), params_spec)
+
+    @jax.jit
+    def step(w, state, x):
+        loss, grads = jaxmp.value_and_grad(loss_fn)(w, x, loss_scale=state)
+        grads = jax.lax.with_sharding_constraint(grads, sharding)
+        updates, state = SHARDED_TX.update(grads, state, w, value=loss)
+        return optax.apply_updates(w, updates), state, loss
+
+    def run(w, x):
+        w = jax.device_put(w, sharding)
+        x = jax.device_put(x, NamedSharding(mesh(), P("data")))
+        return step(w, jax.jit(SHARDED_TX.init)(w), x)
+
+    return run
+
+
+@functools.cache
+def shard_map_step(check_vma, reduce):
+    def step(w, state, x):
+        # Else JAX sums the gradients of a replicated weight over the axis itself, where
+        # it meets the batch: in float16.
+        local_w = jax.lax.pcast(w, "data", to="varying") if check_vma else w
+        loss, grads = jaxmp.value_and_grad(loss_fn)(local_w, x, loss_scale=state)
+        if reduce:
+            loss, grads = jax.lax.pmean((loss, grads), "data")
+        updates, state = AXIS_TX.update(grads, state, w, value=loss)
+        return optax.apply_updates(w, updates), state, jax.lax.pmean(loss, "data")
+
+    if reduce:
+        specs = (P(), P(), P())
+    else:
+        state_specs = jax.eval_shape(AXIS_TX.init, jnp.ones(16))
+        is_scalar = jax.tree.map(lambda x: x.ndim == 0, state_specs)
+        state_specs = jax.tree.map(lambda s: P() if s else P("data"), is_scalar)
+        specs = (P("data"), state_specs, P())
+    return jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh(),
+            in_specs=(P(), P(), P("data")),
+            out_specs=specs,
+            check_vma=check_vma,
+        )
+    )
+
+
+def jitted(params_spec):
+    return jit_step(params_spec)
+
+
+def shard_mapped(check_vma):
+    step = shard_map_step(check_vma, True)
+    return lambda w, x: step(w, AXIS_TX.init(w), x)
+
+
+STEPS = {
+    "jit, replicated parameters": lambda: jitted(P()),
+    "jit, sharded parameters": lambda: jitted(P("data")),
+    "shard_map": lambda: shard_mapped(True),
+    "shard_map, check_vma=False": lambda: shard_mapped(False),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("bad_device", [0, 5])
+def test_trap_06_nan_on_one_device_makes_all_skip_and_keeps_one_scale(name, bad_device):
+    w = jnp.linspace(0.5, 1.5, 16)
+    new, state, _ = STEPS[name]()(w, batch(bad_device))
+    for shard in new.addressable_shards:
+        assert shard.data.tobytes() == w[shard.index].tobytes()
+    for scalar in (state.loss_scale, state.skipped_steps, state.grads_finite):
+        copies = {float(shard.data) for shard in scalar.addressable_shards}
+        assert len(scalar.addressable_shards) == 8
+        assert len(copies) == 1
+    assert float(state.loss_scale) == 2.0**15
+    assert int(state.skipped_steps) == 1
+    assert int(state.loss_finite) == 0
+    assert all(np.all(x == 0) for x in jax.tree.leaves(state.inner_state))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_good_step_is_that_of_one_device(name):
+    w = jnp.linspace(0.5, 1.5, 16)
+    new, state, loss = STEPS[name]()(w, batch())
+    tx = jaxmp.loss_scaling(TX, "mixed_float16")
+
+    def one_device(w, x, state):
+        loss, grads = jaxmp.value_and_grad(loss_fn)(w, x, loss_scale=state)
+        updates, state = tx.update(grads, state, w)
+        return optax.apply_updates(w, updates), loss
+
+    expected, expected_loss = jax.jit(one_device)(w, batch(), tx.init(w))
+    # Means over devices and examples round in another order.
+    np.testing.assert_allclose(new, expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    assert int(state.applied_steps) == 1
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_axis_name_decides_for_gradients_that_nobody_reduced(check_vma):
+    """Without a reduction the flag alone keeps replicas together."""
+    w = jnp.linspace(0.5, 1.5, 16)
+    step = shard_map_step(check_vma, False)
+    new, state, _ = step(w, AXIS_TX.init(w), batch(bad_device=2))
+    for shard in new.addressable_shards:
+        assert shard.data.tobytes() == w.tobytes()
+    assert {float(s.data) for s in state.loss_scale.addressable_shards} == {2.0**15}
+
+
+def test_two_axes_decide_together():
+    devices = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    tx = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16", axis_name=("a", "b"))
+
+    def step(state, grads):
+        _, state = tx.update(grads, state)
+        return state.loss_scale, state.grads_finite
+
+    grads = jnp.ones((4, 2)).at[1, 1].set(jnp.inf)
+    scale, finite = jax.jit(
+        jax.shard_map(
+            step, mesh=devices, in_specs=(P(), P("a", "b")), out_specs=(P(), P())
+        )
+    )(tx.init(jnp.ones((4, 2))), grads)
+    assert (float(scale), bool(finite)) == (2.0**15, False)
+
+
+pmap = getattr(jax, "pmap", None)
+
+
+@pytest.mark.skipif(pmap is None, reason="this JAX has no pmap")
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_trap_06_pmap_over_an_axis_skips_on_all_and_keeps_one_scale(reduce):
+    def step(w, state, x):
+        loss, grads = jaxmp.value_and_grad(loss_fn)(w, x, loss_scale=state)
+        grads = jax.lax.pmean(grads, "data") if reduce else grads
+        updates, state = AXIS_TX.update(grads, state, w, value=loss)
+        return optax.apply_updates(w, updates), state
+
+    w = jnp.linspace(0.5, 1.5, 16)
+    replicate = functools.partial(jax.tree.map, lambda x: jnp.stack([x] * 8))
+    args = replicate((w, AXIS_TX.init(w)))
+    new, state = pmap(step, axis_name="data")(*args, batch(bad_device=5)[:, None])
+    np.testing.assert_array_equal(new, np.stack([w] * 8))
+    assert state.loss_scale.tolist() == [2.0**15] * 8
+    assert state.skipped_steps.tolist() == [1] * 8
+    with pytest.raises(jaxmp.errors.LossScaleCollapsed):
+        jaxmp.raise_if_collapsed(state, max_consecutive_skips=1)
+
+
+def test_sharded_state_is_donated_and_keeps_its_sharding():
+    sharding = NamedSharding(mesh(), P("data"))
+    w = jax.device_put(jnp.linspace(0.5, 1.5, 16), sharding)
+    state = SHARDED_TX.init(w)
+
+    def step(w, state, grads):
+        updates, state = SHARDED_TX.update(grads, state, w)
+        return optax.apply_updates(w, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    old = [x for x in jax.tree.leaves((w, state)) if x.size > 1]
+    shardings = [x.sharding for x in old]
+    for bad in (False, True, False):
+        grads = jax.device_put(jnp.where(bad, jnp.nan, jnp.ones(16)), sharding)
+        w, state = step(w, state, grads)
+    assert [x.is_deleted() for x in old] == [True] * len(old)
+    new = [x for x in jax.tree.leaves((w, state)) if x.size > 1]
+    assert [x.sharding for x in new] == shardings
+    assert int(state.applied_steps) == 2
