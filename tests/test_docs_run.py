@@ -103,3 +103,12 @@ def test_links_to_files_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def test_readme_has_two_set_up_commands_of_one_line():
+    commands = [code for _, code in blocks((ROOT / "README.md").read_text(), "bash")]
+    assert [command.count("\n") for command in commands] == [1, 1]
+    assert "examples/train_lm.py" in commands[0]
+    assert "-m pytest" in commands[1]
+    for command in commands:
+        assert command.startswith("python3 -m venv .venv && ")
