@@ -78,7 +78,9 @@ class Checkpoints:
         """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, *, policy: Any = None, notes: Any = None):
+    def save(
+        self, step: int, state: Any, *, policy: Any = None, notes: Any = None
+    ) -> None:
         """Saves a state as the checkpoint of a step.
 
         Args:
@@ -148,7 +150,7 @@ class Checkpoints:
         """
         return self._read(self._existing(step), NOTES, ocp.args.JsonRestore())[NOTES]
 
-    def close(self):
+    def close(self) -> None:
         """Waits until everything is written; a `with` block does it at its end."""
         self._manager.close()
 
