@@ -7,6 +7,7 @@ four differ in: unscale, check, clip, update, skip. They take turns, one step ea
 every step is compared with the others of its round, so that a busy machine slows all
 alike. The loss after the last step shows that all of them do the same work.
 
+    pip install 'jaxmp[test]'
     python examples/benchmarks/update_step.py
 
 The CPU emulates half precision: ratios of overhead, not a speed claim.
