@@ -11,10 +11,10 @@ bit-identical, and a dynamic scale backs off.
 One kind of inner transformation decides about non-finite steps itself: `accumulate`,
 which drops a bad micro-batch and goes on with the window, whose end may be that very
 micro-batch. Where a state says so (`decides_on_nonfinite`, see
-`jaxmp/_composition.py`), it is told through `grads_finite=`, which others may refuse,
-nothing is selected here, and what stands between sees a gradient of zero in place of
-the bad one. State beside
-`accumulate`, which would move on that zero, is refused by `init`.
+`jaxmp/_composition.py`), nothing is selected here: it is told through `grads_finite=`,
+which is passed to every transformation that takes it, and what stands between sees a
+gradient of zero in place of the bad one. State beside `accumulate`, which would move on
+that zero, is refused by `init`.
 
 Sharp edges
 - The skip is a select behind the inner update, which XLA fuses into it. `lax.cond`
@@ -30,7 +30,8 @@ Sharp edges
   only what it wraps is protected. That is why it stands outermost.
 """
 
-import warnings
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,11 +40,10 @@ import optax
 
 from jaxmp import _composition, _tree
 from jaxmp.errors import (
-    GradientTreeMismatch,
-    HalfParamsWarning,
     LossScaleOptionError,
     MultipleLossScales,
 )
+from jaxmp.loss_scale._checks import check_same_tree, warn_about_half_params
 from jaxmp.loss_scale._jmp_classes import (
     DynamicLossScale,
     NoOpLossScale,
@@ -267,6 +267,7 @@ def _transformation(
         inner = inner.gradient_transformation()
     inner = optax.with_extra_args_support(inner)
     looks_at_gradients = skip_nonfinite or isinstance(machine, DynamicMachine)
+    takes_grads_finite = _takes(inner.update, "grads_finite")
 
     def init_fn(params):
         inner_state = jax.tree.map(_tree.strong, inner.init(params))
@@ -275,11 +276,11 @@ def _transformation(
             raise MultipleLossScales(multiple_message(1 + len(others)))
         _composition.refuse_beside_decision(inner_state)
         if not _composition.lands_on_half(inner_state):
-            _warn_about_half_params(params)
+            warn_about_half_params(params)
         return _first_state(inner_state, machine.init())
 
     def update_fn(updates, state, params=None, *, value=None, **extra_args):
-        _check_tree(updates, params)
+        check_same_tree(updates, params)
         if grads_are_scaled:
             grads = unscale_tree(updates, state.loss_scale)
         else:
@@ -292,6 +293,7 @@ def _transformation(
         if decides:
             nothing = jax.tree.map(_tree.negative_zero, grads)
             grads = _tree.select(finite, grads, nothing)
+        if takes_grads_finite:
             extra_args["grads_finite"] = finite
         if value is not None:
             extra_args["value"] = value
@@ -341,6 +343,12 @@ def _next_state(
     )
 
 
+def _takes(update: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(update).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_any or name in parameters
+
+
 def _scale_of(state: LossScaleState) -> Scale:
     return Scale(state.loss_scale, state.good_steps, state.hysteresis_left)
 
@@ -355,52 +363,3 @@ def _loss_finite(value: Any, axis_name: AxisName | None) -> jax.Array:
     if value is None:
         return jnp.full((), LOSS_UNKNOWN, jnp.int32)
     return _agree(jnp.all(jnp.isfinite(value)), axis_name).astype(jnp.int32)
-
-
-def _warn_about_half_params(params: Any) -> None:
-    half = [
-        _tree.path_string(path)
-        for path, x in jax.tree_util.tree_leaves_with_path(params)
-        if _tree.is_array(x) and x.dtype in _tree.HALF
-    ]
-    if half:
-        warnings.warn(
-            f"{len(half)} parameters are stored in half precision ({half[0]!r} is the "
-            "first), and the optimizer keeps no float32 copy of them: an update below "
-            "1/256 of a bfloat16 weight, or 1/2048 of a float16 one, is lost. Keep one "
-            "with loss_scaling(master_weights(optimizer), policy), or store them in "
-            "float32, as 'mixed_bfloat16' and 'mixed_float16' do.",
-            HalfParamsWarning,
-            stacklevel=3,
-        )
-
-
-def _check_tree(grads: Any, params: Any) -> None:
-    """Compares the leaves of both trees; a None in place of a subtree is allowed."""
-    if isinstance(params, optax.LookaheadParams):
-        params = params.fast
-    if params is None or jax.tree.structure(grads) == jax.tree.structure(params):
-        return
-    of_grads, of_params = _leaf_paths(grads), _leaf_paths(params)
-    nones = [path for path, x in of_grads.items() if x is None]
-    nones += [path for path, x in of_params.items() if x is None]
-
-    def is_accounted_for(path):
-        return any(path[: len(none)] == none for none in nones)
-
-    for paths, others, first, second in (
-        (of_grads, of_params, "gradient", "parameter"),
-        (of_params, of_grads, "parameter", "gradient"),
-    ):
-        for path in paths:
-            if path not in others and not is_accounted_for(path):
-                raise GradientTreeMismatch(
-                    f"There is a {first} {_tree.path_string(path)!r} but no {second} "
-                    "of that name. Differentiate with respect to the same tree that "
-                    "is passed as params, and that the optimizer was initialised with."
-                )
-
-
-def _leaf_paths(tree: Any) -> dict[tuple[Any, ...], Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
-    return dict(leaves)

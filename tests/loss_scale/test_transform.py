@@ -415,7 +415,7 @@ def test_there_is_no_branch_around_the_inner_update():
 # Extra arguments
 
 
-def test_extra_arguments_reach_the_inner_transformation_and_none_are_added():
+def test_extra_arguments_and_the_decision_reach_the_inner_transformation():
     seen = {}
 
     def update(updates, state, params=None, **extra_args):
@@ -424,9 +424,22 @@ def test_extra_arguments_reach_the_inner_transformation_and_none_are_added():
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
     tx = f16_scaling(optax.chain(inner, optax.scale(-1.0)))
-    tx.update(jnp.ones(2), tx.init(jnp.ones(2)), value=jnp.float32(1), batch="batch")
-    assert seen.pop("value") == 1.0
-    assert seen == {"batch": "batch"}
+    for grad, finite in ((1.0, True), (jnp.inf, False)):
+        grads = jnp.full(2, grad)
+        tx.update(grads, tx.init(grads), value=jnp.float32(1), batch="batch")
+        assert seen.pop("value") == 1.0
+        assert bool(seen.pop("grads_finite")) is finite
+        assert seen == {"batch": "batch"}
+
+
+def test_a_transformation_that_takes_no_decision_is_given_none():
+    def update(updates, state, params=None, *, value):
+        return updates, value
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
+    tx = f16_scaling(inner)
+    _, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), value=jnp.float32(1))
+    assert float(state.inner_state) == 1.0
 
 
 def test_the_state_remembers_whether_the_loss_was_finite():

@@ -1,0 +1,64 @@
+"""What `loss_scaling` looks at before it starts, and before every step is traced."""
+
+import warnings
+from typing import Any
+
+import jax
+import optax
+
+from jaxmp import _tree
+from jaxmp.errors import GradientTreeMismatch, HalfParamsWarning
+
+
+def warn_about_half_params(params: Any) -> None:
+    """Warns where an optimizer without a float32 copy is to move half parameters."""
+    half = [
+        _tree.path_string(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if _tree.is_array(x) and x.dtype in _tree.HALF
+    ]
+    if half:
+        warnings.warn(
+            f"{len(half)} parameters are stored in half precision ({half[0]!r} is the "
+            "first), and the optimizer keeps no float32 copy of them: an update below "
+            "1/256 of a bfloat16 weight, or 1/2048 of a float16 one, is lost. Keep one "
+            "with loss_scaling(master_weights(optimizer), policy), or store them in "
+            "float32, as 'mixed_bfloat16' and 'mixed_float16' do.",
+            HalfParamsWarning,
+            stacklevel=3,
+        )
+
+
+def check_same_tree(grads: Any, params: Any) -> None:
+    """Compares gradients and parameters by path; a None may stand for a subtree.
+
+    Raises:
+      GradientTreeMismatch: naming the first path that one of them lacks.
+    """
+    if isinstance(params, optax.LookaheadParams):
+        params = params.fast
+    if params is None or jax.tree.structure(grads) == jax.tree.structure(params):
+        return
+    of_grads, of_params = _leaf_paths(grads), _leaf_paths(params)
+    nones = [path for path, x in of_grads.items() if x is None]
+    nones += [path for path, x in of_params.items() if x is None]
+
+    def is_accounted_for(path):
+        return any(path[: len(none)] == none for none in nones)
+
+    for paths, others, first, second in (
+        (of_grads, of_params, "gradient", "parameter"),
+        (of_params, of_grads, "parameter", "gradient"),
+    ):
+        for path in paths:
+            if path not in others and not is_accounted_for(path):
+                raise GradientTreeMismatch(
+                    f"There is a {first} {_tree.path_string(path)!r} but no {second} "
+                    "of that name. Differentiate with respect to the same tree that "
+                    "is passed as params, and that the optimizer was initialised with."
+                )
+
+
+def _leaf_paths(tree: Any) -> dict[tuple[Any, ...], Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+    return dict(leaves)
