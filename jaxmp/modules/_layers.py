@@ -78,6 +78,8 @@ class LayerDtypes(NamedTuple):
     compute: np.dtype
     output: np.dtype
     rule: PolicyRule | None
+    precision: Any = None
+    """What a layer's matmuls take as `precision=`; None leaves it as it is."""
 
 
 def of_root(policy: Policy, rules: Iterable[PolicyRule], module: Any) -> LayerDtypes:
@@ -88,6 +90,7 @@ def of_root(policy: Policy, rules: Iterable[PolicyRule], module: Any) -> LayerDt
         compute=_either(rule and rule.compute, policy.compute_dtype),
         output=_either(rule and rule.output, policy.output_dtype),
         rule=rule,
+        precision=policy.lax_precision,
     )
 
 
@@ -101,6 +104,7 @@ def of_layer(
         compute=_either(rule and rule.compute, enclosing.compute),
         output=_either(rule and rule.output, enclosing.compute),
         rule=rule,
+        precision=enclosing.precision,
     )
 
 

@@ -77,6 +77,14 @@ def adapt_user_layer(
 
 def _settings(module: nn.Module, method: str, dtypes: LayerDtypes) -> dict[str, Any]:
     """The fields of a Flax layer that make it compute as it should."""
+    settings = _dtype_settings(module, method, dtypes)
+    sets_precision = "precision" in module.__dataclass_fields__
+    if dtypes.precision is not None and sets_precision and module.precision is None:
+        settings["precision"] = dtypes.precision
+    return settings
+
+
+def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, Any]:
     kind = kind_of(module)
     if kind == "norm":
         # Statistics and arithmetic are float32 whatever the dtype, which is that of

@@ -48,10 +48,13 @@ def settings_for(layer: Any, dtypes: LayerDtypes) -> dict[str, Any] | None:
         promotes = "table"
     if _is_authors_choice(layer, dtype, dtypes):
         return None
+    no_precision = getattr(layer, "precision", ...) is None
     settings = {
         "dtype": dtype,
-        name: _Promotion(getattr(layer, name), layer.dtype, promotes),
+        name: _Promotion(getattr(layer, name), layer.dtype, promotes, no_precision),
     }
+    if dtypes.precision is not None and no_precision:
+        settings["precision"] = dtypes.precision
     if kind == "attention" and layer.attention_fn is nnx.dot_product_attention:
         settings["attention_fn"] = _dot_product_attention
     return settings
@@ -64,6 +67,8 @@ def undo_settings(layer: Any) -> None:
     if name and isinstance(promotion, _Promotion):
         layer.dtype = promotion.author_dtype
         setattr(layer, name, promotion.author)
+        if promotion.author_had_no_precision:
+            layer.precision = None
     if getattr(layer, "attention_fn", None) is _dot_product_attention:
         layer.attention_fn = nnx.dot_product_attention
 
@@ -79,6 +84,7 @@ class _Promotion:
     author: Any
     author_dtype: Any
     promotes: str
+    author_had_no_precision: bool
 
     def __call__(self, args: Any, /, *, dtype: Any = None, **kwargs: Any) -> Any:
         if self.promotes == "float32":

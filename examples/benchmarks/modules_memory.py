@@ -1,0 +1,179 @@
+"""What `apply_policy` costs against the same dtypes written into a model by hand.
+
+GPT-2 small (batch 8 x 1024, AdamW) and ResNet-50 (batch 64, SGD with momentum) are
+compiled by XLA's own H100 and TPU v5e compilers, which need neither machine:
+
+    pip install 'jaxmp[targets]'
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python examples/benchmarks/modules_memory.py
+"""
+
+import argparse
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxmp
+from jaxmp.report import compile_for
+
+GIB = 2.0**30
+
+
+class GPT2Block(nn.Module):
+    """A pre-norm transformer block; `dtype` is None or written by hand."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, mask):
+        h = nn.LayerNorm(dtype=self.dtype)(x)
+        h = nn.MultiHeadDotProductAttention(num_heads=12, dtype=self.dtype)(
+            h, mask=mask
+        )
+        x = x + h
+        h = nn.LayerNorm(dtype=self.dtype)(x)
+        h = nn.gelu(nn.Dense(4 * x.shape[-1], dtype=self.dtype)(h))
+        return x + nn.Dense(x.shape[-1], dtype=self.dtype)(h)
+
+
+class GPT2(nn.Module):
+    """GPT-2 small, with tied embeddings."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, tokens):
+        table = nn.Embed(50257, 768, dtype=self.dtype, name="wte")
+        positions = nn.Embed(1024, 768, dtype=self.dtype, name="wpe")
+        x = table(tokens) + positions(jnp.arange(tokens.shape[1]))[None]
+        mask = nn.make_causal_mask(tokens, dtype=bool)
+        for i in range(12):
+            x = GPT2Block(self.dtype, name=f"block_{i}")(x, mask)
+        return table.attend(nn.LayerNorm(dtype=self.dtype, name="ln")(x))
+
+
+class Bottleneck(nn.Module):
+    """A bottleneck block of ResNet-50."""
+
+    filters: int
+    strides: int = 1
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=False, momentum=0.9, dtype=self.dtype
+        )
+        h = nn.relu(norm()(conv(self.filters, (1, 1))(x)))
+        h = nn.relu(norm()(conv(self.filters, (3, 3), (self.strides,) * 2)(h)))
+        h = norm(scale_init=nn.initializers.zeros)(conv(4 * self.filters, (1, 1))(h))
+        if x.shape != h.shape:
+            x = norm()(conv(4 * self.filters, (1, 1), (self.strides,) * 2)(x))
+        return nn.relu(x + h)
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 for images of 224 x 224."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(64, (7, 7), (2, 2), use_bias=False, dtype=self.dtype)(x)
+        x = nn.BatchNorm(use_running_average=False, momentum=0.9, dtype=self.dtype)(x)
+        x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), "SAME")
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            for block in range(blocks):
+                strides = 2 if stage > 0 and block == 0 else 1
+                x = Bottleneck(64 * 2**stage, strides, self.dtype)(x)
+        return nn.Dense(1000, dtype=self.dtype)(jnp.mean(x, axis=(1, 2)))
+
+
+class Job(NamedTuple):
+    """A model's training step: inputs and labels, and its optimizer."""
+
+    model: type[nn.Module]
+    inputs: jax.ShapeDtypeStruct
+    labels: jax.ShapeDtypeStruct
+    optimizer: optax.GradientTransformation
+
+
+def jobs() -> dict[str, Job]:
+    """The models that are compared, by name."""
+    tokens = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
+    images = jax.ShapeDtypeStruct((64, 224, 224, 3), jnp.float32)
+    classes = jax.ShapeDtypeStruct((64,), jnp.int32)
+    return {
+        "GPT-2 small": Job(GPT2, tokens, tokens, optax.adamw(1e-4)),
+        "ResNet-50": Job(ResNet50, images, classes, optax.sgd(0.1, momentum=0.9)),
+    }
+
+
+def models(job: Job) -> dict[str, nn.Module]:
+    """The same model without any dtype, by hand and under a policy."""
+    return {
+        "float32": job.model(),
+        "bfloat16 by hand": job.model(jnp.bfloat16),
+        "apply_policy": jaxmp.apply_policy(job.model(), "mixed_bfloat16"),
+    }
+
+
+def compile_step(job: Job, model: nn.Module, target: str) -> jax.stages.Compiled:
+    """Compiles one training step, with parameters and optimizer state donated."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), job.inputs)
+    params = variables["params"]
+    statistics = {name: x for name, x in variables.items() if name != "params"}
+    opt_state = jax.eval_shape(job.optimizer.init, params)
+
+    def step(params, statistics, opt_state, inputs, labels):
+        def loss_fn(params):
+            logits, new = model.apply(
+                {"params": params, **statistics}, inputs, mutable=list(statistics)
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits.astype(jnp.float32), labels
+            )
+            return losses.mean(), new
+
+        (loss, new), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state_ = job.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), new, opt_state_, loss
+
+    args = (params, statistics, opt_state, job.inputs, job.labels)
+    return compile_for(target, step, *args, donate_argnums=(0, 1, 2))
+
+
+def measure(job: Job, model: nn.Module, target: str) -> tuple[float, float | None]:
+    """Returns temporary memory and bytes accessed in GiB; an H100 tells no bytes."""
+    compiled = compile_step(job, model, target)
+    costs = compiled.cost_analysis() or {}
+    accessed = costs.get("bytes accessed")
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    return temp / GIB, accessed and accessed / GIB
+
+
+def main() -> None:
+    """Prints one line for every model, target and way to write the dtypes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", help="default: h100 and tpu-v5e")
+    parser.add_argument("--model", action="append", choices=list(jobs()))
+    arguments = parser.parse_args()
+    print(
+        f"{'model':12} {'target':8} {'dtypes':17} {'temp GiB':>9} {'accessed GiB':>13}"
+    )
+    for name in arguments.model or jobs():
+        job = jobs()[name]
+        for target in arguments.target or ("h100", "tpu-v5e"):
+            for dtypes, model in models(job).items():
+                temp, accessed = measure(job, model, target)
+                shown = "" if accessed is None else f"{accessed:.2f}"
+                row = f"{name:12} {target:8} {dtypes:17} {temp:9.3f} {shown:>13}"
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
