@@ -11,7 +11,9 @@ from jax.extend import source_info_util
 from jaxmp._jax_internals import jaxpr_consts
 from jaxmp.casting import _registry
 from jaxmp.casting._islands import Island
+from jaxmp.casting._pick import bind_with_picks, has_pick
 from jaxmp.casting._plan import EqnPlan, JaxprPlan, Planner
+from jaxmp.casting._softmax import run_softmax
 from jaxmp.casting._states import FLOAT32, is_literal
 
 
@@ -74,7 +76,9 @@ class Executor:
             for x, state in zip(outs, plan.out_states, strict=True)
         ]
 
-    def bind(self, plan: EqnPlan, env: "_Values") -> list[Any]:
+    def bind(
+        self, plan: EqnPlan, env: "_Values", in_island: bool = False
+    ) -> list[Any]:
         """Binds one equation under its name, source line and context."""
         eqn = plan.eqn
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
@@ -93,6 +97,8 @@ class Executor:
             params = eqn.params if plan.params is None else plan.params
             if _is_done_cast(eqn, operands):
                 return operands
+            if in_island and has_pick(eqn):
+                return bind_with_picks(eqn, operands)
             bind_params = eqn.primitive.get_bind_params(params)
             outs = eqn.primitive.bind(*operands, **bind_params)
         return list(outs) if eqn.primitive.multiple_results else [outs]
@@ -100,18 +106,42 @@ class Executor:
     def run_island(self, island: Island, env: "_Values") -> None:
         """Runs the operations of an island as one function of its stored inputs."""
 
+        if island.softmax is not None:
+            self.run_softmax(island, env)
+            return
+
         def run(*args):
             inside = _Values()
             inside.write(island.inputs, [_widen(x) for x in args])
             for plan in island.members:
-                inside.write(plan.eqn.outvars, self.bind(plan, inside))
+                outs = self.bind(plan, inside, in_island=island.recompute)
+                inside.write(plan.eqn.outvars, outs)
             return [inside.read(v, dtype) for v, dtype in island.outputs]
 
         if island.recompute:
             run = jax.checkpoint(run)
-        outs = run(*(env.read(v, FLOAT32_IF_WIDE) for v in island.inputs))
+        outs = run(*(env.read(v, _AS_STORED) for v in island.inputs))
         for (v, dtype), value in zip(island.outputs, outs, strict=True):
             env.write_at(v, dtype, value)
+
+    def run_softmax(self, island: Island, env: "_Values") -> None:
+        """Runs an island that is one softmax, keeping its half result only."""
+        softmax = island.softmax
+        ((result, dtype),) = island.outputs
+
+        def bind(softmax, scores, shift):
+            inside = _Values()
+            inside.write([softmax.scores], [scores])
+            if not is_literal(softmax.shift):
+                inside.write([softmax.shift], [shift])
+            for plan in softmax.members:
+                inside.write(plan.eqn.outvars, self.bind(plan, inside))
+            return inside.read(result, None)
+
+        scores = env.read(softmax.scores, FLOAT32)
+        shift = env.read(softmax.shift, FLOAT32)
+        value = run_softmax(softmax, bind, scores, shift, dtype)
+        env.write_at(result, dtype, value)
 
 
 class _Values:
@@ -134,7 +164,7 @@ class _Values:
     def read(self, atom, dtype) -> Any:
         if is_literal(atom):
             return literal(atom, dtype)
-        if dtype is FLOAT32_IF_WIDE:
+        if dtype is _AS_STORED:
             return self.stored[atom]
         if (atom, dtype) in self.narrow:
             return self.narrow[atom, dtype]
@@ -142,7 +172,7 @@ class _Values:
         return value if dtype is None else cast(value, dtype)
 
 
-FLOAT32_IF_WIDE = object()
+_AS_STORED = object()
 
 
 def literal(atom: Any, dtype: np.dtype | None) -> Any:

@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxmp import _tree
+from jaxmp._jax_internals import open_jaxpr
 from jaxmp.casting import _registry
-from jaxmp.casting._states import FLOAT32, State, is_literal
+from jaxmp.casting._softmax import Softmax, find_softmaxes
+from jaxmp.casting._states import FLOAT32, State, castable_dtype, is_literal
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -31,12 +34,14 @@ class Island:
       inputs: variables from outside.
       outputs: variables with the dtypes in which others read them.
       recompute: whether its gradient computes it again from its inputs.
+      softmax: set if the island is no more than one softmax.
     """
 
     members: list[Any]
     inputs: tuple[Any, ...]
     outputs: tuple[tuple[Any, np.dtype | None], ...]
     recompute: bool
+    softmax: Softmax | None = None
 
 
 def schedule(
@@ -63,7 +68,10 @@ def schedule(
         if not plans[g].in_island:
             steps.append(plans[g])
             continue
-        steps.append(_island([plans[i] for i in members[g]], reads, recompute))
+        island = [plans[i] for i in members[g]]
+        steps += _split(island, reads, recompute) if recompute else [
+            _island(island, reads, recompute)
+        ]
     return steps
 
 
@@ -146,6 +154,68 @@ def _order(plans, group, members, producer) -> list[int]:
     return order
 
 
+def _split(members, reads, recompute) -> list[Island]:
+    """One island, or what is before, in and after a softmax in it."""
+    readers: dict[Any, list[Any]] = {}
+    for plan in members:
+        for v in plan.eqn.invars:
+            if not is_literal(v):
+                readers.setdefault(v, []).append(plan)
+    found = find_softmaxes(members, readers, reads)
+    if not found:
+        return [_island(members, reads, recompute)]
+    softmax = found[0]
+    core = set(map(id, softmax.members))
+    after = _descendants(softmax, members)
+    before = [p for p in members if id(p) not in core and id(p) not in after]
+    rest = [p for p in members if id(p) in after]
+    half = _half_result(softmax, rest, reads)
+    if half is None:
+        return [_island(members, reads, recompute)]
+    reads = dict(reads)
+    for v in (softmax.scores, softmax.shift):
+        if not is_literal(v):
+            reads[v] = {**reads.get(v, {}), None: None}
+    made_after = {softmax.result, *made_in_order(rest)}
+    for plan in rest:
+        for v in plan.eqn.invars:
+            if not is_literal(v) and v not in made_after:
+                reads[v] = {**reads.get(v, {}), None: None}
+    reads[softmax.result] = {half: None}
+    middle = _island(list(softmax.members), reads, False)
+    middle.softmax = softmax
+    # The gradient flows to the scores alone: what makes the shift keeps nothing.
+    is_curved = any(map(_is_nonlinear, _ancestors(softmax.scores, before)))
+    islands = [_island(before, reads, recompute and is_curved)] if before else []
+    islands.append(middle)
+    return islands + (_split(rest, reads, recompute) if rest else [])
+
+
+def _descendants(softmax, members) -> set[int]:
+    made, found = {softmax.result}, set()
+    for plan in members:
+        if any(not is_literal(v) and v in made for v in plan.eqn.invars):
+            made.update(plan.eqn.outvars)
+            found.add(id(plan))
+    return found
+
+
+def _ancestors(result, members) -> list[Any]:
+    needed, found = {result}, []
+    for plan in reversed(members):
+        if any(v in needed for v in plan.eqn.outvars):
+            needed.update(v for v in plan.eqn.invars if not is_literal(v))
+            found.append(plan)
+    return found
+
+
+def _half_result(softmax, rest, reads) -> np.dtype | None:
+    """The half dtype of the result, if it ends in half wherever it goes."""
+    ends = [softmax.result, *made_in_order(rest)]
+    dtypes = {dtype for v in ends for dtype in reads.get(v, {})}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= _tree.HALF else None
+
+
 def _island(members, reads, recompute) -> Island:
     made = {v for plan in members for v in plan.eqn.outvars}
     inputs = dict.fromkeys(
@@ -171,9 +241,18 @@ def _of(reads, v) -> list[Any]:
 
 
 def _is_nonlinear(plan) -> bool:
-    name = plan.eqn.primitive.name
-    if name in _registry.LINEAR:
+    return _needs_operands(plan.eqn)
+
+
+def _needs_operands(eqn) -> bool:
+    """Whether the gradient of an equation needs a floating operand of it."""
+    name = eqn.primitive.name
+    if name == "jit":
+        return any(map(_needs_operands, open_jaxpr(eqn.params["jaxpr"]).eqns))
+    if name in _registry.LINEAR or not any(map(castable_dtype, eqn.outvars)):
         return False
     if name in ("mul", "div"):
-        return not any(is_literal(v) for v in plan.eqn.invars)
+        return not is_literal(eqn.invars[1]) and not (
+            name == "mul" and is_literal(eqn.invars[0])
+        )
     return True
