@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import serialization, struct
@@ -92,16 +93,15 @@ class TrainState(train_state.TrainState):
         """
         policy = get_policy(policy)
         trained = params["params"] if _has_fp8_metadata(params) else params
-        opt_state = tx.init(trained)
-        if not find_all(opt_state):
+        # A look at the shapes: two optimizer states at once may not fit into memory.
+        if not find_all(jax.eval_shape(tx.init, trained)):
             tx = loss_scaling(tx, policy)
-            opt_state = tx.init(trained)
         return cls(
             step=jnp.zeros((), jnp.int32),
             apply_fn=apply_fn,
             params=params,
             tx=tx,
-            opt_state=opt_state,
+            opt_state=tx.init(trained),
             policy=policy,
             **kwargs,
         )
