@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import jmp
 import numpy as np
 
