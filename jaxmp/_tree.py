@@ -139,6 +139,12 @@ def select(pred: jax.Array, on_true: T, on_false: T) -> T:
     def select_leaf(x, y):
         if not all(is_array(z) or isinstance(z, SCALARS) for z in (x, y)):
             return x
-        return jax.lax.select(pred, jnp.asarray(x), jnp.asarray(y))
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        if x.dtype == jnp.uint16:
+            # The TPU compiler gives a select of integers a kernel of its own, which
+            # computes what is selected once more.
+            wide = jax.lax.select(pred, x.astype(jnp.float32), y.astype(jnp.float32))
+            return wide.astype(x.dtype)
+        return jax.lax.select(pred, x, y)
 
     return jax.tree.map(select_leaf, on_true, on_false)

@@ -158,7 +158,7 @@ def _float32(x: Any) -> jax.Array:
 
 
 def _check_leaf(path: Any, master: Any, p: Any) -> None:
-    if is_masked(master) or master.dtype == jnp.int16:
+    if is_masked(master) or master.dtype == jnp.uint16:
         return
     name = _tree.path_string(path)
     if p.shape != master.shape or p.dtype not in _tree.HALF:

@@ -60,7 +60,7 @@ class MasterWeightsState(NamedTuple):
     inner_state: optax.OptState
     """State of the inner optimizer, as it is for float32 parameters."""
     master: PyTree
-    """One float32 array per half parameter, or one int16 array with `split=True`;
+    """One float32 array per half parameter, or one uint16 array with `split=True`;
     `optax.MaskedNode` for every other parameter."""
 
     transformation = "master_weights"
@@ -159,9 +159,8 @@ def round_to_working(weight: jax.Array, master: Any, p: Any) -> tuple[Any, Any]:
     Returns:
       The rounded weight, as float32, and the new master.
     """
-    if master.dtype == jnp.int16:
-        high, low = split_float32(weight)
-        return high.astype(jnp.float32), low
+    if master.dtype == jnp.uint16:
+        return split_float32(weight)
     return round_to_nearest(weight, p.dtype), weight
 
 
@@ -169,7 +168,7 @@ def weight_of(master: Any, p: Any) -> Any:
     """Returns the float32 weight of which `p` is the working copy."""
     if is_masked(master):
         return p
-    return join_float32(p, master) if master.dtype == jnp.int16 else master
+    return join_float32(p, master) if master.dtype == jnp.uint16 else master
 
 
 def is_masked(x: Any) -> bool:
@@ -200,11 +199,11 @@ def _first_master(path: Any, p: Any, split: bool) -> Any:
         return jnp.asarray(p, jnp.float32)
     if p.dtype != jnp.bfloat16:
         raise OptimizerOptionError(
-            f"split=True with the {p.dtype} parameter {_tree.path_string(path)!r}: only "
-            "a bfloat16 number is the upper half of a float32 one. Leave split out, or "
+            f"split=True with the {p.dtype} parameter {_tree.path_string(path)!r}: "
+            "only a bfloat16 number is the upper half of a float32 one. Leave split out, or "
             "store the parameters in bfloat16."
         )
-    return jnp.zeros_like(p, jnp.int16)
+    return jnp.zeros_like(p, jnp.uint16)
 
 
 def _weight(path: Any, p: Any, master: Any) -> Any:

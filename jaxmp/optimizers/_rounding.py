@@ -25,6 +25,9 @@ import numpy as np
 from jax import lax
 
 SMALLEST_NORMAL_FLOAT16 = np.float32(2.0**-14)
+NAN_BITS = np.uint32(0x7FC00000)
+LOW_BITS = np.uint32(0xFFFF)
+HALF_OF_LAST_PLACE = np.uint32(0x8000)
 FLOAT16_SUBNORMALS_PER_UNIT = np.float32(2.0**24)
 
 
@@ -74,16 +77,18 @@ def split_float32(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       x: float32 array.
 
     Returns:
-      A bfloat16 and an int16 array. `join_float32` gives back every bit of `x`.
+      A float32 array of values that bfloat16 can represent, and a uint16 array.
+      `join_float32` gives back every bit of `x`.
     """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    bits = jnp.where(jnp.isnan(x), np.uint32(0x7FC00000), bits)
-    high = lax.shift_right_logical(bits + np.uint32(0x8000), np.uint32(16))
-    low = (bits & np.uint32(0xFFFF)).astype(jnp.uint16)
-    return (
-        lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16),
-        lax.bitcast_convert_type(low, jnp.int16),
-    )
+    bits = jnp.where(jnp.isnan(x), NAN_BITS, bits)
+    high = (bits + HALF_OF_LAST_PLACE) & ~LOW_BITS
+    low = (bits & LOW_BITS).astype(jnp.float32)
+    # Of an output made by integer operations alone, the TPU compiler would make a
+    # kernel of its own, which computes the whole update once more. A maximum with a
+    # negative float changes no bit and keeps both in one.
+    low = jnp.maximum(low, jnp.minimum(x, np.float32(-1))).astype(jnp.uint16)
+    return lax.bitcast_convert_type(high, jnp.float32), low
 
 
 def join_float32(high: jax.Array, low: jax.Array) -> jax.Array:
@@ -91,11 +96,14 @@ def join_float32(high: jax.Array, low: jax.Array) -> jax.Array:
 
     Args:
       high: bfloat16 array.
-      low: int16 array of the same shape.
+      low: uint16 array of the same shape.
 
     Returns:
       A float32 array.
     """
-    bits = lax.bitcast_convert_type(high, jnp.uint16).astype(jnp.int32)
-    bits = lax.shift_left(bits, np.int32(16)) + low.astype(jnp.int32)
+    # Bits are taken of 32-bit numbers only: the TPU compiler does not fuse the others.
+    bits = lax.bitcast_convert_type(high.astype(jnp.float32), jnp.uint32)
+    low = low.astype(jnp.uint32)
+    was_rounded_up = low & HALF_OF_LAST_PLACE
+    bits = (bits & ~LOW_BITS) + low - (was_rounded_up + was_rounded_up)
     return lax.bitcast_convert_type(bits, jnp.float32)

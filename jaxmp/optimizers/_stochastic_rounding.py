@@ -34,9 +34,6 @@ from jaxmp.optimizers._wrapping import (
     with_extra_args,
 )
 
-INFINITY_BITS = np.uint32(0x7F800000)
-NAN_BITS = np.uint32(0x7FC00000)
-
 _REPAIRS = {
     "loss_scaling": LOSS_SCALING_OUTERMOST,
     "master_weights": (
@@ -152,12 +149,11 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
         return jnp.asarray(x, dtype)
     x = jnp.asarray(x, jnp.float32)
     random = jax.random.bits(key, x.shape, jnp.uint32)
-    if dtype == jnp.bfloat16:
-        bits = lax.shift_right_logical(_round_bits(x, random, dtype), np.uint32(16))
-        return lax.bitcast_convert_type(bits.astype(jnp.uint16), dtype)
-    rounded = lax.bitcast_convert_type(_round_bits(x, random, dtype), jnp.float32)
-    is_subnormal = jnp.abs(x) < SMALLEST_NORMAL_FLOAT16
-    return jnp.where(is_subnormal, _round_fixed_point(x, random), rounded).astype(dtype)
+    rounded = _round_bits(x, random, dtype)
+    if dtype == jnp.float16:
+        is_subnormal = jnp.abs(x) < SMALLEST_NORMAL_FLOAT16
+        rounded = jnp.where(is_subnormal, _round_fixed_point(x, random), rounded)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
 
 
 def keys_like(tree: Any, seed: int, draws: jax.Array) -> Any:
@@ -190,10 +186,8 @@ def _round_bits(x: jax.Array, random: jax.Array, dtype: Any) -> jax.Array:
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     sign = bits & np.uint32(0x80000000)
     magnitude = bits ^ sign
-    rounded = jnp.minimum(magnitude + (random & lacking), largest | lacking) & ~lacking
-    rounded = jnp.where(magnitude < INFINITY_BITS, rounded, magnitude)
-    rounded = jnp.where(magnitude > INFINITY_BITS, NAN_BITS, rounded)
-    return sign | rounded
+    rounded = jnp.minimum(magnitude + (random & lacking), largest | lacking)
+    return lax.bitcast_convert_type(sign | (rounded & ~lacking), jnp.float32)
 
 
 def _round_fixed_point(x: jax.Array, random: jax.Array) -> jax.Array:

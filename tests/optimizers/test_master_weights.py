@@ -111,7 +111,7 @@ def test_working_weights_are_rounded_masters_on_every_step(dtype, split):
     full, _ = train(optax.adam(3e-3), params.astype(jnp.float32), grads)
     masters = get_master_weights(state, working)
     np.testing.assert_array_equal(bits(masters), bits(full))
-    rounded = split_float32(masters)[0] if split else masters.astype(dtype)
+    rounded = (split_float32(masters)[0] if split else masters).astype(dtype)
     np.testing.assert_array_equal(bits(working), bits(rounded))
 
 
@@ -126,7 +126,7 @@ def test_they_are_for_weights_and_steps_of_any_size(dtype, split, seed):
     steps = np.asarray(params, np.float64) * rng.uniform(-0.999, 3, (3, 64))
     working, state = small_run[dtype, split](params, jnp.asarray(steps, jnp.float32))
     masters = get_master_weights(state, working)
-    rounded = split_float32(masters)[0] if split else masters.astype(dtype)
+    rounded = (split_float32(masters)[0] if split else masters).astype(dtype)
     np.testing.assert_array_equal(bits(working), bits(rounded))
 
 
@@ -142,7 +142,7 @@ small_run = {(dtype, split): compiled_run(split) for dtype, split in KINDS.value
 def test_a_step_of_nothing_changes_no_bit(dtype, split):
     params = jnp.asarray([1.5, -0.0, 0.0, -2.0], dtype)
     tx = master_weights(optax.sgd(1.0), split=split)
-    updates, state = tx.update(jnp.zeros(4), tx.init(params), params)
+    updates, _ = tx.update(jnp.zeros(4), tx.init(params), params)
     assert jnp.signbit(updates).all()
     moved = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(bits(moved), bits(params))
