@@ -146,6 +146,28 @@ def test_axis_name_decides_for_gradients_that_nobody_reduced(check_vma):
     assert {float(s.data) for s in state.loss_scale.addressable_shards} == {2.0**15}
 
 
+def test_explicit_sharding_keeps_every_type():
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+
+    @jax.jit
+    def step(w, state):
+        loss, grads = jaxmp.value_and_grad(
+            lambda w: jnp.sum(w.astype(jnp.float16)).astype(jnp.float32)
+        )(w, loss_scale=state)
+        updates, state = SHARDED_TX.update(grads, state, w, value=loss)
+        return optax.apply_updates(w, updates), state
+
+    with jax.set_mesh(explicit):
+        w = jax.device_put(jnp.ones(16), NamedSharding(explicit, P("data")))
+        state = SHARDED_TX.init(w)
+        types = jax.tree.map(jax.typeof, (w, state))
+        for _ in range(3):
+            w, state = step(w, state)
+        assert jax.tree.map(jax.typeof, (w, state)) == types
+        # The cotangent of a float16 sum is the scale, and 2^16 is infinite there.
+        assert (int(state.applied_steps), int(state.skipped_steps)) == (2, 1)
+
+
 def test_two_axes_decide_together():
     devices = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     tx = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16", axis_name=("a", "b"))

@@ -304,14 +304,35 @@ def test_numpy_gradients_parameters_and_losses_are_taken():
     assert int(state.loss_finite) == 1
 
 
-def test_float64_stays_float64():
+def test_float64_stays_float64_and_widens_nothing_else():
     with jax.enable_x64(True):
-        tx = f16_scaling(optax.adam(0.1))
-        params = jnp.ones(3, jnp.float64)
-        updates, state = tx.update(params, tx.init(params), params)
-        assert updates.dtype == jnp.float64
-        assert state.loss_scale.dtype == jnp.float32
-        assert state.applied_steps.dtype == jnp.int32
+        tx = f16_scaling(optax.adam(0.1), growth_interval=1)
+        params = {"d": jnp.ones(3, jnp.float64), "f": jnp.ones(3, jnp.float32)}
+        state = tx.init(params)
+        types = jax.tree.map(jax.typeof, state)
+        updates, state = jax.jit(tx.update)(params, state, params, value=1.0)
+        assert [updates[k].dtype for k in "df"] == [jnp.float64, jnp.float32]
+        assert jax.tree.map(jax.typeof, state) == types
+        assert (state.loss_scale.dtype, state.applied_steps.dtype) == ("f4", "i4")
+
+
+@pytest.mark.parametrize("mode", ["mixed_float16", "mixed_bfloat16", 8.0])
+@pytest.mark.parametrize("grads_are_scaled", [False, True])
+def test_update_mixes_no_dtypes_and_leaks_nothing(strict, mode, grads_are_scaled):
+    tx = jaxmp.loss_scaling(optax.identity(), mode, grads_are_scaled=grads_are_scaled)
+    grads = {
+        "half": jnp.ones(2, jnp.float16),
+        "brain": jnp.ones((), jnp.bfloat16),
+        "single": jnp.ones((2, 3)),
+        "complex": jnp.ones(2, jnp.complex64),
+        "none": None,
+    }
+    params = jax.tree.map(lambda g: g.astype(jnp.complex64), grads)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(grads, state, params, value=jnp.float16(1))
+    assert updates["half"].dtype == updates["brain"].dtype == jnp.float32
+    assert int(state.applied_steps) == 2
 
 
 def test_none_and_masked_leaves_pass():
