@@ -114,7 +114,7 @@ def flatten_arguments(
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
     modules = [] if is_leaf is None else [x for x in leaves if is_leaf(x)]
     graph, state_leaves = None, []
-    if modules:
+    if nnx is not None and modules:
         graphdef, state = nnx.split(modules)
         state_leaves, state_tree = jax.tree.flatten(state)
         graph = graphdef, state_tree

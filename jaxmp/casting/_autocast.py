@@ -10,17 +10,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
-from jaxmp.casting import (
-    _registry,
-    rules as _call_rules,  # noqa: F401  registers the rules of calls
-)
+from jaxmp.casting import _registry
+from jaxmp.casting import rules as _call_rules  # noqa: F401  registers their rules
 from jaxmp.casting._arguments import Arguments, check_function, flatten_arguments
 from jaxmp.casting._execute import Executor, cast
-from jaxmp.casting._plan import AUTOCAST_SCOPE, JaxprPlan, Planner, Settings
+from jaxmp.casting._plan import (
+    AUTOCAST_SCOPE,
+    FULL_PRECISION_SCOPE,
+    JaxprPlan,
+    Settings,
+)
+from jaxmp.casting._planner import Planner
 from jaxmp.casting._rules import read_rules
 from jaxmp.casting._states import FLOAT32, castable_dtype, traced_state
 from jaxmp.errors import AutocastError, AutocastRuleError
@@ -92,18 +97,18 @@ def autocast(
     if output_dtype is not None:
         output_dtype = get_policy(output_dtype).output_dtype
 
-    def run(arguments: Arguments, arrays: Sequence[Any]) -> list[Any]:
+    def run(arguments: Arguments, arrays: Sequence[Any]) -> tuple[Any, Any]:
         jaxpr, out_tree = arguments.trace(fn, arrays)
         plan, planner = plan_jaxpr(jaxpr, settings, output_dtype)
         check_rules(planner)
         with jax.named_scope(AUTOCAST_SCOPE):
-            args = [cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)]
+            args = [
+                cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)
+            ]
             outs = Executor(planner).run(plan, jaxpr.consts, args)
             outs = [
                 x if aval is None else cast(x, aval)
-                for x, aval in zip(
-                    outs, out_dtypes(jaxpr, output_dtype), strict=True
-                )
+                for x, aval in zip(outs, out_dtypes(jaxpr, output_dtype), strict=True)
             ]
         return arguments.unflatten_outputs(out_tree, outs)
 
@@ -138,7 +143,6 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
       >>> bool(f(w, w) == w @ w)
       True
     """
-    from jaxmp.casting._plan import FULL_PRECISION_SCOPE
 
     @functools.wraps(fn, updated=())
     def precise(*args: Any, **kwargs: Any) -> Any:
@@ -167,9 +171,7 @@ def plan_jaxpr(
     planner = Planner(settings)
     in_states = [traced_state(v) for v in jaxpr.jaxpr.invars]
     is_half = output_dtype is not None and jnp.dtype(output_dtype) in _tree.HALF
-    out_wants = [
-        is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars
-    ]
+    out_wants = [is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars]
     plan = planner.plan(jaxpr, in_states, out_wants, consts=jaxpr.consts)
     return plan, planner
 

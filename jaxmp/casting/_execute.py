@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
-from jaxmp._jax_internals import jaxpr_consts
 from jaxmp.casting import _registry
 from jaxmp.casting._islands import Island
 from jaxmp.casting._pick import bind_with_picks, has_pick
-from jaxmp.casting._plan import EqnPlan, JaxprPlan, Planner
-from jaxmp.casting._softmax import run_softmax
+from jaxmp.casting._plan import EqnPlan, JaxprPlan
+from jaxmp.casting._planner import Planner
+from jaxmp.casting._softmax import Softmax, run_softmax
 from jaxmp.casting._states import FLOAT32, is_literal
 
 
@@ -76,9 +76,7 @@ class Executor:
             for x, state in zip(outs, plan.out_states, strict=True)
         ]
 
-    def bind(
-        self, plan: EqnPlan, env: "_Values", in_island: bool = False
-    ) -> list[Any]:
+    def bind(self, plan: EqnPlan, env: "_Values", in_island: bool = False) -> list[Any]:
         """Binds one equation under its name, source line and context."""
         eqn = plan.eqn
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
@@ -107,7 +105,7 @@ class Executor:
         """Runs the operations of an island as one function of its stored inputs."""
 
         if island.softmax is not None:
-            self.run_softmax(island, env)
+            self.run_softmax(island, island.softmax, env)
             return
 
         def run(*args):
@@ -124,9 +122,8 @@ class Executor:
         for (v, dtype), value in zip(island.outputs, outs, strict=True):
             env.write_at(v, dtype, value)
 
-    def run_softmax(self, island: Island, env: "_Values") -> None:
+    def run_softmax(self, island: Island, softmax: Softmax, env: "_Values") -> None:
         """Runs an island that is one softmax, keeping its half result only."""
-        softmax = island.softmax
         ((result, dtype),) = island.outputs
 
         def bind(softmax, scores, shift):
@@ -204,8 +201,3 @@ def _is_done_cast(eqn: Any, operands: Sequence[Any]) -> bool:
 def aval_at(aval: Any, dtype: np.dtype) -> Any:
     """An abstract value in another dtype, strongly typed."""
     return aval.update(dtype=dtype, weak_type=False)
-
-
-def consts_of(jaxpr: Any) -> Sequence[Any]:
-    """The constants of the body of a call."""
-    return jaxpr_consts(jaxpr)

@@ -69,9 +69,11 @@ def schedule(
             steps.append(plans[g])
             continue
         island = [plans[i] for i in members[g]]
-        steps += _split(island, reads, recompute) if recompute else [
-            _island(island, reads, recompute)
-        ]
+        steps += (
+            _split(island, reads, recompute)
+            if recompute
+            else [_island(island, reads, recompute)]
+        )
     return steps
 
 
@@ -107,9 +109,7 @@ def _groups(plans, producer) -> list[int]:
 
 
 def _sources(plan, producer) -> list[int]:
-    return [
-        producer[v] for v in plan.eqn.invars if not is_literal(v) and v in producer
-    ]
+    return [producer[v] for v in plan.eqn.invars if not is_literal(v) and v in producer]
 
 
 def _reads(plans, jaxpr, out_states, group, producer) -> dict[Any, dict[Any, None]]:
@@ -224,7 +224,9 @@ def _island(members, reads, recompute) -> Island:
         for v in plan.eqn.invars
         if not is_literal(v) and v not in made
     )
-    outputs = tuple((v, dtype) for v in made_in_order(members) for dtype in _of(reads, v))
+    outputs = tuple(
+        (v, dtype) for v in made_in_order(members) for dtype in _of(reads, v)
+    )
     is_nonlinear = any(_is_nonlinear(plan) for plan in members)
     return Island(members, tuple(inputs), outputs, recompute and is_nonlinear)
 

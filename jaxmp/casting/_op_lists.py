@@ -85,7 +85,7 @@ TABLE = (
     _entry(
         OpClass.FULL,
         "psum psum_invariant reduce_scatter unreduced_psum unreduced_reduce_scatter",
-        "a sum over devices is a sum: float16 overflows at 65504 however many there are",
+        "a sum over devices is a sum, and float16 overflows at 65504",
     ),
     _entry(
         OpClass.FULL,
@@ -152,16 +152,44 @@ UNKNOWN = Entry(OpClass.UNTOUCHED, (), "unknown primitive: bound whole, as trace
 def layout_primitives() -> frozenset[str]:
     """The primitives that only move data, and so carry a constant's value along."""
     return frozenset(
-        "reshape squeeze expand_dims transpose broadcast_in_dim stop_gradient copy "
-        "copy_p name sharding_constraint pvary pcast slice rev tile".split()
+        [
+            "reshape",
+            "squeeze",
+            "expand_dims",
+            "transpose",
+            "broadcast_in_dim",
+            "stop_gradient",
+            "copy",
+            "copy_p",
+            "name",
+            "sharding_constraint",
+            "pvary",
+            "pcast",
+            "slice",
+            "rev",
+            "tile",
+        ]
     )
 
 
 def linear_primitives() -> frozenset[str]:
     """The primitives whose gradient needs none of their floating operands."""
     return layout_primitives() | frozenset(
-        "add sub add_any neg reduce_sum convert_element_type concatenate pad "
-        "cumsum reduce_window_sum select_n dynamic_slice gather".split()
+        [
+            "add",
+            "sub",
+            "add_any",
+            "neg",
+            "reduce_sum",
+            "convert_element_type",
+            "concatenate",
+            "pad",
+            "cumsum",
+            "reduce_window_sum",
+            "select_n",
+            "dynamic_slice",
+            "gather",
+        ]
     )
 
 

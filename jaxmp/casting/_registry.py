@@ -21,9 +21,26 @@ LINEAR = linear_primitives()
 
 # Costly or not repeatable: never computed again to save memory.
 _NOT_REPEATED = frozenset(
-    "psum psum_invariant reduce_scatter unreduced_psum unreduced_reduce_scatter "
-    "all_gather all_gather_invariant all_to_all ppermute pmax pmin pbroadcast sort "
-    "top_k approx_top_k name optimization_barrier random_gamma".split()
+    [
+        "psum",
+        "psum_invariant",
+        "reduce_scatter",
+        "unreduced_psum",
+        "unreduced_reduce_scatter",
+        "all_gather",
+        "all_gather_invariant",
+        "all_to_all",
+        "ppermute",
+        "pmax",
+        "pmin",
+        "pbroadcast",
+        "sort",
+        "top_k",
+        "approx_top_k",
+        "name",
+        "optimization_barrier",
+        "random_gamma",
+    ]
 )
 _CHEAP_UNTOUCHED = frozenset(("iota", "convert_element_type"))
 
@@ -100,7 +117,7 @@ def is_cheap(name: str) -> bool:
 def params_at(
     name: str, params: dict[str, Any], dtype: np.dtype
 ) -> dict[str, Any] | None:
-    """The parameters of a primitive bound in another dtype; None if they are the same."""
+    """The parameters of a primitive in another dtype; None if they stay the same."""
     if name in _registered:
         rewrite = _registered[name].params_at
         return None if rewrite is None else rewrite(dict(params), dtype)

@@ -57,7 +57,7 @@ class OpRule:
 
 
 def read_rules(rules: Sequence[Any]) -> tuple[OpRule, ...]:
-    """Reads `rules=`: `OpRule`s, and `PolicyRule`s that have a path and a compute dtype.
+    """Reads `rules=`: `OpRule`s, and `PolicyRule`s with a path and a compute dtype.
 
     Args:
       rules: a sequence of either.
@@ -138,5 +138,3 @@ def normalise(names: tuple[str, ...]) -> tuple[str, ...]:
     """Splits scope names at "/" and strips `.method` from each part."""
     parts = [part for name in names for part in name.split("/")]
     return tuple(part.split(".")[0] if part[:1] != "." else part for part in parts)
-
-

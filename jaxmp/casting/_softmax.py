@@ -107,7 +107,9 @@ def _lines_up(moves, axes) -> bool:
     return list(map(int, move.params["broadcast_dimensions"])) == kept
 
 
-def run_softmax(softmax: Softmax, bind: Any, scores: Any, shift: Any, dtype: Any) -> Any:
+def run_softmax(
+    softmax: Softmax, bind: Any, scores: Any, shift: Any, dtype: Any
+) -> Any:
     """Runs the equations of a softmax, with the gradient that needs its result only.
 
     Args:

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from jaxmp._jax_internals import jaxpr_consts, open_jaxpr
+from jaxmp._jax_internals import jaxpr_consts
+from jaxmp.casting._islands import schedule
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan, Planner
-from jaxmp.casting._states import NEUTRAL, Kind, State, castable_dtype
+from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan
+from jaxmp.casting._planner import Planner
+from jaxmp.casting._states import NEUTRAL, Kind, State
 
 
 class CallRule:
@@ -103,18 +103,6 @@ def with_outputs(plan: JaxprPlan, states: Sequence[State | None]) -> JaxprPlan:
     """The same plan with outputs cast to other dtypes; the caller knows they differ."""
     if tuple(states) == plan.out_states:
         return plan
-    from jaxmp.casting._islands import schedule
-
     recompute = any(getattr(step, "recompute", False) for step in plan.steps)
     steps = schedule(plan.eqns, plan.jaxpr, states, recompute)
     return JaxprPlan(plan.jaxpr, plan.in_states, tuple(states), plan.eqns, steps)
-
-
-def float_dtype(atom: Any) -> np.dtype | None:
-    """The dtype of a castable value, else None."""
-    return castable_dtype(atom)
-
-
-def body_of(jaxpr: Any) -> Any:
-    """A jaxpr without its constants."""
-    return open_jaxpr(jaxpr)

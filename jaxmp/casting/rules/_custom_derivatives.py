@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.casting._execute import cast
-from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan, Planner
+from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan
+from jaxmp.casting._planner import Planner
 from jaxmp.casting._states import NEUTRAL, State
 from jaxmp.casting.rules._call import SingleBodyRule, call_plan
 
@@ -83,9 +84,7 @@ class _Original:
         self.eqn = eqn
         self.avals = [v.aval for v in eqn.invars]
         self.diff = [i for i, a in enumerate(self.avals) if _is_inexact(a)]
-        self.diff_outs = [
-            i for i, v in enumerate(eqn.outvars) if _is_inexact(v.aval)
-        ]
+        self.diff_outs = [i for i, v in enumerate(eqn.outvars) if _is_inexact(v.aval)]
 
     def at(self, args):
         def run(*diff):
@@ -236,7 +235,8 @@ def _entering(state: State | None) -> State | None:
 
 def _cast_all(values, states) -> list[Any]:
     return [
-        x if s is None else cast(x, s.dtype) for x, s in zip(values, states, strict=True)
+        x if s is None else cast(x, s.dtype)
+        for x, s in zip(values, states, strict=True)
     ]
 
 

@@ -57,8 +57,7 @@ def settle(states, plan_body, num_carry):
         if not any(pinned):
             return plan, states
         states = [
-            NEUTRAL if pin else state
-            for pin, state in zip(pinned, states, strict=True)
+            NEUTRAL if pin else state for pin, state in zip(pinned, states, strict=True)
         ]
 
 
@@ -117,9 +116,7 @@ class ScanRule(CallRule):
 
         plan, init = settle(init, plan_body, num_carry)
         outs = [*init, *plan.out_states[num_carry:]]
-        return call_plan(
-            eqn, (*consts, *init, *slices), outs, with_outputs(plan, outs)
-        )
+        return call_plan(eqn, (*consts, *init, *slices), outs, with_outputs(plan, outs))
 
     def execute(self, plan, operands, executor):
         consts = jaxpr_consts(plan.eqn.params["jaxpr"])

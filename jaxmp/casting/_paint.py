@@ -1,0 +1,327 @@
+"""The forward pass of a plan: one dtype for every equation of a jaxpr."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxmp import _tree
+from jaxmp.casting import _registry
+from jaxmp.casting._constants import Constants
+from jaxmp.casting._feeds import Feeds
+from jaxmp.casting._islands import schedule
+from jaxmp.casting._op_lists import OpClass
+from jaxmp.casting._plan import Decision, EqnPlan, JaxprPlan, is_backward
+from jaxmp.casting._states import (
+    FLOAT32,
+    FULL,
+    NEUTRAL,
+    PINNED,
+    Kind,
+    State,
+    castable_dtype,
+    is_literal,
+    low,
+    traced_state,
+)
+
+# Products and quotients with an island's result are gates and normalisations; sums
+# with it are residual streams.
+_GATES = frozenset(("mul", "div"))
+_MATMULS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))
+# What a checkpoint policy saves by name is saved in half.
+_BARRIERS = frozenset(("name", "optimization_barrier"))
+
+
+class Painter:
+    """One forward pass over the equations of one jaxpr."""
+
+    def __init__(self, planner, jaxpr, in_states, wanted, context, consts):
+        self.planner = planner
+        self.jaxpr = jaxpr
+        self.in_states = in_states
+        self.wanted = wanted
+        self.context = context
+        self.states: dict[Any, State | None] = dict(
+            zip(jaxpr.invars, in_states, strict=True)
+        )
+        self.states.update((v, traced_state(v)) for v in jaxpr.constvars)
+        self.constants = Constants(planner.settings.compute_dtype, jaxpr, consts)
+        self.feeds = Feeds()
+
+    def paint(self, out_wants: tuple[bool, ...]) -> JaxprPlan:
+        eqns = []
+        for eqn in self.jaxpr.eqns:
+            plan = self.paint_eqn(eqn)
+            self.states.update(zip(eqn.outvars, plan.out_states, strict=True))
+            eqns.append(plan)
+        out_states = [
+            self.output_state(v, want)
+            for v, want in zip(self.jaxpr.outvars, out_wants, strict=True)
+        ]
+        steps = schedule(eqns, self.jaxpr, out_states, self.planner.settings.recompute)
+        return JaxprPlan(
+            self.jaxpr, tuple(self.in_states), tuple(out_states), eqns, steps
+        )
+
+    def output_state(self, atom: Any, want: bool) -> State | None:
+        state = self.state(atom)
+        if want and state is not None and state.kind is Kind.FULL:
+            return self.planner.low
+        return state
+
+    def state(self, atom: Any) -> State | None:
+        return traced_state(atom) if is_literal(atom) else self.states[atom]
+
+    def paint_eqn(self, eqn: Any) -> EqnPlan:
+        name = eqn.primitive.name
+        states = [self.state(v) for v in eqn.invars]
+        if not any(states) and not any(map(castable_dtype, eqn.outvars)):
+            call = _registry.call_rule(name)
+            inner = () if call is None else call.bodies(eqn)
+            if not any(self.planner.contents(body).has_float for body in inner):
+                return self.untouched(eqn, states, "no floating operand")
+        decided = self.planner.decided(eqn, self.context)
+        call = _registry.call_rule(name)
+        if decided is not None and (call is None or decided.dtype in (FLOAT32, None)):
+            return self.decided(eqn, states, decided)
+        if call is not None:
+            plan = self.composite(eqn, states, call)
+            if plan is not None:
+                return plan
+            inside = self.planner.inside(eqn, self.context)
+            wants = tuple(v in self.wanted for v in eqn.outvars)
+            return call.plan(eqn, states, wants, self.planner, inside)
+        return self.operation(eqn, states)
+
+    def operation(self, eqn: Any, states: list[State | None]) -> EqnPlan:
+        """Plans an equation that is no call."""
+        if eqn.primitive.name == "convert_element_type":
+            return self.cast(eqn, states)
+        entry = _registry.entry(eqn.primitive.name)
+        if entry.op_class is OpClass.COMPUTE:
+            intent = self.planner.matmul_intent(eqn)
+            if intent is None and any(
+                s is not None and s.kind is Kind.PINNED for s in states
+            ):
+                intent = "an operand was cast to float32"
+            if intent is None:
+                return self.compute(eqn, entry.reason)
+            plan = self.untouched(eqn, states, intent)
+            pinned = [
+                PINNED if s is not None and not s.is_low else s for s in plan.out_states
+            ]
+            return dataclasses.replace(
+                plan,
+                out_states=tuple(pinned),
+                params=self.with_precision(eqn, eqn.params),
+            )
+        if entry.op_class is OpClass.FULL:
+            return self.full(eqn, states, entry.reason)
+        if eqn.primitive.name == "gather" and self.is_lookup(eqn, states):
+            return self.lookup(eqn)
+        if entry.op_class is OpClass.FOLLOW:
+            return self.follow(eqn, states, self.chosen(eqn, states))
+        return self.untouched(eqn, states, entry.reason)
+
+    # One method per outcome
+
+    def untouched(self, eqn, states, reason) -> EqnPlan:
+        outs = tuple(traced_state(v) for v in eqn.outvars)
+        dtypes = tuple(map(castable_dtype, eqn.invars))
+        return EqnPlan(eqn, OpClass.UNTOUCHED, reason, dtypes, outs)
+
+    def compute(self, eqn, reason, dtype=None) -> EqnPlan:
+        dtype = dtype or self.planner.settings.compute_dtype
+        bad = self.constants.unfit(eqn.invars, dtype)
+        if bad is not None:
+            states = [self.state(v) for v in eqn.invars]
+            return self.full(eqn, states, bad)
+        if dtype == FLOAT32:
+            params = self.with_precision(eqn, eqn.params)
+            in_dtypes = tuple(castable_dtype(v) and FLOAT32 for v in eqn.invars)
+            outs = tuple(castable_dtype(v) and NEUTRAL for v in eqn.outvars)
+            return EqnPlan(eqn, OpClass.COMPUTE, reason, in_dtypes, outs, params=params)
+        backward = self.context.in_backward or is_backward(eqn)
+        state = State(Kind.GRADIENT if backward else Kind.LOW, dtype)
+        return self.at(eqn, state, OpClass.COMPUTE, reason)
+
+    def at(self, eqn, state: State, op_class, reason) -> EqnPlan:
+        """Operands and results in one half dtype."""
+        in_dtypes = tuple(castable_dtype(v) and state.dtype for v in eqn.invars)
+        outs = tuple(castable_dtype(v) and state for v in eqn.outvars)
+        params = _registry.params_at(eqn.primitive.name, eqn.params, state.dtype)
+        return EqnPlan(eqn, op_class, reason, in_dtypes, outs, params=params)
+
+    def full(self, eqn, states, reason, out: State | None = None) -> EqnPlan:
+        """Operands in float32, as part of an island unless all come from outside."""
+        is_active = any(
+            s is not None and s.kind is not Kind.NEUTRAL and not is_literal(v)
+            for v, s in zip(eqn.invars, states, strict=True)
+        )
+        state = out or (FULL if is_active else NEUTRAL)
+        outs = tuple(
+            None if dtype is None else low(dtype) if dtype in _tree.HALF else state
+            for dtype in map(castable_dtype, eqn.outvars)
+        )
+        in_dtypes = tuple(castable_dtype(v) and FLOAT32 for v in eqn.invars)
+        in_island = is_active and not eqn.effects and self.is_cheap(eqn)
+        if in_island:
+            self.feeds.add(eqn, states)
+        return EqnPlan(eqn, OpClass.FULL, reason, in_dtypes, outs, in_island)
+
+    def is_cheap(self, eqn) -> bool:
+        call = _registry.call_rule(eqn.primitive.name)
+        if call is None:
+            return _registry.is_cheap(eqn.primitive.name)
+        return not call.is_loop and all(
+            self.planner.contents(body).is_simple for body in call.bodies(eqn)
+        )
+
+    def follow(self, eqn, states, choice: "_Choice") -> EqnPlan:
+        state, reason = choice
+        if state.is_low:
+            plan = self.at(eqn, state, OpClass.FOLLOW, reason)
+            self.feeds.moved(eqn)
+        elif state.kind is Kind.NEUTRAL:
+            plan = self.full(eqn, [None] * len(states), reason)
+            self.constants.carry(eqn)
+        else:
+            plan = self.full(eqn, states, reason, state)
+        return dataclasses.replace(plan, op_class=OpClass.FOLLOW)
+
+    def cast(self, eqn, states) -> EqnPlan:
+        """A cast that changes a dtype means it; one that does not is no operation."""
+        source, target = states[0], eqn.params["new_dtype"]
+        traced = castable_dtype(eqn.invars[0])
+        if traced is None or target not in _tree.CASTABLE:
+            return self.untouched(eqn, states, "cast from or to what is no float")
+        if traced == target:
+            return self.follow(eqn, states, self.chosen(eqn, states))
+        if target in _tree.HALF:
+            state = State(Kind.LOW, target)
+            return EqnPlan(
+                eqn, OpClass.UNTOUCHED, f"cast to {target}", (None,), (state,)
+            )
+        if source is None or not source.is_low:
+            return self.untouched(eqn, states, "cast to float32")
+        return self.full(eqn, states, "cast to float32 by the program", PINNED)
+
+    def decided(self, eqn, states, decision: Decision) -> EqnPlan:
+        if decision.dtype is None:
+            plan = self.untouched(eqn, states, decision.reason)
+            outs = tuple(
+                PINNED if s is not None and not s.is_low else s for s in plan.out_states
+            )
+            return dataclasses.replace(plan, out_states=outs)
+        entry = _registry.entry(eqn.primitive.name)
+        if decision.dtype == FLOAT32:
+            plan = self.full(eqn, states, decision.reason)
+        elif entry.op_class is OpClass.UNTOUCHED:
+            plan = self.operation(eqn, states)
+        else:
+            plan = self.compute(eqn, decision.reason, decision.dtype)
+        return dataclasses.replace(plan, rule=decision.rule)
+
+    def composite(self, eqn, states, call) -> EqnPlan | None:
+        """A call without a matmul in it is planned like one operation."""
+        contents = [self.planner.contents(body) for body in call.bodies(eqn)]
+        if not call.is_composite or any(c.has_matmul for c in contents):
+            return None
+        if call.is_loop:
+            if eqn.effects or self.planner.settings.rules:
+                return None
+            return self.full(eqn, states, "a loop without a matmul in it")
+        if not all(c.is_simple for c in contents):
+            return None
+        if any(c.has_full for c in contents):
+            return self.full(eqn, states, "a call of float32 operations")
+        if any(c.has_lookup for c in contents) and self.is_lookup(eqn, states):
+            return self.lookup(eqn)
+        choice = self.chosen(eqn, states)
+        return None if choice.state.is_low else self.follow(eqn, states, choice)
+
+    def with_precision(self, eqn, params) -> dict[str, Any] | None:
+        """Puts the policy's algorithm into a matmul that stays in float32."""
+        precision = self.planner.settings.matmul_precision
+        if precision is None or params.get("precision") is not None:
+            return None
+        if eqn.primitive.name not in _MATMULS:
+            return None
+        if castable_dtype(eqn.outvars[0]) != FLOAT32:
+            return None
+        if isinstance(precision, jax.lax.Precision):
+            return {**params, "precision": (precision, precision)}
+        if eqn.primitive.name != "dot_general":
+            return None
+        return {**params, "precision": precision}
+
+    # What an operation follows
+
+    def chosen(self, eqn, states) -> "_Choice":
+        choice = self.by_neighbours(eqn, states)
+        if choice.state.is_low:
+            bad = self.constants.unfit(eqn.invars, choice.state.dtype)
+            if bad is not None:
+                return _Choice(FULL, bad)
+        return choice
+
+    def by_neighbours(self, eqn, states) -> "_Choice":
+        known = [
+            s
+            for v, s in zip(eqn.invars, states, strict=True)
+            if s is not None and not is_literal(v)
+        ]
+        kinds = {s.kind for s in known}
+        lows = [s for s in known if s.is_low]
+        if kinds <= {Kind.NEUTRAL}:
+            return _Choice(NEUTRAL, "float32 from outside")
+        if all(castable_dtype(v) in (None, *_tree.HALF) for v in eqn.invars):
+            dtype = lows[0].dtype if lows else self.planner.settings.compute_dtype
+            return _Choice(State(Kind.LOW, dtype), "traced in half")
+        if Kind.PINNED in kinds:
+            return _Choice(PINNED, "follows a cast to float32 by the program")
+        in_backward = self.context.in_backward or is_backward(eqn)
+        if Kind.GRADIENT in kinds and not in_backward:
+            return _Choice(PINNED, "a gradient is used: updates are made in float32")
+        if len({s.dtype for s in lows}) > 1:
+            return _Choice(FULL, "operands of two half dtypes")
+        state = lows[0] if lows else self.planner.low
+        if Kind.GRADIENT in kinds:
+            state = State(Kind.GRADIENT, state.dtype)
+        wanted = any(v in self.wanted for v in eqn.outvars)
+        if not any(map(castable_dtype, eqn.outvars)):
+            wanted = Kind.FULL not in kinds and Kind.NEUTRAL not in kinds
+        if Kind.FULL in kinds:
+            if wanted and eqn.primitive.name in _BARRIERS:
+                return _Choice(state, "handed back in half under its name")
+            if wanted and lows and not self.joins_island(eqn, states):
+                return _Choice(state, "meets a low value outside the float32 island")
+            return _Choice(FULL, "continues a float32 island")
+        if wanted:
+            return _Choice(state, "follows its low operands")
+        return _Choice(FULL, "no matmul reads the result in half")
+
+    def is_lookup(self, eqn, states) -> bool:
+        """Rows looked up in a table of parameters are activations, from there on."""
+        table = eqn.invars[0]
+        return (
+            not self.constants.is_constant(table)
+            and all(s is None or s.kind is Kind.NEUTRAL for s in states)
+            and castable_dtype(eqn.outvars[0]) == FLOAT32
+            and eqn.outvars[0] in self.wanted
+        )
+
+    def lookup(self, eqn) -> EqnPlan:
+        dtypes = tuple(map(castable_dtype, eqn.invars))
+        outs = tuple(castable_dtype(v) and self.planner.low for v in eqn.outvars)
+        reason = "a lookup in a float32 table"
+        return EqnPlan(eqn, OpClass.FOLLOW, reason, dtypes, outs)
+
+    def joins_island(self, eqn, states) -> bool:
+        return eqn.primitive.name in _GATES or self.feeds.covers(eqn, states)
+
+
+class _Choice(NamedTuple):
+    state: State
+    reason: str

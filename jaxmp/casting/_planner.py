@@ -1,0 +1,236 @@
+"""Plans jaxprs: the backward pass, the calls, and what users decided."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxmp import _tree
+from jaxmp._jax_internals import open_jaxpr
+from jaxmp.casting import _registry, _rules
+from jaxmp.casting._op_lists import OpClass
+from jaxmp.casting._paint import Painter
+from jaxmp.casting._plan import (
+    AUTOCAST_SCOPE,
+    FULL_PRECISION_SCOPE,
+    Context,
+    Decision,
+    JaxprPlan,
+    Settings,
+    is_backward,
+    scope_names,
+    scopes,
+)
+from jaxmp.casting._states import FLOAT32, State, castable_dtype, is_literal, low
+
+
+class Planner:
+    """Plans jaxprs under one setting, each of them once."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.low = low(settings.compute_dtype)
+        self.used_rules: set[_rules.OpRule] = set()
+        # Keyed by id; `_alive` keeps the jaxprs from being collected meanwhile.
+        self._plans: dict[Any, JaxprPlan] = {}
+        self._wants: dict[Any, tuple[tuple[bool, ...], frozenset[Any]]] = {}
+        self._contents: dict[int, Contents] = {}
+        self._alive: list[Any] = []
+
+    # Backward
+
+    def wants(
+        self, jaxpr: Any, out_wants: Sequence[bool], context: Context
+    ) -> tuple[bool, ...]:
+        """Tells which inputs of a jaxpr are wanted low, given which outputs are."""
+        return self._analyse(jaxpr, tuple(out_wants), context)[0]
+
+    def _analyse(self, jaxpr, out_wants, context):
+        jaxpr = open_jaxpr(jaxpr)
+        key = (id(jaxpr), out_wants, self._relevant(context))
+        if key in self._wants:
+            return self._wants[key]
+        wanted = {
+            v
+            for v, want in zip(jaxpr.outvars, out_wants, strict=True)
+            if want and not is_literal(v)
+        }
+        for eqn in reversed(jaxpr.eqns):
+            results = [v in wanted for v in eqn.outvars]
+            for v, want in zip(
+                eqn.invars, self._eqn_wants(eqn, results, context), strict=True
+            ):
+                if want and not is_literal(v):
+                    wanted.add(v)
+        self._alive.append(jaxpr)
+        answer = tuple(v in wanted for v in jaxpr.invars), frozenset(wanted)
+        self._wants[key] = answer
+        return answer
+
+    def _eqn_wants(self, eqn, results, context) -> Iterable[bool]:
+        nothing = (False,) * len(eqn.invars)
+        if not any(castable_dtype(v) for v in eqn.invars):
+            return nothing
+        name = eqn.primitive.name
+        call = _registry.call_rule(name)
+        decided = self.decided(eqn, context)
+        if decided is not None:
+            is_low = decided.dtype in _tree.HALF
+            return tuple(is_low and castable_dtype(v) is not None for v in eqn.invars)
+        if call is not None:
+            return call.wants(eqn, results, self, self.inside(eqn, context))
+        if name == "convert_element_type":
+            to_half = eqn.params["new_dtype"] in _tree.HALF
+            return (
+                to_half or (results[0] and castable_dtype(eqn.invars[0]) is not None),
+            )
+        entry = _registry.entry(name)
+        if entry.op_class is OpClass.COMPUTE:
+            is_kept = self.matmul_intent(eqn) is not None
+            return tuple(
+                not is_kept and castable_dtype(v) is not None for v in eqn.invars
+            )
+        if entry.op_class is OpClass.FOLLOW and any(results):
+            return tuple(castable_dtype(v) is not None for v in eqn.invars)
+        return nothing
+
+    # Forward
+
+    def plan(
+        self,
+        jaxpr: Any,
+        in_states: Sequence[State | None],
+        out_wants: Sequence[bool],
+        context: Context = Context(),  # noqa: B008
+        consts: Sequence[Any] = (),
+    ) -> JaxprPlan:
+        """Plans a jaxpr.
+
+        Args:
+          jaxpr: with or without its constants.
+          in_states: the state of each input.
+          out_wants: whether each output is wanted low.
+          context: inherited from the call that it is the body of.
+          consts: values of its `constvars`, for those that float16 cannot hold.
+        """
+        jaxpr = open_jaxpr(jaxpr)
+        in_states, out_wants = tuple(in_states), tuple(out_wants)
+        key = (id(jaxpr), in_states, out_wants, self._relevant(context))
+        if key not in self._plans:
+            self._alive.append(jaxpr)
+            wanted = self._analyse(jaxpr, out_wants, context)[1]
+            painter = Painter(self, jaxpr, in_states, wanted, context, consts)
+            self._plans[key] = painter.paint(out_wants)
+        return self._plans[key]
+
+    def contents(self, jaxpr: Any) -> "Contents":
+        """Summarises what the equations of a jaxpr are, bodies of calls included."""
+        jaxpr = open_jaxpr(jaxpr)
+        if id(jaxpr) not in self._contents:
+            self._alive.append(jaxpr)
+            self._contents[id(jaxpr)] = _contents(self, jaxpr)
+        return self._contents[id(jaxpr)]
+
+    # Decisions that need no states
+
+    def decided(self, eqn: Any, context: Context) -> Decision | None:
+        """What the user decided about an equation, wherever it stands."""
+        names = scope_names(eqn)
+        if FULL_PRECISION_SCOPE in names:
+            return Decision(FLOAT32, "full_precision")
+        if AUTOCAST_SCOPE in names:
+            return Decision(None, "decided by the autocast inside")
+        if not self.settings.rules:
+            return None
+        around = context.scopes + scopes(eqn)
+        name = eqn.primitive.name
+        for rule in self.settings.rules:
+            if _rules.matches(rule, name, around, eqn):
+                self.used_rules.add(rule)
+                return Decision(rule.compute, f"rule {_show(rule)}", rule)
+        return None
+
+    def matmul_intent(self, eqn: Any) -> str | None:
+        """Why a matmul keeps the dtypes it was traced with, or None."""
+        traced = [d for d in map(castable_dtype, eqn.invars) if d is not None]
+        result = castable_dtype(eqn.outvars[0])
+        if result is None or len(traced) < 2:
+            return "no float32 matmul"
+        if any(dtype in _tree.HALF for dtype in traced):
+            if result == FLOAT32 and all(dtype in _tree.HALF for dtype in traced):
+                return "a float32 result was asked of half operands"
+            return "traced in half"
+        precision = eqn.params.get("precision")
+        for part in precision if isinstance(precision, tuple) else (precision,):
+            if part is not None and part not in _LOWERABLE:
+                return f"precision={part}"
+        return None
+
+    def inside(self, eqn: Any, context: Context) -> Context:
+        """The context of the bodies of a call."""
+        around = context.scopes
+        if self.settings.rules:
+            around = (*around, *scopes(eqn))
+        return Context(around, context.in_backward or is_backward(eqn))
+
+    def _relevant(self, context: Context) -> Context:
+        return context if self.settings.rules else context._replace(scopes=())
+
+
+_LOWERABLE = (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH)
+
+
+class Contents(NamedTuple):
+    """What the equations of a jaxpr are, those of the bodies of its calls included."""
+
+    has_float: bool = False
+    has_matmul: bool = False
+    has_full: bool = False
+    has_lookup: bool = False
+    is_simple: bool = True
+    """No loop, no effect, no half dtype, no rule and no unknown primitive: in float32
+    it can be bound whole, and computed again where that saves memory."""
+
+
+def _contents(planner: Planner, jaxpr: Any) -> Contents:
+    has_float = any(map(castable_dtype, [*jaxpr.invars, *jaxpr.outvars]))
+    has_matmul = has_full = has_lookup = False
+    is_simple = not planner.settings.rules and not jaxpr.effects
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        dtypes = [castable_dtype(v) for v in (*eqn.invars, *eqn.outvars)]
+        call = _registry.call_rule(name)
+        has_float = has_float or any(dtypes)
+        names = scope_names(eqn)
+        if any(dtype in _tree.HALF for dtype in dtypes) or AUTOCAST_SCOPE in names:
+            is_simple = False
+        if call is not None:
+            inner = [planner.contents(body) for body in call.bodies(eqn)]
+            has_float = has_float or any(c.has_float for c in inner)
+            has_matmul = has_matmul or any(c.has_matmul for c in inner)
+            has_full = has_full or any(c.has_full for c in inner)
+            has_lookup = has_lookup or any(c.has_lookup for c in inner)
+            if call.is_loop or not all(c.is_simple for c in inner):
+                is_simple = is_simple and not any(c.has_float for c in inner)
+            has_full = has_full or (call.is_loop and any(c.has_float for c in inner))
+            continue
+        entry = _registry.entry(name)
+        if FULL_PRECISION_SCOPE in names:
+            has_full = True
+        elif entry.op_class is OpClass.COMPUTE:
+            has_matmul = has_matmul or any(dtypes)
+        elif entry.op_class is OpClass.FULL:
+            has_full = has_full or any(dtypes)
+        has_lookup = has_lookup or (name == "gather" and dtypes[0] is not None)
+        is_simple = is_simple and _registry.is_cheap(name)
+    return Contents(has_float, has_matmul, has_full, has_lookup, is_simple)
+
+
+def _show(rule: _rules.OpRule) -> str:
+    conditions = {
+        name: getattr(rule, name)
+        for name in ("primitive", "path", "function")
+        if getattr(rule, name) is not None
+    }
+    text = ", ".join(f"{k}={v!r}" for k, v in conditions.items())
+    return f"({text})"
