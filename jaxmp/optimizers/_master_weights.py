@@ -200,7 +200,7 @@ def _first_master(path: Any, p: Any, split: bool) -> Any:
     if p.dtype != jnp.bfloat16:
         raise OptimizerOptionError(
             f"split=True with the {p.dtype} parameter {_tree.path_string(path)!r}: "
-            "only a bfloat16 number is the upper half of a float32 one. Leave split out, or "
+            "only bfloat16 is the upper half of float32. Leave split out, or "
             "store the parameters in bfloat16."
         )
     return jnp.zeros_like(p, jnp.uint16)

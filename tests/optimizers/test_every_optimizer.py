@@ -68,13 +68,11 @@ def run(case, tx, params, grads, names):
         carry = optax.apply_updates(params, updates), state
         return carry, carry
 
-    @functools.partial(jax.jit, donate_argnums=())
-    @jax.vmap
     def train(grads):
         return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
 
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(grads[n] for n in names))
-    histories = train(stacked)
+    histories = jax.jit(lambda grads: jax.lax.map(train, grads))(stacked)
     return {n: jax.tree.map(lambda x: x[i], histories) for i, n in enumerate(names)}  # noqa: B023
 
 
@@ -107,9 +105,17 @@ def masters(history):
     return get_master_weights(state, params)
 
 
+def pairs(x, y):
+    return zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+
+
 def equal_bits(x, y):
-    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+    for a, b in pairs(x, y):
         np.testing.assert_array_equal(*map(as_bits, (a, b)))
+
+
+def as_float32(x):
+    return np.asarray(x, np.float32)
 
 
 def as_bits(x):
@@ -123,7 +129,8 @@ def test_working_weights_are_the_rounded_masters(histories, case):
     mixed, _ = histories(case)
     for history in mixed.values():
         rounded = jax.tree.map(lambda m: m.astype(jnp.bfloat16), masters(history))
-        jax.tree.map(np.testing.assert_array_equal, history[0], rounded)
+        for working, master in pairs(history[0], rounded):
+            np.testing.assert_array_equal(as_float32(working), as_float32(master))
 
 
 @every_case
@@ -131,19 +138,16 @@ def test_working_weights_are_the_rounded_masters(histories, case):
 def test_masters_are_the_plain_float32_run(histories, case, name):
     mixed, full = histories(case)
     steps = 1 if case.chaotic else STEPS
-    for ours, theirs in zip(
-        jax.tree.leaves(masters(mixed[name])),
-        jax.tree.leaves(full[name][0]),
-        strict=True,
-    ):
+    for ours, theirs in pairs(masters(mixed[name]), full[name][0]):
         np.testing.assert_allclose(ours[:steps], theirs[:steps], rtol=2e-5, atol=1e-6)
 
 
 @every_case
-def test_all_weights_stay_finite(histories, case):
-    mixed, _ = histories(case)
-    for params, _ in mixed.values():
-        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
+def test_weights_are_finite_where_float32_weights_are(histories, case):
+    mixed, full = histories(case)
+    for name, (params, _) in full.items():
+        for ours, theirs in pairs(mixed[name][0], params):
+            assert (jnp.isfinite(ours) | ~jnp.isfinite(theirs)).all()
 
 
 @every_case
