@@ -1,0 +1,236 @@
+"""What the examples share: flags, the training loop, checkpoints and Ctrl-C."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import results
+from tqdm import tqdm
+
+import jaxmp
+from jaxmp.errors import InvalidCheckpoint, JaxmpError
+from jaxmp.training import Checkpoints
+
+POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
+
+
+class Training(NamedTuple):
+    """One model under one policy."""
+
+    state: Any
+    """Pytree that holds everything a run changes."""
+    train_step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+    """`(state, batch)` to the next state, and `loss`, `loss_scale` and `applied`."""
+    batch: Callable[[int], Any]
+    """The batch of a step; a function of its number, so that a run can be resumed."""
+    evaluate: Callable[..., float]
+    """`evaluate(state, in_half=False)`: the score on what was held out."""
+    params: Callable[[Any], Any]
+    """The parameters in a state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What one example is about, and its defaults."""
+
+    script: str
+    prepare: Callable[[jaxmp.Policy, argparse.Namespace], Training]
+    describe: Callable[[argparse.Namespace], str]
+    score: str
+    steps: int
+    growth_interval: int
+
+
+def run(experiment: Experiment, argv: list[str] | None = None):
+    """Trains under every policy that was asked for, and compares them."""
+    args = read_flags(experiment, argv)
+    try:
+        if args.h100_memory:
+            print(json.dumps(results.compile_steps(experiment, args)))
+            return
+        if not args.resume:
+            start_over(args)
+        elif not any(has_checkpoint(args.folders[name]) for name in args.policies):
+            raise InvalidCheckpoint(
+                f"There is no checkpoint to resume from in {args.checkpoint_dir}. Pass "
+                "the --policy, --checkpoint-dir and --out of the run that stopped."
+            )
+        print(experiment.describe(args))
+        runs = [
+            train(experiment, name, policy, args)
+            for name, policy in args.policies.items()
+        ]
+        results.report(experiment, runs, args)
+    except JaxmpError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        resume = [] if args.resume else ["--resume"]
+        command = shlex.join(["python", *sys.argv, *resume])
+        print(f"\nInterrupted; saved in {args.checkpoint_dir}. To go on:\n  {command}")
+        sys.exit(128 + signal.SIGINT)
+
+
+def train(
+    experiment: Experiment, name: str, policy: jaxmp.Policy, args: argparse.Namespace
+) -> results.Run:
+    """Trains under one policy, from the newest checkpoint if there is one."""
+    training = experiment.prepare(policy, args)
+    train_step = jax.jit(training.train_step, donate_argnums=0)
+    state, history = training.state, {name: [] for name in results.HISTORY}
+    with Checkpoints(args.folders[name], max_to_keep=2) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            history = checkpoints.notes()
+            state = checkpoints.restore(state, policy=policy, convert=args.convert)
+        first = len(history["loss"])
+        bar = tqdm(
+            range(first, args.steps), name, args.steps, initial=first, unit="step"
+        )
+        with deferred_interrupt() as interrupted, bar:
+            for step in bar:
+                began = time.perf_counter()
+                state, metrics = train_step(state, training.batch(step))
+                metrics = {k: x.item() for k, x in metrics.items()}
+                metrics["seconds"] = time.perf_counter() - began
+                for key, value in metrics.items():
+                    history[key].append(value)
+                bar.set_postfix(
+                    loss=f"{metrics['loss']:.3f}",
+                    scale=results.show_scale(metrics["loss_scale"]),
+                    refresh=False,
+                )
+                if interrupted or step + 1 in (args.steps, *args.checkpoint_steps):
+                    checkpoints.save(step + 1, state, policy=policy, notes=history)
+                if interrupted:
+                    raise KeyboardInterrupt
+                jaxmp.raise_if_collapsed(state, max_consecutive_skips=50)
+    return results.Run(
+        name=name,
+        policy=policy,
+        history=history,
+        metrics={k: x.item() for k, x in jaxmp.loss_scale_metrics(state).items()},
+        score=training.evaluate(state),
+        half_score=(
+            training.evaluate(state, in_half=True) if args.full_eval_in_half else None
+        ),
+        param_bytes=sum(x.nbytes for x in jax.tree.leaves(training.params(state))),
+    )
+
+
+def half_policy(policy: jaxmp.Policy) -> jaxmp.Policy:
+    """The policy that computes everything in half precision."""
+    compute = policy.compute_dtype
+    half = jaxmp.half_dtype() if compute == jnp.float32 else compute
+    return jaxmp.Policy(half, half, half)
+
+
+@contextlib.contextmanager
+def deferred_interrupt():
+    """Lets the step that runs end before Ctrl-C takes effect; a second one is final."""
+    received = []
+
+    def remember(signum, frame):
+        received.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def has_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether a folder holds a complete checkpoint, which is named by its step."""
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def start_over(args: argparse.Namespace):
+    """Clears the default folder of checkpoints; one that was named is never touched."""
+    if args.checkpoint_dir == args.out / "checkpoints":
+        shutil.rmtree(args.checkpoint_dir, ignore_errors=True)
+    for folder in args.folders.values():
+        if has_checkpoint(folder):
+            sys.exit(
+                f"{folder} holds checkpoints. Go on from them with --resume, or name "
+                "another --checkpoint-dir."
+            )
+
+
+def read_flags(
+    experiment: Experiment, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Reads the command line.
+
+    Beside the flags, `policies` maps each name to its `Policy`, `folders` to its folder
+    of checkpoints, and `checkpoint_steps` lists when to save.
+    """
+    parser = argparse.ArgumentParser(
+        description=sys.modules[experiment.prepare.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(flag, explanation, **options):
+        default = "" if options.get("default") is None else " (default: %(default)s)"
+        parser.add_argument(flag, help=explanation + default, **options)
+
+    def switch(flag, explanation):
+        parser.add_argument(flag, help=explanation, action="store_true")
+
+    policies = ",".join(POLICIES)
+    out = pathlib.Path("out", pathlib.Path(experiment.script).stem)
+    add("--policy", f"several, or repeat it (default: {policies})", action="append")
+    add("--steps", "batches", type=int, default=experiment.steps)
+    add("--seed", "of weights and batches", type=int, default=0)
+    add(
+        "--growth-interval",
+        "finite steps until the loss scale doubles",
+        type=int,
+        default=experiment.growth_interval,
+    )
+    add("--out", "where the plot goes", type=pathlib.Path, default=out)
+    add(
+        "--checkpoint-dir",
+        "has a folder for each policy if there are several (default: OUT/checkpoints, "
+        "which a run without --resume clears)",
+        type=pathlib.Path,
+    )
+    add("--checkpoint-every", "steps", type=int, default=100)
+    switch("--resume", "go on from the newest checkpoints")
+    switch("--convert", "with --resume: take checkpoints of another policy")
+    switch("--full-eval-in-half", "also evaluate with everything in half precision")
+    switch("--h100-memory", "print the bytes of a step on an H100 as JSON, and end")
+    args = parser.parse_args(argv)
+    for flag in ("steps", "checkpoint_every"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} counts steps: use 1 or more.")
+    try:
+        names = split_names(args.policy or POLICIES)
+        args.policies = {name: jaxmp.get_policy(name) for name in names}
+    except JaxmpError as error:
+        parser.error(str(error))
+    args.checkpoint_dir = args.checkpoint_dir or args.out / "checkpoints"
+    args.checkpoint_steps = range(0, args.steps, args.checkpoint_every)[1:]
+    args.folders = {
+        name: args.checkpoint_dir / re.sub(r"[^\w.-]", "_", name) for name in names
+    }
+    if len(names) == 1:
+        args.folders = dict.fromkeys(names, args.checkpoint_dir)
+    return args
+
+
+def split_names(policies: list[str] | tuple[str, ...]) -> list[str]:
+    """Splits at commas, but not `params=float32,compute=bfloat16,output=float32`."""
+    lists = [[text] if "=" in text else text.split(",") for text in policies]
+    return list(dict.fromkeys(name.strip() for names in lists for name in names))

@@ -1,0 +1,199 @@
+"""Trains a small GPT in float32, float16 and bfloat16 and compares the three.
+
+    python examples/train_lm.py
+    python examples/train_lm.py --policy mixed_float16 --steps 200
+    python examples/train_lm.py --resume        # after Ctrl-C, or a crash
+
+The model is plain Flax linen without a dtype in it, and the text is the reference that
+every Python ships with. `under_policy` is all there is about precision.
+"""
+
+import pydoc_data.topics
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from runner import Experiment, Training, half_policy, run
+
+import jaxmp
+
+WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 2, 4, 64, 16
+LEARNING_RATE = 4e-3
+
+
+class Block(nn.Module):
+    """A block of a transformer that normalises before each half."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        normed = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(HEADS)(normed, mask=mask)
+        hidden = nn.gelu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x)))
+        return x + nn.Dense(WIDTH)(hidden)
+
+
+class GPT(nn.Module):
+    """A language model; it knows nothing about precision."""
+
+    vocabulary: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        positions = jnp.arange(tokens.shape[-1])[None]
+        x = nn.Embed(self.vocabulary, WIDTH)(tokens) + nn.Embed(CONTEXT, WIDTH)(
+            positions
+        )
+        mask = nn.make_causal_mask(tokens)
+        for _ in range(LAYERS):
+            x = Block()(x, mask)
+        return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
+
+
+def under_policy(apply_fn, policy):
+    """Makes `apply_fn` compute under a policy, its LayerNorms in float32.
+
+    A LayerNorm with float32 parameters returns float32; its result is cast, or every
+    layer behind it would compute in float32 too.
+    """
+
+    def cast(path, x):
+        is_norm = "LayerNorm" in jax.tree_util.keystr(path)
+        return x if is_norm else policy.cast_to_compute(x)
+
+    def cast_norms(layer, args, kwargs, context):
+        out = layer(*args, **kwargs)
+        is_norm = isinstance(context.module, nn.LayerNorm)
+        return policy.cast_to_compute(out) if is_norm else out
+
+    def apply(params, tokens):
+        with nn.intercept_methods(cast_norms):
+            params = jax.tree_util.tree_map_with_path(cast, params)
+            return policy.cast_to_output(apply_fn({"params": params}, tokens))
+
+    return apply
+
+
+def mean_loss(logits, tokens):
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    return losses.mean()
+
+
+def train_step(state, windows):
+    """One step on windows of CONTEXT + 1 characters; skipped if it overflows."""
+    tokens, following = windows[:, :-1], windows[:, 1:]
+
+    def loss_fn(params):
+        logits = under_policy(state.apply_fn, state.policy)(params, tokens)
+        return mean_loss(logits, following)
+
+    scale = jaxmp.get_loss_scale(state)
+    loss, grads = state.value_and_grad(loss_fn)(state.params)
+    state = state.apply_gradients(grads=grads, value=loss)
+    applied = jaxmp.loss_scale_metrics(state)["grads_finite"]
+    return state, {"loss": loss, "loss_scale": scale, "applied": applied}
+
+
+def reference_text(seed):
+    """Python's own reference, its topics shuffled by the seed.
+
+    Topics quote each other: a paragraph stands only where it comes first, so that what
+    is held out is not in the training part too.
+    """
+    names = sorted(pydoc_data.topics.topics)
+    np.random.default_rng(seed).shuffle(names)
+    pages = "\n\n".join(pydoc_data.topics.topics[name] for name in names)
+    return "\n\n".join(dict.fromkeys(pages.split("\n\n")))
+
+
+def load_text(seed):
+    """The text as integers: training part, held-out last tenth, size of vocabulary."""
+    characters, tokens = np.unique(list(reference_text(seed)), return_inverse=True)
+    tokens = tokens.astype(np.int32)
+    border = len(tokens) * 9 // 10
+    return tokens[:border], tokens[border:], len(characters)
+
+
+def windows_at(tokens, starts):
+    return tokens[starts[:, None] + np.arange(CONTEXT + 1)[None]]
+
+
+def entropy_of_characters(tokens):
+    """The loss of a model that knows how frequent each character is, and no more."""
+    _, counts = np.unique(tokens, return_counts=True)
+    shares = counts / counts.sum()
+    return -(shares * np.log(shares)).sum()
+
+
+def held_out_loss(apply, params, tokens):
+    starts = np.arange(0, len(tokens) - CONTEXT, CONTEXT)
+    batches = windows_at(tokens, starts[: len(starts) // BATCH * BATCH])
+    batches = batches.reshape(-1, BATCH, CONTEXT + 1)
+
+    def loss(params, windows):
+        return mean_loss(apply(params, windows[:, :-1]), windows[:, 1:])
+
+    losses = jax.jit(lambda params: jax.lax.map(lambda w: loss(params, w), batches))
+    return float(losses(params).mean())
+
+
+def prepare(policy, args):
+    """The model, the data and the step of one run, all made from the seed."""
+    text, held_out, vocabulary = load_text(args.seed)
+    model = GPT(vocabulary)
+    learning_rate = optax.warmup_cosine_decay_schedule(
+        0.0, LEARNING_RATE, args.steps // 10, args.steps, LEARNING_RATE / 10
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.01)
+    )
+    example = jnp.zeros((1, CONTEXT), jnp.int32)
+    params = model.init(jax.random.key(args.seed), example)["params"]
+    state = jaxmp.TrainState.create(
+        apply_fn=model.apply,
+        params=policy.cast_to_param(params),
+        tx=jaxmp.loss_scaling(optimizer, policy, growth_interval=args.growth_interval),
+        policy=policy,
+    )
+
+    def batch(step):
+        # A function of the seed and the step: a resumed run sees the same batches.
+        generator = np.random.default_rng((args.seed, step))
+        return windows_at(text, generator.integers(len(text) - CONTEXT, size=BATCH))
+
+    def evaluate(state, *, in_half=False):
+        if in_half:  # parameters cast once, the whole forward in half precision
+            params = half_policy(policy).cast_to_param(state.params)
+            return held_out_loss(
+                lambda params, tokens: model.apply({"params": params}, tokens),
+                params,
+                held_out,
+            )
+        apply = under_policy(model.apply, policy)
+        return held_out_loss(apply, state.params, held_out)
+
+    return Training(state, train_step, batch, evaluate, params=lambda s: s.params)
+
+
+def describe(args):
+    text, held_out, vocabulary = load_text(args.seed)
+    return (
+        f"{len(text)} characters to train on, {len(held_out)} held out, {vocabulary} "
+        "different ones. Loss of knowing only their frequencies: "
+        f"{entropy_of_characters(held_out):.3f}."
+    )
+
+
+EXPERIMENT = Experiment(
+    script=__file__,
+    prepare=prepare,
+    describe=describe,
+    score="validation loss",
+    steps=600,
+    growth_interval=40,
+)
+
+if __name__ == "__main__":
+    run(EXPERIMENT)
