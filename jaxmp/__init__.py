@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmp import _jax_internals as _jax_internals
 from jaxmp import casting, errors, loss_scale, optimizers, policy
-from jaxmp.casting import autocast, full_precision, register_rule
+from jaxmp.casting import autocast, explain, full_precision, register_rule
 from jaxmp.loss_scale import (
     DynamicLossScale,
     LossScale,
@@ -77,6 +77,7 @@ __all__ = [
     "cast_for_eval",
     # autocast
     "autocast",
+    "explain",
     "full_precision",
     "register_rule",
     # gradients

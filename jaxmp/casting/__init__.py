@@ -1,7 +1,15 @@
 """Autocast: any JAX function in mixed precision, operation by operation."""
 
 from jaxmp.casting._autocast import autocast, full_precision
+from jaxmp.casting._explain import Explanation, explain
 from jaxmp.casting._registry import register_rule
 from jaxmp.casting._rules import OpRule
 
-__all__ = ["OpRule", "autocast", "full_precision", "register_rule"]
+__all__ = [
+    "Explanation",
+    "OpRule",
+    "autocast",
+    "explain",
+    "full_precision",
+    "register_rule",
+]

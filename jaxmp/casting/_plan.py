@@ -30,7 +30,7 @@ import numpy as np
 
 from jaxmp.casting import _rules
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting._states import State
+from jaxmp.casting._states import State, castable_dtype, traced_state
 
 FULL_PRECISION_SCOPE = "jaxmp.full_precision"
 AUTOCAST_SCOPE = "jaxmp.autocast"
@@ -62,6 +62,17 @@ class EqnPlan:
     call: Any = None
     rule: _rules.OpRule | None = None
 
+    @property
+    def is_as_traced(self) -> bool:
+        """Whether operands and results have the dtypes they were traced with."""
+        return (
+            self.params is None
+            and self.call is None
+            and not self.in_island
+            and self.in_dtypes == tuple(map(castable_dtype, self.eqn.invars))
+            and self.out_states == tuple(map(traced_state, self.eqn.outvars))
+        )
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class JaxprPlan:
@@ -81,6 +92,11 @@ class JaxprPlan:
     eqns: list[EqnPlan]
     steps: Sequence[Any]
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_as_traced(self) -> bool:
+        """Whether the plan changes nothing."""
+        return all(plan.is_as_traced for plan in self.eqns)
 
 
 class Context(NamedTuple):

@@ -8,7 +8,7 @@ from jaxmp.casting._islands import schedule
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
-from jaxmp.casting._states import NEUTRAL, Kind, State
+from jaxmp.casting._states import NEUTRAL, Kind, State, castable_dtype, traced_state
 
 
 class CallRule:
@@ -68,6 +68,11 @@ class SingleBodyRule(CallRule):
             fed(s, want, planner) for s, want in zip(states, in_wants, strict=True)
         ]
         plan = planner.plan(body, states, wants, context, jaxpr_consts(body))
+        if plan.is_as_traced and not any(s is not None and s.is_low for s in states):
+            outs = tuple(map(traced_state, eqn.outvars))
+            dtypes = tuple(map(castable_dtype, eqn.invars))
+            reason = "a call that stays as it is"
+            return EqnPlan(eqn, OpClass.UNTOUCHED, reason, dtypes, outs)
         return call_plan(eqn, plan.in_states, plan.out_states, plan)
 
     def consts(self, plan: EqnPlan) -> Sequence[Any]:

@@ -35,6 +35,8 @@ class _CustomRule(SingleBodyRule):
 
     def plan(self, eqn, states, wants, planner, context):
         plan = super().plan(eqn, states, wants, planner, context)
+        if plan.call is None:
+            return plan
         call = _CustomCall(plan.call, planner, context)
         return call_plan(eqn, plan.call.in_states, plan.out_states, call)
 
