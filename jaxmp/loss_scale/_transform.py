@@ -30,7 +30,7 @@ Sharp edges
   only what it wraps is protected. That is why it stands outermost.
 """
 
-import inspect
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -267,7 +267,6 @@ def _transformation(
         inner = inner.gradient_transformation()
     inner = optax.with_extra_args_support(inner)
     looks_at_gradients = skip_nonfinite or isinstance(machine, DynamicMachine)
-    takes_grads_finite = _takes(inner.update, "grads_finite")
 
     def init_fn(params):
         inner_state = jax.tree.map(_tree.strong, inner.init(params))
@@ -293,13 +292,10 @@ def _transformation(
         if decides:
             nothing = jax.tree.map(_tree.negative_zero, grads)
             grads = _tree.select(finite, grads, nothing)
-        if takes_grads_finite:
-            extra_args["grads_finite"] = finite
         if value is not None:
             extra_args["value"] = value
-        updates, inner_state = inner.update(
-            grads, state.inner_state, params, **extra_args
-        )
+        update = functools.partial(inner.update, grads, state.inner_state, params)
+        updates, inner_state = _tell(update, finite, extra_args)
         inner_state = jax.tree.map(_tree.like, inner_state, state.inner_state)
         if skip_nonfinite and not decides:
             nothing = jax.tree.map(_tree.negative_zero, updates)
@@ -343,10 +339,20 @@ def _next_state(
     )
 
 
-def _takes(update: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(update).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return takes_any or name in parameters
+def _tell(
+    update: Callable[..., Any], finite: jax.Array, extra_args: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Updates, and passes `grads_finite=` along unless that is refused.
+
+    A signature does not say: `optax.chain` takes any argument, and passes it to line
+    searches, which refuse what their `value_fn` does not take.
+    """
+    try:
+        return update(grads_finite=finite, **extra_args)
+    except TypeError as error:
+        if "grads_finite" not in str(error):
+            raise
+        return update(**extra_args)
 
 
 def _scale_of(state: LossScaleState) -> Scale:

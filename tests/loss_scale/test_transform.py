@@ -461,6 +461,21 @@ def test_a_transformation_that_takes_no_decision_is_given_none():
     tx = f16_scaling(inner)
     _, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), value=jnp.float32(1))
     assert float(state.inner_state) == 1.0
+    with pytest.raises(TypeError, match="'batch'"):
+        tx.update(jnp.ones(2), state, value=jnp.float32(1), batch="refused")
+
+
+def test_a_line_search_that_refuses_what_it_does_not_know_is_told_nothing():
+    def loss_fn(w):
+        return jnp.sum(w**2)
+
+    tx = f16_scaling(optax.lbfgs())
+    w = jnp.ones(3)
+    loss, grads = jax.value_and_grad(loss_fn)(w)
+    updates, _ = tx.update(
+        grads, tx.init(w), w, value=loss, grad=grads, value_fn=loss_fn
+    )
+    assert loss_fn(w + updates) < loss
 
 
 def test_the_state_remembers_whether_the_loss_was_finite():

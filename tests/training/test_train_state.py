@@ -170,7 +170,8 @@ def test_donated_steps_compile_once_in_jit_scan_and_vmap():
     )
     assert int(scanned.step) == int(state.step) == 2
     for a, b in zip(*map(jax.tree.leaves, (scanned.params, state.params)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+        # One parameter ends at 1.7e-6, the difference of two of the size of 0.2.
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
     ensemble = jax.vmap(lambda p: make(params=p))(stacked)
     ensemble = jax.vmap(lambda s, g: s.apply_gradients(grads=g))(ensemble, stacked)
     assert ensemble.step.tolist() == [1, 0, 1]
