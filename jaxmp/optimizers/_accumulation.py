@@ -35,6 +35,18 @@ from jaxmp.optimizers._wrapping import (
 
 PyTree = Any
 
+_REPAIRS = {
+    "loss_scaling": LOSS_SCALING_OUTERMOST,
+    "master_weights": (
+        "It would be shown float32 parameters, and keep no copy of them. Turn them "
+        "round: master_weights(accumulate(optax.adamw(1e-3), 4))."
+    ),
+    "stochastic_rounding": (
+        "It would be shown float32 parameters, and round nothing. Turn them round: "
+        "stochastic_rounding(accumulate(optax.adamw(1e-3), 4), seed=0)."
+    ),
+}
+
 SKIP_MICRO, SKIP_WINDOW = "skip_micro", "skip_window"
 
 
@@ -86,7 +98,8 @@ def accumulate(
 
     Raises:
       OptimizerOptionError: for `every_k` below 1 or another `on_nonfinite`.
-      TransformationOrder: from `init`, if `inner` holds a loss scale.
+      TransformationOrder: from `init`, if `inner` holds a loss scale, master weights or
+        stochastic rounding, which go around it.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp, optax
@@ -105,8 +118,7 @@ def accumulate(
     def init_fn(params):
         weights = float32_view(params)
         inner_state = strong_state(inner.init(weights))
-        repairs = {"loss_scaling": LOSS_SCALING_OUTERMOST}
-        _composition.refuse_inside("accumulate", inner_state, repairs)
+        _composition.refuse_inside("accumulate", inner_state, _REPAIRS)
         return AccumulationState(
             inner_state=inner_state,
             grad_sums=optax.tree_utils.tree_zeros_like(_fast(weights)),

@@ -47,6 +47,10 @@ _REPAIRS = {
         "It would round the float32 master weights, which are there not to be rounded. "
         "Turn them round: master_weights(cast_state(optax.adamw(1e-3), 'bfloat16'))."
     ),
+    "stochastic_rounding": (
+        "It would be shown float32 parameters, and round nothing. Turn them round: "
+        "stochastic_rounding(cast_state(optax.adamw(1e-3), 'bfloat16'), seed=0)."
+    ),
     "accumulate": (
         "It would round the sums of gradients, which are float32 for a reason. Turn "
         "them round: accumulate(cast_state(optax.adamw(1e-3), 'bfloat16'), 4)."
@@ -92,8 +96,8 @@ def cast_state(
 
     Raises:
       OptimizerOptionError: for another dtype or rounding.
-      TransformationOrder: from `init`, if `inner` keeps something that has to stay
-        float32: a loss scale, master weights, accumulators or averaged weights.
+      TransformationOrder: from `init`, if `inner` holds what goes around it: a loss
+        scale, master weights, stochastic rounding, accumulators or averaged weights.
 
     References:
       Zamirai et al., "Revisiting BFloat16 Training", 2020

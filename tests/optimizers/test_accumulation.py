@@ -37,9 +37,6 @@ STACKS = {
     "master_weights": lambda tx, **kw: jaxmp.loss_scaling(
         master_weights(accumulate(tx, 4, **kw)), "mixed_float16"
     ),
-    "inside": lambda tx, **kw: jaxmp.loss_scaling(
-        accumulate(master_weights(tx), 4, **kw), "mixed_bfloat16"
-    ),
     "clip before": lambda tx, **kw: jaxmp.loss_scaling(
         optax.chain(optax.clip_by_global_norm(1e3), accumulate(tx, 4, **kw)),
         "mixed_float16",
@@ -237,6 +234,18 @@ ORDERS = {
     "master_weights inside of stochastic_rounding": (
         lambda: stochastic_rounding(master_weights(optax.adam(1.0)), seed=0),
         "Where a float32 copy is kept",
+    ),
+    "master_weights inside of accumulate": (
+        lambda: accumulate(master_weights(optax.adam(1.0)), 2),
+        r"keep no copy.*master_weights\(accumulate",
+    ),
+    "stochastic_rounding inside of accumulate": (
+        lambda: accumulate(stochastic_rounding(optax.adam(1.0), seed=0), 2),
+        r"round nothing.*stochastic_rounding\(accumulate",
+    ),
+    "stochastic_rounding inside of cast_state": (
+        lambda: cast_state(stochastic_rounding(optax.adam(1.0), seed=0), "bfloat16"),
+        r"round nothing.*stochastic_rounding\(cast_state",
     ),
     "state beside accumulate": (
         lambda: jaxmp.loss_scaling(

@@ -273,7 +273,7 @@ def test_a_state_without_masters_is_an_error(function):
         lambda tx: master_weights(tx, split=True),
         lambda tx: jaxmp.stochastic_rounding(tx, seed=0),
         lambda tx: optax.chain(
-            optax.clip(1.0), jaxmp.accumulate(master_weights(tx), 2)
+            optax.clip(1.0), master_weights(jaxmp.accumulate(tx, 2))
         ),
     ],
 )
