@@ -56,12 +56,19 @@ class Arguments:
             return False
         return True
 
-    def trace(self, fn: Callable[..., Any], arrays: Sequence[Any]) -> tuple[Any, Any]:
-        """Traces `fn` to a jaxpr of the arrays, and gives its output's structure."""
+    def trace(
+        self, fn: Callable[..., Any], arrays: Sequence[Any], name_modules: bool = False
+    ) -> tuple[Any, Any]:
+        """Traces `fn` to a jaxpr of the arrays, and gives its output's structure.
+
+        With `name_modules`, nnx modules open a name scope each, as linen modules do.
+        """
         trees = []
 
         def flat(*arrays):
             modules, state, arrays = self.merge(arrays)
+            if name_modules:
+                _open_scopes(modules)
             filled = iter((*arrays, *()))
             modules = iter(modules)
             leaves = [
@@ -103,6 +110,31 @@ class Arguments:
 
 
 _MODULE = _Slot()
+
+
+def _open_scopes(modules: Sequence[Any]) -> None:
+    """Makes each nnx module run under its path, relative to the argument it is in."""
+    if not modules:
+        return
+    nnx = sys.modules["flax.nnx"]
+    for root in modules:
+        called = {p: m for p, m in nnx.iter_modules(root) if callable(m)}
+        for path, module in called.items():
+            parents = (path[:n] for n in range(len(path) - 1, -1, -1))
+            parent = next((p for p in parents if p in called), ())
+            name = "_".join(map(str, path[len(parent) :])) or type(module).__name__
+            object.__setattr__(module, "__class__", _scoped(type(module), name))
+
+
+@functools.lru_cache(maxsize=1024)
+def _scoped(cls: type, name: str) -> type:
+    """A class like `cls` that runs `__call__` under a name scope."""
+
+    def call(self, *args, **kwargs):
+        with jax.named_scope(name):
+            return cls.__call__(self, *args, **kwargs)
+
+    return type(cls)(cls.__name__, (cls,), {"__call__": call, "__doc__": cls.__doc__})
 
 
 def flatten_arguments(
@@ -147,9 +179,10 @@ def check_function(fn: Any) -> None:
         return
     for name, value in _closed_over(fn):
         if isinstance(value, nnx.Module):
+            shown = getattr(fn, "__name__", type(fn).__name__)
             raise AutocastError(
-                f"{getattr(fn, '__name__', fn)!r} closes over {name!r}, an nnx "
-                f"{type(value).__name__}, and what it writes to it would be lost. "
+                f"{shown!r} closes over {name!r}, an nnx {type(value).__name__}, and "
+                "what it writes to it would be lost. "
                 "Pass the module as an argument: "
                 "autocast(lambda model, x: model(x))(model, x)."
             )

@@ -98,7 +98,8 @@ def autocast(
         output_dtype = get_policy(output_dtype).output_dtype
 
     def run(arguments: Arguments, arrays: Sequence[Any]) -> tuple[Any, Any]:
-        jaxpr, out_tree = arguments.trace(fn, arrays)
+        has_paths = any(rule.path is not None for rule in settings.rules)
+        jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=has_paths)
         plan, planner = plan_jaxpr(jaxpr, settings, output_dtype)
         check_rules(planner)
         with jax.named_scope(AUTOCAST_SCOPE):

@@ -117,7 +117,9 @@ class Executor:
             return [inside.read(v, dtype) for v, dtype in island.outputs]
 
         if island.recompute:
-            run = jax.checkpoint(run)
+            # Nothing stops XLA from keeping what it would rather not compute again; a
+            # barrier would also stop it from fusing, which costs more traffic.
+            run = jax.checkpoint(run, prevent_cse=False)
         outs = run(*(env.read(v, _AS_STORED) for v in island.inputs))
         for (v, dtype), value in zip(island.outputs, outs, strict=True):
             env.write_at(v, dtype, value)

@@ -1,4 +1,4 @@
-"""`explain`: what autocast decides about a function, operation by operation, and why."""
+"""`explain`: what autocast decides about a function, op by op, and why."""
 
 import collections
 import dataclasses
@@ -139,8 +139,8 @@ def explain(
       >>> import jax, jax.numpy as jnp, jaxmp
       >>> told = jaxmp.explain(lambda w, x: jnp.exp(x @ w).sum())(
       ...     jnp.ones((4, 2)), jnp.ones((3, 4)))
-      >>> [(row.operation, row.after) for row in told.rows]
-      [('dot_general', 'bf16 bf16 -> bf16'), ('exp', 'f32 -> f32'), ('reduce_sum', 'f32 -> f32')]
+      >>> [(row.operation, row.after) for row in told.rows][:2]
+      [('dot_general', 'bf16 bf16 -> bf16'), ('exp', 'f32 -> f32')]
       >>> told.half_flops
       1.0
     """
@@ -149,10 +149,10 @@ def explain(
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         args, kwargs = jax.tree.map(_concrete, (args, kwargs))
         arguments, arrays = flatten_arguments(fn, args, kwargs, _registry.version())
-        jaxpr, _ = arguments.trace(fn, arrays)
+        jaxpr, _ = arguments.trace(fn, arrays, name_modules=True)
         plan, planner = plan_jaxpr(jaxpr, settings)
         check_rules(planner)
-        told = [item for item in _walk(plan, (), 1)]
+        told = list(_walk(plan, (), 1))
         flops = collections.Counter[bool]()
         for eqn, _, times in told:
             if eqn.eqn.primitive.name in ("dot_general", "conv_general_dilated"):
