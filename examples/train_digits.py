@@ -5,17 +5,13 @@
     python examples/train_digits.py --resume        # after Ctrl-C, or a crash
 
 The model is plain Flax nnx without a dtype in it, and the images come with
-scikit-learn. `under_policy` is all there is about precision.
+scikit-learn. `apply_policy` and `loss_scaling` are all there is about precision.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from runner import Experiment, Training, half_policy, run
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -48,39 +44,13 @@ class CNN(nnx.Module):
         return self.head(x.mean(axis=(1, 2)))
 
 
-def under_policy(model, policy):
-    """Makes `model` compute under a policy, its BatchNorms in float32.
-
-    A BatchNorm with float32 parameters returns float32; it is told to return what the
-    layers behind it compute in, and to keep its arithmetic.
-    """
-
-    def cast(path, x):
-        is_norm = "norms" in jax.tree_util.keystr(path)
-        return x if is_norm else policy.cast_to_compute(x)
-
-    graph, params, others = nnx.split(model, nnx.Param, ...)
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    working = nnx.merge(graph, params, others)
-    for norm in working.norms:
-        norm.promote_dtype = lambda xs, dtype: promote_dtype(xs, dtype=jnp.float32)
-        norm.dtype = policy.compute_dtype
-
-    def apply(images, **kwargs):
-        logits = working(policy.cast_to_compute(images), **kwargs)
-        nnx.update(model, nnx.state(working, nnx.BatchStat))
-        return policy.cast_to_output(logits)
-
-    return apply
-
-
-def train_step(policy, state, batch):
+def train_step(state, batch):
     """One step; one that overflows moves neither weights nor BatchNorm statistics."""
     model, optimizer = state
     images, labels = batch
 
     def loss_fn(model):
-        logits = under_policy(model, policy)(images).astype(jnp.float32)
+        logits = model(images).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     scale = jaxmp.get_loss_scale(optimizer)
@@ -107,8 +77,7 @@ def load_images(seed):
 def prepare(policy, args):
     """The model, the data and the step of one run, all made from the seed."""
     images, test_images, labels, test_labels = load_images(args.seed)
-    model = CNN(nnx.Rngs(args.seed))
-    nnx.update(model, policy.cast_to_param(nnx.state(model, nnx.Param)))
+    model = jaxmp.apply_policy(CNN(nnx.Rngs(args.seed)), policy)
     optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))
     tx = jaxmp.loss_scaling(optimizer, policy, growth_interval=args.growth_interval)
     state = model, nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -120,15 +89,15 @@ def prepare(policy, args):
         return images[chosen], labels[chosen]
 
     def evaluate(state, *, in_half=False):
-        used = half_policy(policy) if in_half else policy
-        model = nnx.clone(state[0])
-        nnx.update(model, used.cast_to_param(nnx.state(model, nnx.Param)))
-        logits = under_policy(model, used)(test_images, evaluate=True)
+        model, _ = state
+        if in_half:  # parameters cast once, the whole forward in half precision
+            model = jaxmp.cast_for_eval(model, half_policy(policy))
+        logits = model(test_images, evaluate=True)
         return float((np.argmax(logits, axis=-1) == test_labels).mean())
 
     return Training(
         state,
-        functools.partial(train_step, policy),
+        train_step,
         batch,
         evaluate,
         params=lambda state: nnx.state(state[0], nnx.Param),

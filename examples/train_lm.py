@@ -5,7 +5,8 @@
     python examples/train_lm.py --resume        # after Ctrl-C, or a crash
 
 The model is plain Flax linen without a dtype in it, and the text is the reference that
-every Python ships with. `under_policy` is all there is about precision.
+every Python ships with. `apply_policy` and `TrainState` are all there is about
+precision.
 """
 
 import pydoc_data.topics
@@ -51,30 +52,6 @@ class GPT(nn.Module):
         return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
 
 
-def under_policy(apply_fn, policy):
-    """Makes `apply_fn` compute under a policy, its LayerNorms in float32.
-
-    A LayerNorm with float32 parameters returns float32; its result is cast, or every
-    layer behind it would compute in float32 too.
-    """
-
-    def cast(path, x):
-        is_norm = "LayerNorm" in jax.tree_util.keystr(path)
-        return x if is_norm else policy.cast_to_compute(x)
-
-    def cast_norms(layer, args, kwargs, context):
-        out = layer(*args, **kwargs)
-        is_norm = isinstance(context.module, nn.LayerNorm)
-        return policy.cast_to_compute(out) if is_norm else out
-
-    def apply(params, tokens):
-        with nn.intercept_methods(cast_norms):
-            params = jax.tree_util.tree_map_with_path(cast, params)
-            return policy.cast_to_output(apply_fn({"params": params}, tokens))
-
-    return apply
-
-
 def mean_loss(logits, tokens):
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
@@ -86,8 +63,7 @@ def train_step(state, windows):
     tokens, following = windows[:, :-1], windows[:, 1:]
 
     def loss_fn(params):
-        logits = under_policy(state.apply_fn, state.policy)(params, tokens)
-        return mean_loss(logits, following)
+        return mean_loss(state.apply_fn({"params": params}, tokens), following)
 
     scale = jaxmp.get_loss_scale(state)
     loss, grads = state.value_and_grad(loss_fn)(state.params)
@@ -127,13 +103,14 @@ def entropy_of_characters(tokens):
     return -(shares * np.log(shares)).sum()
 
 
-def held_out_loss(apply, params, tokens):
+def held_out_loss(model, params, tokens):
     starts = np.arange(0, len(tokens) - CONTEXT, CONTEXT)
     batches = windows_at(tokens, starts[: len(starts) // BATCH * BATCH])
     batches = batches.reshape(-1, BATCH, CONTEXT + 1)
 
     def loss(params, windows):
-        return mean_loss(apply(params, windows[:, :-1]), windows[:, 1:])
+        logits = model.apply({"params": params}, windows[:, :-1])
+        return mean_loss(logits, windows[:, 1:])
 
     losses = jax.jit(lambda params: jax.lax.map(lambda w: loss(params, w), batches))
     return float(losses(params).mean())
@@ -142,7 +119,7 @@ def held_out_loss(apply, params, tokens):
 def prepare(policy, args):
     """The model, the data and the step of one run, all made from the seed."""
     text, held_out, vocabulary = load_text(args.seed)
-    model = GPT(vocabulary)
+    model = jaxmp.apply_policy(GPT(vocabulary), policy)
     learning_rate = optax.warmup_cosine_decay_schedule(
         0.0, LEARNING_RATE, args.steps // 10, args.steps, LEARNING_RATE / 10
     )
@@ -153,7 +130,7 @@ def prepare(policy, args):
     params = model.init(jax.random.key(args.seed), example)["params"]
     state = jaxmp.TrainState.create(
         apply_fn=model.apply,
-        params=policy.cast_to_param(params),
+        params=params,
         tx=jaxmp.loss_scaling(optimizer, policy, growth_interval=args.growth_interval),
         policy=policy,
     )
@@ -165,14 +142,10 @@ def prepare(policy, args):
 
     def evaluate(state, *, in_half=False):
         if in_half:  # parameters cast once, the whole forward in half precision
-            params = half_policy(policy).cast_to_param(state.params)
-            return held_out_loss(
-                lambda params, tokens: model.apply({"params": params}, tokens),
-                params,
-                held_out,
-            )
-        apply = under_policy(model.apply, policy)
-        return held_out_loss(apply, state.params, held_out)
+            half = half_policy(policy)
+            params = jaxmp.cast_for_eval(state.params, half)
+            return held_out_loss(jaxmp.apply_policy(model, half), params, held_out)
+        return held_out_loss(model, state.params, held_out)
 
     return Training(state, train_step, batch, evaluate, params=lambda s: s.params)
 
