@@ -154,10 +154,10 @@ def measure(width: int, depth: int, batch: int, rounds: int):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args()
 
     seconds, losses = measure(args.width, args.depth, args.batch, args.rounds)
