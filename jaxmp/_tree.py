@@ -128,8 +128,8 @@ def all_finite(tree: PyTree) -> jax.Array:
     ]
     nonfinite = [(~jnp.isfinite(x)).astype(jnp.float32).sum() for x in leaves]
     count = functools.reduce(operator.add, nonfinite, jnp.float32(0))
-    # XLA repeats a cheap sum of scalars in every fusion that reads it, on the CPU in one
-    # per leaf; a square root it computes once.
+    # XLA repeats a cheap sum of scalars in every fusion that reads it, on the CPU in
+    # one per leaf; a square root it computes once.
     return jnp.sqrt(count) == 0
 
 
