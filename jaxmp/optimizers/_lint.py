@@ -198,8 +198,8 @@ def _literals(
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     for equation in _equations(jax.make_jaxpr(update)(params)):
         for atom in equation.invars:
-            value = getattr(atom, "val", None)
-            if np.ndim(value) == 0 and _tree.is_inexact(value):
+            value: Any = getattr(atom, "val", None)
+            if _tree.is_inexact(value) and np.ndim(value) == 0:
                 place = _source(equation), equation.primitive.name
                 found.setdefault(place, []).append(np.asarray(value))
     return found
@@ -226,7 +226,7 @@ def _source(equation: Any) -> str:
 
 
 def _is_lost(x: Any, wanted: Any) -> bool:
-    return jnp.any(x != wanted) and float(x) in (0.0, 1.0)
+    return bool(jnp.any(x != wanted)) and float(x) in (0.0, 1.0)
 
 
 def _leaves(tree: PyTree) -> list[tuple[str, Any]]:

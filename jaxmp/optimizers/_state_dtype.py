@@ -68,7 +68,7 @@ class CastStateState(NamedTuple):
 
     inner_state: optax.OptState
     """State of the inner optimizer, its moments in the dtype that was asked for."""
-    draws: jax.Array | None
+    draws: Any
     """int32: how often it was rounded at random; None for rounding to nearest."""
 
     transformation = "cast_state"

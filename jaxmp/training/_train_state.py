@@ -11,11 +11,12 @@ import optax
 from flax import serialization, struct
 from flax.training import train_state
 
-from jaxmp._composition import decides_on_nonfinite
+from jaxmp import _composition
 from jaxmp.errors import InvalidCheckpoint
 from jaxmp.loss_scale import loss_scaling, select_applied, value_and_grad
 from jaxmp.loss_scale._state import find_all
 from jaxmp.loss_scale._unscale import OVERWRITE_WITH_GRADIENT
+from jaxmp.optimizers import check_master_weights
 from jaxmp.policy import Policy, get_policy
 from jaxmp.training._checkpoint_policy import (
     POLICY_KEY,
@@ -171,7 +172,9 @@ class TrainState(train_state.TrainState):
             **({} if value is None else {"value": value}),
         )
         moved = optax.apply_updates(params, updates)
-        if decides_on_nonfinite(opt_state):  # a bad micro-batch may end a good window
+        if _composition.decides_on_nonfinite(
+            opt_state
+        ):  # a bad micro-batch may end a good window
             params = moved
         else:  # not left to the skipped update, -0.0, which flushes a subnormal
             params = select_applied(opt_state, moved, params)
@@ -210,6 +213,7 @@ def restore(state: TrainState, saved: Any, *, convert: bool = False) -> TrainSta
     Raises:
       CheckpointPolicyMismatch: if the policies differ and `convert` is False.
       InvalidCheckpoint: if `saved` names no policy.
+      MasterWeightsMismatch: if parameters and master weights are of different steps.
 
     Example:
       >>> import flax, jax.numpy as jnp, jaxmp, optax
@@ -244,7 +248,7 @@ def _from_state_dict(state: TrainState, saved: dict[str, Any]) -> TrainState:
             f"{sorted(names)}; {sorted(unmatched)} stand on one side only. Restore "
             "into a state of the class that was saved."
         )
-    return state.replace(
+    restored = state.replace(
         **{
             name: serialization.from_state_dict(
                 getattr(state, name), saved[name], name=name
@@ -252,6 +256,11 @@ def _from_state_dict(state: TrainState, saved: dict[str, Any]) -> TrainState:
             for name in names
         }
     )
+    if "master_weights" in _composition.names(restored.opt_state):
+        params = restored.params
+        trained = params["params"] if _has_fp8_metadata(params) else params
+        check_master_weights(restored.opt_state, trained)
+    return restored
 
 
 def _array_fields(state: TrainState) -> list[str]:

@@ -11,6 +11,7 @@ from flax import nnx, serialization
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxmp
+from jaxmp.errors import MasterWeightsMismatch
 from jaxmp.optimizers import (
     accumulate,
     cast_state,
@@ -252,3 +253,15 @@ def test_train_state(stack):
     assert (state.params["w"] != 1).any()
     restored = serialization.from_bytes(state, serialization.to_bytes(state))
     assert_same_bits(state.params, restored.params)
+
+
+def test_a_train_state_of_two_steps_is_an_error_that_names_the_leaf():
+    def create():
+        return jaxmp.TrainState.create(
+            apply_fn=None, params=start(), tx=master_weights(inner()), policy="bfloat16"
+        )
+
+    saved = serialization.to_state_dict(create())
+    saved["params"] = {**saved["params"], "b": saved["params"]["b"] * 2}
+    with pytest.raises(MasterWeightsMismatch, match="4 of 4 weights of 'b'"):
+        serialization.from_state_dict(create(), saved)
