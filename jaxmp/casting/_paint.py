@@ -209,11 +209,7 @@ class Painter:
 
     def decided(self, eqn, states, decision: Decision) -> EqnPlan:
         if decision.dtype is None:
-            plan = self.untouched(eqn, states, decision.reason)
-            outs = tuple(
-                PINNED if s is not None and not s.is_low else s for s in plan.out_states
-            )
-            return dataclasses.replace(plan, out_states=outs)
+            return self.untouched(eqn, states, decision.reason)
         entry = _registry.entry(eqn.primitive.name)
         if decision.dtype == FLOAT32:
             plan = self.full(eqn, states, decision.reason)

@@ -73,8 +73,9 @@ class CustomVJPRule(_CustomRule):
         return super().wants(eqn, results, planner, context)
 
     def execute(self, plan, operands, executor):
-        run = jax.custom_vjp(self.primal(plan, executor))
-        rule = _PlannedVJP(plan, executor)
+        primal = self.primal(plan, executor)
+        run = jax.custom_vjp(primal)
+        rule = _PlannedVJP(plan, executor, primal.__name__)
         run.defvjp(rule.forward, rule.backward)
         return run(*operands)
 
@@ -160,9 +161,10 @@ class _PlannedJVP:
 class _PlannedVJP:
     """Forward and backward rules for `defvjp`, planned when first differentiated."""
 
-    def __init__(self, plan: EqnPlan, executor: Any):
+    def __init__(self, plan: EqnPlan, executor: Any, name: str):
         self.plan = plan
         self.executor = executor
+        self.name = name
         self.original = _Original(plan.eqn)
 
     def forward(self, *args):
@@ -209,7 +211,12 @@ class _PlannedVJP:
         count = len(self.plan.out_states)
 
         def backward(residuals, cotangents):
-            return jax.tree.unflatten(tree, residuals)(cotangents)
+            try:
+                return jax.tree.unflatten(tree, residuals)(cotangents)
+            except (TypeError, ValueError) as error:
+                # Older releases of JAX do not say whose rule it is.
+                error.add_note(f"This is the custom_vjp rule of {self.name!r}.")
+                raise
 
         diff_outs = self.original.diff_outs
         cotangent_avals = [self.plan.eqn.outvars[i].aval for i in diff_outs]

@@ -1,0 +1,184 @@
+"""Rules of the user's, what wins over what, registered primitives, and `explain`."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core as jex_core
+from jax.interpreters import mlir
+
+import jaxmp
+from jaxmp.casting import OpRule
+from jaxmp.casting._op_lists import table_as_markdown
+from jaxmp.errors import AutocastError, AutocastRuleError, RuleAlreadyRegistered
+from jaxmp.testing import matmuls
+from jaxmp.testing._functions import example_arguments
+
+W, X = example_arguments()
+F32, BF16 = "float32", "bfloat16"
+
+
+def network(w, x):
+    with jax.named_scope("block_0"), jax.named_scope("attention"):
+        x = x @ w
+    with jax.named_scope("block_1"):
+        x = projection(w, x)
+    return jnp.tanh(x @ w)
+
+
+def projection(w, x):
+    return x @ w
+
+
+def dtypes(*rules, fn=network):
+    jaxpr = jax.make_jaxpr(jaxmp.autocast(fn, rules=rules))(W, X)
+    return [str(m.output) for m in matmuls(jaxpr)]
+
+
+def test_rules_by_path_function_and_primitive():
+    assert dtypes() == [BF16, BF16, BF16]
+    assert dtypes(OpRule(path="block_0", compute=F32)) == [F32, BF16, BF16]
+    assert dtypes(OpRule(path="block_.", compute=F32)) == [F32, F32, BF16]
+    assert dtypes(OpRule(path="block_0/att.*", compute=F32)) == [F32, BF16, BF16]
+    assert dtypes(OpRule(function="projection", compute=F32)) == [BF16, F32, BF16]
+    assert dtypes(OpRule(primitive="dot_general", compute=F32)) == [F32] * 3
+
+
+def test_the_first_rule_wins():
+    half = OpRule(path="block_0", compute=BF16)
+    full = OpRule(primitive="dot_general", compute=F32)
+    assert dtypes(half, full) == [BF16, F32, F32]
+
+
+def test_rules_reach_into_calls():
+    def fn(w, x):
+        return jax.lax.scan(lambda h, _: (jax.jit(network)(w, h), None), x, None, 2)[0]
+
+    assert dtypes(OpRule(path="block_1", compute=F32), fn=fn) == [BF16, F32, BF16]
+
+
+def test_a_rule_lowers_what_the_lists_keep():
+    rule = OpRule(primitive="tanh", compute=BF16)
+    jaxpr = jax.make_jaxpr(jaxmp.autocast(network, rules=[rule]))(W, X)
+    tanh = [e for e in jaxpr.eqns if e.primitive.name == "tanh"]
+    assert str(tanh[0].outvars[0].aval.dtype) == BF16
+
+
+def test_full_precision_wins_over_rules():
+    def fn(w, x):
+        return jaxmp.full_precision(lambda w, x: x @ w)(w, x) @ w
+
+    assert dtypes(OpRule(primitive="dot_general", compute=BF16), fn=fn) == [F32, BF16]
+
+
+def test_the_inner_autocast_wins():
+    inner = jaxmp.autocast(lambda w, x: x @ w, "float32")
+    assert dtypes(fn=lambda w, x: inner(w, x) @ w) == [F32, BF16]
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ([OpRule(path="nowhere", compute=F32)], "matches no operation"),
+        ("block_0", "no sequence of rules"),
+        ([3], "is no rule"),
+        ([jaxmp.PolicyRule(kind="norm", compute=F32)], "kind"),
+    ],
+)
+def test_rules_that_cannot_work_are_errors(rules, words):
+    with pytest.raises(AutocastRuleError, match=words):
+        jaxmp.autocast(network, rules=rules)(W, X)
+
+
+def test_policy_rules_with_a_path_are_taken():
+    assert dtypes(jaxmp.PolicyRule(path="block_0", compute=F32)) == [F32, BF16, BF16]
+
+
+def test_what_is_no_function_or_no_dtype_for_it():
+    with pytest.raises(AutocastError, match="takes a function"):
+        jaxmp.autocast(3)
+    with pytest.raises(AutocastError, match="float64"):
+        jaxmp.autocast(network, "64-true")
+
+
+def test_registering_a_primitive():
+    twice_p = jex_core.Primitive("test_twice_as_float32")
+    twice_p.def_impl(lambda x: x * 2)
+    twice_p.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(twice_p, mlir.lower_fun(lambda x: x * 2, False))
+
+    def fn(w, x):
+        return twice_p.bind(x @ w) @ w
+
+    def after():
+        rows = jaxmp.explain(fn)(W, X).rows
+        return next(r.after for r in rows if r.operation == twice_p.name)
+
+    assert after() == "f32 -> f32"
+    jaxmp.register_rule(twice_p, "follow")
+    assert after() == "bf16 -> bf16"
+    with pytest.raises(RuleAlreadyRegistered, match="twice"):
+        jaxmp.register_rule(twice_p, "full")
+
+
+def test_matmul_precision_changes_only_the_algorithm():
+    def fn(x, w):
+        return x @ w
+
+    jaxpr = jax.make_jaxpr(jaxmp.autocast(fn, "float32,matmul=tf32"))(X, W)
+    high = jax.lax.Precision.HIGH
+    assert jaxpr.eqns[0].params["precision"] == (high, high)
+    assert str(matmuls(jaxpr)[0].output) == F32
+
+
+def test_explain_shows_rows_summary_and_page(tmp_path):
+    told = jaxmp.explain(network, rules=[OpRule(path="block_0", compute=F32)])(W, X)
+    first = told.rows[0]
+    assert first.operation == "dot_general"
+    assert first.path == "block_0/attention"
+    assert first.before == "f32 f32 -> f32"
+    assert first.source.startswith("test_rules_and_explain.py")
+    assert "block_0" in first.reason
+    assert told.half_flops == pytest.approx(2 / 3)
+    assert told.residual_bytes["bfloat16"] > 0
+    assert str(told).splitlines()[-1] == told.summary
+    told.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<tr") == len(told.rows) + 1
+    assert "http" not in page
+
+
+def test_explain_takes_abstract_arguments():
+    shapes = jax.eval_shape(lambda *a: a, W, X)
+    assert jaxmp.explain(network)(*shapes).rows == jaxmp.explain(network)(W, X).rows
+
+
+def test_arguments_that_are_no_arrays_stay_what_they_are():
+    traces = []
+
+    @jaxmp.autocast(policy="mixed_bfloat16")
+    def fn(tree, mode, scale, *, flag):
+        traces.append(mode)
+        assert flag is True
+        return {"y": tree["w"] @ tree["w"] * scale, "none": tree["n"]}
+
+    tree = {"w": np.asarray(W), "n": None}
+    for _ in range(3):
+        assert fn(tree, "x", 2.5, flag=True)["none"] is None
+    fn(tree, "x", 1, flag=True)
+    assert traces == ["x", "x"]
+
+
+def test_only_what_was_closed_over_is_traced_too():
+    np.testing.assert_allclose(
+        jax.grad(lambda w: jaxmp.autocast(lambda x: (x @ w).sum())(X))(W),
+        jax.grad(lambda w: (X @ w).sum())(W),
+        atol=0.05,
+    )
+
+
+def test_the_documented_lists_are_those_of_the_table():
+    path = pathlib.Path(__file__).parents[2] / "docs" / "op_lists.md"
+    assert table_as_markdown() in path.read_text()
