@@ -22,8 +22,8 @@ from jaxmp.modules._linen import (
 )
 from jaxmp.modules._linen_layers import authors_dtype, is_transparent
 from jaxmp.modules._nnx import apply_to_nnx, layers_of, own_parameters
+from jaxmp.modules._nnx_settings import has_settings, settings_for
 from jaxmp.modules._nnx_settings import is_transparent as is_transparent_in_nnx
-from jaxmp.modules._nnx_settings import settings_for
 from jaxmp.modules._variables import layer_dtypes_of_variables
 from jaxmp.policy import PolicyRule, default_rules, get_policy
 from jaxmp.policy._rules import check_rules
@@ -158,10 +158,8 @@ def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
     for path, (layer, dtypes) in layers_of(policied, application).items():
         parameters = own_parameters(layer).values()
         stored = _joined({str(p.dtype) for found in parameters for p in found})
-        has_own = getattr(layer, "dtype", None)
-        author = None
-        if hasattr(layer, "promote_dtype") and settings_for(layer, dtypes) is None:
-            author = has_own
+        is_authors = has_settings(layer) and settings_for(layer, dtypes) is None
+        author = jnp.dtype(layer.dtype) if is_authors else None
         is_applied = path == "" or not is_transparent_in_nnx(type(layer))
         returns = str(author or dtypes.output) if is_applied else "as given"
         rows.append(

@@ -117,7 +117,10 @@ def _dot_product_attention(
     mask=None,
     *,
     dtype,
+    broadcast_dropout=True,
+    dropout_rng=None,
     dropout_rate=0.0,
+    deterministic=False,
     module=None,
     precision=None,
     is_causal=False,
@@ -125,24 +128,11 @@ def _dot_product_attention(
 ):
     """Attention whose matmuls, forward and backward, are in `dtype`.
 
-    Where there is no dropout, Flax calls `jax.nn.dot_product_attention`, which keeps
-    float32 scores and so multiplies in float32 in its backward pass. This takes the
-    softmax in float32 and all else in half.
+    Flax takes the softmax in `dtype`, or, without dropout, keeps float32 scores and so
+    multiplies in float32 in its backward pass. This takes the softmax in float32 and
+    all else in half, and drops what Flax would drop.
     """
-    if dropout_rate > 0.0 or module is not None:
-        return nnx.dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            dtype=dtype,
-            dropout_rate=dropout_rate,
-            module=module,
-            precision=precision,
-            is_causal=is_causal,
-            **kwargs,
-        )
+    del kwargs
     query, key, value = (x.astype(dtype) for x in (query, key, value))
     queries_per_key = query.shape[-2] // key.shape[-2]
     if queries_per_key > 1:
@@ -159,4 +149,13 @@ def _dot_product_attention(
         mask = jnp.broadcast_to(mask, scores.shape)
         scores = jnp.where(mask, scores, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(dtype)
+    if module is not None:
+        module.sow(nnx.Intermediate, "attention_weights", weights)
+    if dropout_rate > 0.0 and not deterministic:
+        shared = (1,) * (key.ndim - 2) if broadcast_dropout else weights.shape[:-2]
+        shape = shared + weights.shape[-2:]
+        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
+        weights = weights * (
+            keep.astype(dtype) / jnp.asarray(1.0 - dropout_rate, dtype)
+        )
     return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
