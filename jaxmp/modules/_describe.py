@@ -155,6 +155,7 @@ def _rows_of_linen(
 def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
     policied = apply_to_nnx(module, application)
     rows = []
+    layer: Any
     for path, (layer, dtypes) in layers_of(policied, application).items():
         parameters = own_parameters(layer).values()
         stored = _joined({str(p.dtype) for found in parameters for p in found})

@@ -118,7 +118,7 @@ def _dot_product_attention(
     *,
     dtype,
     broadcast_dropout=True,
-    dropout_rng=None,
+    dropout_rng: Any = None,
     dropout_rate=0.0,
     deterministic=False,
     module=None,
