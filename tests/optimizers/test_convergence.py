@@ -1,4 +1,4 @@
-"""Training ends where float32 ends: three seeds of the language model, about an hour.
+"""Training ends where float32 ends: three seeds of a language model, in half an hour.
 
 Runs `examples/benchmarks/convergence.py`, whose table stands in the documentation.
 """
