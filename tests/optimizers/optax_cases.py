@@ -271,16 +271,16 @@ WRAPPERS = [
         "measure_with_ema",
         lambda: optax.chain(
             sgd(),
-            optax.monitor({"n": optax.measure_with_ema(optax.global_norm, 0.9)}),
+            optax.monitor({"n": optax.measure_with_ema(optax.tree.norm, 0.9)}),
         ),
     ),
     Case(
         "snapshot",
-        lambda: optax.chain(sgd(), optax.snapshot("norm", optax.global_norm)),
+        lambda: optax.chain(sgd(), optax.snapshot("norm", optax.tree.norm)),
     ),
     Case(
         "monitor",
-        lambda: optax.chain(sgd(), optax.monitor({"norm": optax.global_norm})),
+        lambda: optax.chain(sgd(), optax.monitor({"norm": optax.tree.norm})),
     ),
     Case("mechanize", lambda: contrib.mechanize(sgd(), weight_decay=0.0)),
     Case("sam", lambda: contrib.sam(sgd(), optax.sgd(0.05), sync_period=2)),

@@ -18,6 +18,9 @@ from jaxmp.optimizers import get_master_weights
 
 from .optax_cases import CASES, exported
 
+# Some of what Optax exports is deprecated, and works all the same.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 STEPS, BAD_STEP = 50, 20
 EVERYDAY = {
     "adafactor", "adamw", "chain", "inject_hyperparams", "lion", "lookahead", "masked",
