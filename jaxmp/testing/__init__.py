@@ -1,0 +1,19 @@
+"""What tests of mixed precision need: a zoo of networks, and a look into jaxprs."""
+
+from typing import TYPE_CHECKING, Any
+
+from jaxmp.testing._jaxpr import Matmul, equations, matmuls
+
+if TYPE_CHECKING:
+    from jaxmp.testing._zoo import ZooModel, zoo
+
+__all__ = ["ZooModel", "zoo", "Matmul", "equations", "matmuls"]
+
+
+# The zoo imports Flax.
+def __getattr__(name: str) -> Any:
+    if name in ("ZooModel", "zoo"):
+        from jaxmp.testing import _zoo
+
+        return getattr(_zoo, name)
+    raise AttributeError(f"module 'jaxmp.testing' has no attribute {name!r}")
