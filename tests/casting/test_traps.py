@@ -24,7 +24,7 @@ def operands(fn, *args, **options):
 
 def scan_of(fn, *args):
     jaxpr = jax.make_jaxpr(jaxmp.autocast(fn))(*args)
-    return next(e for e in equations(jaxpr) if e.primitive.name == "scan")
+    return next(e for _, e in equations(jaxpr) if e.primitive.name == "scan")
 
 
 def test_trap_25_carry_dtype_is_a_fixed_point():
@@ -93,7 +93,7 @@ def test_trap_28_checkpoint_policy_stays_and_residuals_are_half(name):
         return jax.checkpoint(block, policy=policy)(w, x @ w) @ w
 
     jaxpr = jax.make_jaxpr(jaxmp.autocast(fn))(W, X)
-    regions = [e for e in equations(jaxpr) if e.primitive.name == "remat2"]
+    regions = [e for _, e in equations(jaxpr) if e.primitive.name == "remat2"]
     assert policy in [e.params["policy"] for e in regions]
     _, vjp = jax.vjp(jaxmp.autocast(fn), W, X)
     kept = {x.dtype for x in jax.tree.leaves(vjp) if x.shape == (4, 8)}
