@@ -1,4 +1,4 @@
-"""GPT-2 and ResNet-50 on the H100 and v5e compilers: a policy costs what hand work does.
+"""GPT-2 and ResNet-50 on the H100 and v5e: a policy costs what hand work does.
 
 Prints the table of `examples/benchmarks/modules_memory.py`, which it runs.
 """
