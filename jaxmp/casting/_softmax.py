@@ -5,7 +5,6 @@ keeps for it are the float32 exponentials and their sum. The result is there any
 half, as an operand of the next matmul; so the scores before it need not be kept.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -129,7 +128,8 @@ def run_softmax(
     def softmax_of(z, m):
         return bind(softmax, z, m).astype(dtype)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    # Without its barrier XLA would keep the float32 exponentials after all.
+    @jax.checkpoint
     def tangent(p, dz):
         p = p.astype(FLOAT32)
         total = jnp.sum(p * dz, axis=softmax.axes, keepdims=True)
