@@ -97,6 +97,16 @@ def on_even_steps(step, *_, **__):
     return step % 2 == 0
 
 
+def seen_once(tx):
+    """`optax.monitor` adds entries to its state in the first update."""
+
+    def init(params):
+        grads = jax.tree.map(jnp.zeros_like, params)
+        return tx.update(grads, tx.init(params), params)[1]
+
+    return tx._replace(init=init)
+
+
 def muon_dimensions(params):
     return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), params)
 
@@ -212,6 +222,7 @@ BLOCKS = (
                 contrib.scale_by_muon(weight_dimension_numbers=muon_dimensions),
                 only_weights,
             ),
+            chaotic=True,
         ),
         Case("scale_by_madgrad", lambda: contrib.scale_by_madgrad(1e-2)),
         Case("reduce_on_plateau", contrib.reduce_on_plateau, with_value),
@@ -271,7 +282,9 @@ WRAPPERS = [
         "measure_with_ema",
         lambda: optax.chain(
             sgd(),
-            optax.monitor({"n": optax.measure_with_ema(optax.tree.norm, 0.9)}),
+            seen_once(
+                optax.monitor({"n": optax.measure_with_ema(optax.tree.norm, 0.9)})
+            ),
         ),
     ),
     Case(
@@ -280,7 +293,7 @@ WRAPPERS = [
     ),
     Case(
         "monitor",
-        lambda: optax.chain(sgd(), optax.monitor({"norm": optax.tree.norm})),
+        lambda: optax.chain(sgd(), seen_once(optax.monitor({"norm": optax.tree.norm}))),
     ),
     Case("mechanize", lambda: contrib.mechanize(sgd(), weight_decay=0.0)),
     Case("sam", lambda: contrib.sam(sgd(), optax.sgd(0.05), sync_period=2)),
