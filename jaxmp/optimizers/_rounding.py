@@ -14,7 +14,7 @@ a float32 ulp of p at most, which the cast removes unless the ulp of r is just a
 
 in one step. At the ends of bfloat16's range, r - p has to be a float32 number: below
 2^-118 it may be flushed to zero as subnormal (on CPU and TPU), and from 2^127 to -2^127
-it is infinite.
+it is infinite. A weight that is moved onto -0.0 lands on +0.0.
 """
 
 from typing import Any
