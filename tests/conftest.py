@@ -1,4 +1,5 @@
 import os
+import time
 
 # Before JAX starts: eight CPU devices, and an environment in which the TPU and H100
 # compilers can be loaded beside them.
@@ -16,6 +17,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A busy machine is no failure.
 hypothesis.settings.register_profile("jaxmp", deadline=None)
 hypothesis.settings.load_profile("jaxmp")
+
+
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser):
+    help_text = "skip tests that have not started after so many seconds"
+    parser.addoption("--budget", type=float, default=float("inf"), help=help_text)
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() - STARTED > item.config.getoption("--budget"):
+        pytest.skip("the time budget is used up")
 
 
 @pytest.fixture
