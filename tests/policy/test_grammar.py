@@ -154,7 +154,19 @@ def test_raises_nothing_but_policy_errors(text):
 @pytest.mark.parametrize(
     "spec",
     [
-        *(None, 3, 1.5, b"f32", pytest.param(object(), id="object"), [], {}, {"names": 1}, ("f32",), int, type),
+        *(
+            None,
+            3,
+            1.5,
+            b"f32",
+            pytest.param(object(), id="object"),
+            [],
+            {},
+            {"names": 1},
+            ("f32",),
+            int,
+            type,
+        ),
         *(np.generic, np.floating, np.int8, np.dtype([("a", "f4")]), jnp.complex64),
         *(jax.random.key(0).dtype, jnp.ones(2), np.float32(1), jnp.float8_e4m3b11fnuz),
         *(jmp.Policy("nonsense", f32, f32), type("Fake", (), {"dtype": "nonsense"})),
