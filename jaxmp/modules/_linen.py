@@ -23,11 +23,10 @@ Sharp edges
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 from flax.core import Scope, freeze
 
 from jaxmp.modules._layers import (
@@ -40,6 +39,7 @@ from jaxmp.modules._layers import (
 )
 from jaxmp.modules._linen_layers import (
     adapt_flax_layer,
+    adapt_transparent_layer,
     adapt_user_layer,
     is_transparent,
 )
@@ -66,7 +66,7 @@ _running: contextvars.ContextVar[tuple["_Interceptor", ...]] = contextvars.Conte
 def apply_to_linen(module: nn.Module, application: Application) -> nn.Module:
     """Returns the module with a policy applied; `apply_policy` has the whole story."""
     fields = _fields(module)
-    cls = _policied(original_class(type(module)), application, 0)
+    cls = _policied(original_class(type(module)), application, ())
     # A module made inside of @compact is bound already; the new one takes its scope.
     parent = module.parent if module.scope is None else module.scope
     return cls(**fields, parent=parent, name=module.name)
@@ -84,20 +84,17 @@ def application_of(module: nn.Module) -> Application | None:
 
 @functools.lru_cache(maxsize=4096)
 def _policied(
-    cls: type[nn.Module], application: Application, depth: int
+    cls: type[nn.Module], application: Application, inside: Path
 ) -> type[nn.Module]:
     """The same-name subclass for one application; equal applications share it.
 
-    `depth` is the length of the module's path below the one the policy was applied to.
+    `inside` is the module's path below the one that the policy was applied to.
     """
 
     def run(self, name, call):
         if self.scope is None or any(i.covers(self.scope) for i in _running.get()):
             return call()
-        if len(self.path) < depth:  # Flax tries out setup() in a scope without parents
-            return call()
-        root = self.path[: len(self.path) - depth]
-        return _Interceptor(application, root).run(self, name, call)
+        return _Interceptor(application, self.path, inside).run(self, name, call)
 
     def call_wrapped_method(self, fun, args, kwargs):
         call = functools.partial(cls._call_wrapped_method, self, fun, args, kwargs)
@@ -126,7 +123,7 @@ def _policied(
         return _policy_children(self, name, cls.__getattr__(self, name))
 
     def reduce(self):
-        return _rebuild, (cls, _fields(self), self.name, application)
+        return _rebuild, (cls, _fields(self), self.name, application, inside)
 
     overrides = {
         **{name: call_lifted_method(name) for name in lifted},
@@ -142,7 +139,7 @@ def _policied(
             **{name: nn.nowrap(fun) for name, fun in overrides.items()},
             "_original_class": cls,
             "_application": application,
-            "_depth": depth,
+            "_inside": inside,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
@@ -150,8 +147,8 @@ def _policied(
     )
 
 
-def _rebuild(cls, fields, name, application):
-    return _policied(cls, application, 0)(**fields, name=name)
+def _rebuild(cls, fields, name, application, inside):
+    return _policied(cls, application, inside)(**fields, name=name)
 
 
 def _fields(module: nn.Module) -> dict[str, Any]:
@@ -166,8 +163,8 @@ def _policy_children(parent: nn.Module, name: str, value: Any) -> Any:
     """Gives the layers of a bound module the policy of the module around them."""
     if name.startswith("_") or name in ("parent", "scope", "name"):
         return value
-    for child in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(child, nn.Module) and child.scope is not None:
+    for child in _modules_in(value):
+        if child.scope is not None:
             _policy_child(type(parent), parent.scope, child)
     return value
 
@@ -175,28 +172,39 @@ def _policy_children(parent: nn.Module, name: str, value: Any) -> Any:
 def _policy_child(cls: Any, scope: Scope | None, child: nn.Module) -> None:
     if scope is None or child.scope is None or application_of(child) is not None:
         return
-    depth = cls._depth + len(child.scope.path) - len(scope.path)
     if child.scope.path[: len(scope.path)] == scope.path:
-        policied = _policied(type(child), cls._application, depth)
+        inside = cls._inside + child.scope.path[len(scope.path) :]
+        policied = _policied(type(child), cls._application, inside)
         object.__setattr__(child, "__class__", policied)
+
+
+def _modules_in(value: Any) -> list[nn.Module]:
+    if isinstance(value, nn.Module):
+        return [value]
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    items = value if isinstance(value, (list, tuple)) else ()
+    return [module for item in items for module in _modules_in(item)]
 
 
 def _scopes(module: nn.Module) -> list[Scope]:
     """The scopes of a bound module and of the modules in its fields."""
     scopes = [] if module.scope is None else [module.scope]
     for value in _fields(module).values():
-        for child in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nn.Module)):
-            if isinstance(child, nn.Module):
-                scopes += _scopes(child)
+        for child in _modules_in(value):
+            scopes += _scopes(child)
     return scopes
 
 
 class _Interceptor:
     """What happens on every method call while a module with a policy runs."""
 
-    def __init__(self, application: Application, root: Path):
+    def __init__(self, application: Application, path: Path, inside: Path):
         self.application = application
-        self.root = root
+        is_bound = path[len(path) - len(inside) :] == inside
+        # A layer that was unbound from its model keeps the dtypes that it has there.
+        self.root = path[: len(path) - len(inside)] if is_bound else path
+        self.unbound_from = () if is_bound else inside
         self.layers: dict[tuple[Path, type], LayerDtypes] = {}
         self.used: set[PolicyRule] = set()
         self.inside: set[int] = set()
@@ -220,7 +228,7 @@ class _Interceptor:
                 output = call()
         finally:
             _running.reset(token)
-        if method == "__call__" and module.path == self.root:
+        if method == "__call__" and self._path_in_model(module) == ():
             check_all_used(self.application.rules, self.used, self._paths())
         return output
 
@@ -240,12 +248,10 @@ class _Interceptor:
         return output
 
     def _adapter(self, module: nn.Module, dtypes: LayerDtypes) -> Callable[..., Any]:
-        is_root = module.path == self.root
+        is_root = self._path_in_model(module) == ()
         named = dtypes.rule is not None and not dtypes.rule.yields_to_author
         if is_transparent(module) and not (is_root or named):
-            return lambda module, method, dtypes, is_entry, fun, args, kwargs: fun(
-                *args, **kwargs
-            )
+            return adapt_transparent_layer
         is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
         has_dtype = "dtype" in module.__dataclass_fields__
         if is_own and has_dtype and not is_transparent(module):
@@ -256,7 +262,7 @@ class _Interceptor:
         key = (module.path, original_class(type(module)))
         if key not in self.layers:
             policy, rules = self.application
-            if module.path == self.root and not self.layers:
+            if self._path_in_model(module) == () and not self.layers:
                 dtypes = of_root(policy, rules, module)
             else:
                 path = self._path_string(module)
@@ -268,7 +274,7 @@ class _Interceptor:
 
     def _enclosing(self, module: nn.Module) -> LayerDtypes:
         parent = module.parent
-        if isinstance(parent, nn.Module) and self.covers(parent.scope):
+        if isinstance(parent, nn.Module) and self.root == parent.path[: len(self.root)]:
             return self._dtypes_of(parent)
         # In a lifted transformation, a clone has a scope in place of a parent.
         around = [
@@ -276,12 +282,20 @@ class _Interceptor:
             for key in self.layers
             if module.path[: len(key[0])] == key[0] and key[0] != module.path
         ]
-        if not around:
-            return of_root(*self.application, None)
-        return self.layers[max(around, key=lambda key: len(key[0]))]
+        if around:
+            return self.layers[max(around, key=lambda key: len(key[0]))]
+        policy, rules = self.application
+        dtypes = of_root(policy, rules, None)
+        for end in range(1, len(self.unbound_from)):
+            path = "/".join(self.unbound_from[:end])
+            dtypes = of_layer(dtypes, rules, path, None)
+        return dtypes
+
+    def _path_in_model(self, module: nn.Module) -> Path:
+        return self.unbound_from + module.path[len(self.root) :]
 
     def _path_string(self, module: nn.Module) -> str:
-        return "/".join(module.path[len(self.root) :])
+        return "/".join(self._path_in_model(module))
 
     def _paths(self) -> set[str]:
         return {"/".join(path[len(self.root) :]) for path, _ in self.layers}

@@ -49,7 +49,8 @@ def adapt_flax_layer(
     if not is_entry:
         return output
     if isinstance(module, nn.RNNCellBase):
-        return cast_carry(args[0], output, dtypes.output)
+        carry = args[0] if args else kwargs.get("carry")
+        return cast_carry(carry, output, dtypes.output)
     return cast_output(output, dtypes.output)
 
 
@@ -67,12 +68,34 @@ def adapt_user_layer(
     with _parameters(module, dtypes.params, dtypes.compute):
         if not is_entry:
             return fun(*args, **kwargs)
-        if isinstance(module, nn.RNNCellBase) and args:
-            carry, *rest = args
-            rest, kwargs = _tree.cast_floating((rest, kwargs), dtypes.compute)
-            return cast_carry(carry, fun(carry, *rest, **kwargs), dtypes.output)
+        carry: tuple[Any, ...] = ()
+        if isinstance(module, nn.RNNCellBase):
+            carry, args = args[:1], args[1:]
         args, kwargs = _tree.cast_floating((args, kwargs), dtypes.compute)
-        return cast_output(fun(*args, **kwargs), dtypes.output)
+        output = fun(*carry, *args, **kwargs)
+        if carry:
+            return cast_carry(carry[0], output, dtypes.output)
+        return cast_output(output, dtypes.output)
+
+
+def adapt_transparent_layer(
+    module: nn.Module,
+    method: str,
+    dtypes: LayerDtypes,
+    is_entry: bool,
+    fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls a layer that hands on what it gets; only its parameters are stored alike.
+
+    The `dtype` of a norm of parameters is that of the parameters which it returns.
+    """
+    del method, is_entry
+    is_weight_norm = isinstance(module, (nn.SpectralNorm, nn.WeightNorm))
+    settings = {"dtype": dtypes.params} if is_weight_norm else {}
+    with _attributes(module, settings), _parameters(module, dtypes.params, None):
+        return fun(*args, **kwargs)
 
 
 def _settings(module: nn.Module, method: str, dtypes: LayerDtypes) -> dict[str, Any]:

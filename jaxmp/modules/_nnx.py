@@ -34,6 +34,8 @@ from jaxmp.modules._nnx_border import (
     with_border,
 )
 from jaxmp.modules._nnx_settings import (
+    WEIGHT_NORMS,
+    forget_default,
     has_settings,
     is_transparent,
     natural_output,
@@ -94,8 +96,11 @@ def _apply_to_layer(
     cls = original_class(type(layer))
     object.__setattr__(layer, "__class__", cls)
     undo_settings(layer)
+    forget_default(layer)
     _store_parameters(layer, dtypes.params)
     named = dtypes.rule is not None and not dtypes.rule.yields_to_author
+    if issubclass(cls, WEIGHT_NORMS):
+        layer.dtype = dtypes.params
     if is_transparent(cls) and not (is_root or named):
         return
     border = Border(dtypes.compute, dtypes.compute, dtypes.output)

@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,12 +30,17 @@ def original_class(cls: type) -> type:
 
 
 @functools.lru_cache(maxsize=4096)
-def with_border(cls: type, border: Border, application: Any) -> type:
+def with_border(cls: Any, border: Border, application: Any) -> Any:
     """The subclass of a class whose methods cast; equal borders share it.
 
     `application` is what was applied to the module, if it is the outermost one.
     """
     methods = {name: _casting(method, border) for name, method in _methods(cls).items()}
+
+    def reduce(self, protocol):
+        _, _, *state = cls.__reduce_ex__(self, protocol)
+        return _rebuild, (cls, border, application), *state
+
     names = ("__module__", "__qualname__", "__doc__")
     return type(cls)(
         cls.__name__,
@@ -44,10 +48,16 @@ def with_border(cls: type, border: Border, application: Any) -> type:
         {
             **methods,
             **{name: getattr(cls, name) for name in names},
+            "__reduce_ex__": reduce,
             "_original_class": cls,
             "_application": application,
         },
     )
+
+
+def _rebuild(cls: type, border: Border, application: Any) -> Any:
+    bordered = with_border(cls, border, application)
+    return bordered.__new__(bordered)
 
 
 def map_variables(fun: Callable[[nnx.Variable], Any], value: Any) -> Any:
@@ -77,9 +87,15 @@ def _methods(cls: type) -> dict[str, Callable[..., Any]]:
             computes = name in ("__call__", "attend") or (
                 is_users and not name.startswith("_")
             )
-            if computes and inspect.isfunction(method):
+            if computes and _is_method(method):
                 methods[name] = method
     return methods
+
+
+def _is_method(attribute: Any) -> bool:
+    """True for functions, and for what `nnx.jit` makes of them."""
+    is_bound_on_access = callable(attribute) and hasattr(attribute, "__get__")
+    return is_bound_on_access and not isinstance(attribute, staticmethod)
 
 
 def _casting(method: Callable[..., Any], border: Border) -> Callable[..., Any]:
@@ -132,16 +148,18 @@ def _entered(layer: nnx.Module) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _cast_variables(layer: Any, border: Border) -> Iterator[None]:
-    """Replaces parameters by cast ones, and a cache by one that is written back."""
-    caches: list[tuple[nnx.Variable, nnx.Variable]] = []
+    """Replaces parameters and caches by cast ones; what is set in them is kept."""
+    copies: list[tuple[nnx.Variable, nnx.Variable, Any]] = []
 
     def cast(variable):
         if isinstance(variable, nnx.Param) and border.parameters is not None:
-            return variable.copy(_tree.cast_floating(variable[...], border.parameters))
-        if _is_cache_of_other_dtype(layer, variable):
-            caches.append((variable, variable.copy(variable[...].astype(layer.dtype))))
-            return caches[-1][1]
-        return variable
+            value = _tree.cast_floating(variable[...], border.parameters)
+        elif _is_cache_of_other_dtype(layer, variable):
+            value = variable[...].astype(layer.dtype)
+        else:
+            return variable
+        copies.append((variable, variable.copy(value), value))
+        return copies[-1][1]
 
     before = dict(vars(layer))
     replaced = {name: map_variables(cast, value) for name, value in before.items()}
@@ -150,9 +168,12 @@ def _cast_variables(layer: Any, border: Border) -> Iterator[None]:
     try:
         yield
     finally:
-        vars(layer).update({name: before[name] for name in replaced})
-        for own, written in caches:
-            own[...] = written[...].astype(own.dtype)
+        for name, new in replaced.items():
+            if vars(layer).get(name) is new:
+                vars(layer)[name] = before[name]
+        for own, copy, value in copies:
+            if copy.get_raw_value() is not value:
+                own[...] = copy[...].astype(own.dtype)
 
 
 def _is_cache_of_other_dtype(layer: Any, variable: nnx.Variable) -> bool:

@@ -5,7 +5,6 @@ another policy starts from there.
 """
 
 import dataclasses
-import functools
 import inspect
 from typing import Any
 
@@ -16,15 +15,15 @@ from flax import nnx
 
 from jaxmp.modules._layers import LayerDtypes, is_flax_layer, kind_of
 
-# They have a `dtype` for the parameters that they normalise, and hand on all else.
-_WITH_THEIR_OWN_DTYPE = (nnx.SpectralNorm, nnx.WeightNorm)
+# Their `dtype` is that of the parameters that they normalise; they hand on all else.
+WEIGHT_NORMS = (nnx.SpectralNorm, nnx.WeightNorm)
 
 
 def is_transparent(cls: type) -> bool:
     """True for layers of Flax that hand on what they get: Dropout, Sequential, RNN."""
     if not is_flax_layer(cls):
         return False
-    if issubclass(cls, _WITH_THEIR_OWN_DTYPE):
+    if issubclass(cls, WEIGHT_NORMS):
         return True
     return "dtype" not in inspect.signature(cls.__init__).parameters
 
@@ -73,6 +72,16 @@ def undo_settings(layer: Any) -> None:
         layer.attention_fn = nnx.dot_product_attention
 
 
+def forget_default(layer: nnx.Module) -> None:
+    """Sets the float32 to None that `SimpleCell`, alone among the cells, starts with.
+
+    In the two layers that it makes with it, that would look like an author's choice.
+    """
+    if isinstance(layer, nnx.SimpleCell) and layer.dtype == jnp.float32:
+        for part in (layer, layer.dense_h, layer.dense_i):
+            part.dtype = None
+
+
 def natural_output(layer: Any, settings: dict[str, Any]) -> np.dtype | None:
     """The dtype that a layer returns by itself; None if that depends on its input."""
     kind = kind_of(layer)
@@ -108,7 +117,6 @@ def _is_authors_choice(layer: Any, dtype: np.dtype, dtypes: LayerDtypes) -> bool
     return dtypes.rule is None or dtypes.rule.yields_to_author
 
 
-@functools.wraps(nnx.dot_product_attention)
 def _dot_product_attention(
     query,
     key,
