@@ -140,6 +140,7 @@ def _policied(
             "_original_class": cls,
             "_application": application,
             "_inside": inside,
+            "_used_rules": set(),
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
@@ -228,8 +229,11 @@ class _Interceptor:
                 output = call()
         finally:
             _running.reset(token)
+        # What nn.jit takes from its cache is not seen again, so it is remembered.
+        used = type(module)._used_rules  # pyright: ignore[reportAttributeAccessIssue]
+        used.update(self.used)
         if method == "__call__" and self._path_in_model(module) == ():
-            check_all_used(self.application.rules, self.used, self._paths())
+            check_all_used(self.application.rules, used, self._paths())
         return output
 
     def __call__(self, next_fun, args, kwargs, context):

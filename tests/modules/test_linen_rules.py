@@ -1,0 +1,239 @@
+"""Rules of `apply_policy` on linen modules, and what is refused."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmp import PolicyRule, apply_policy, default_rules
+from jaxmp.errors import InvalidRule, NotAModule, PolicyError, UnusedRule
+from jaxmp.policy import everything_in_half, head_in_float32, matmuls_in_half
+from jaxmp.testing import equations, matmuls
+
+BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
+HALF = "params=float32,compute=bfloat16,output=bfloat16"
+X = jnp.linspace(-1, 1, 32).reshape(4, 8)
+KEY = jax.random.key(0)
+
+
+class Encoder(nn.Module):
+    def setup(self):
+        self.dense = nn.Dense(8)
+        self.norm = nn.LayerNorm()
+
+    def __call__(self, x):
+        return self.norm(self.dense(x))
+
+
+class Model(nn.Module):
+    """With setup; layers in a field, a list and a dictionary."""
+
+    activation: str = "relu"
+
+    def setup(self):
+        self.encoder = Encoder()
+        self.blocks = [nn.Dense(8), nn.Dense(8)]
+        self.heads = {"a": nn.Dense(2), "b": nn.Dense(3)}
+        self.dropout = nn.Dropout(0.5)
+
+    def encode(self, x):
+        return self.encoder(x)
+
+    def __call__(self, x, train=False):
+        x = self.encode(x)
+        for block in self.blocks:
+            x = getattr(nn, self.activation)(block(x))
+        x = self.dropout(x, deterministic=not train)
+        return self.heads["a"](x), self.heads["b"](x)
+
+
+def dtypes(tree):
+    return jax.tree.map(lambda x: x.dtype, tree)
+
+
+def outputs(model, *args, rules=default_rules, policy=HALF):
+    """What every layer returns, by path."""
+    model = apply_policy(model, policy, rules=rules)
+
+    def run():
+        variables = model.init(KEY, *args)
+        return model.apply(variables, *args, capture_intermediates=True, mutable=True)
+
+    layers = jax.eval_shape(run)[1]["intermediates"]
+    return {
+        "/".join(key.key for key in path[:-1] if hasattr(key, "key"))
+        .removesuffix("__call__")
+        .removesuffix("/"): x.dtype
+        for path, x in jax.tree_util.tree_leaves_with_path(layers)
+    }
+
+
+RULES = {
+    "nothing": ((), BF16, BF16, BF16),
+    "path": ((PolicyRule(path="blocks_0", output="float32"),), F32, BF16, BF16),
+    "regex": ((PolicyRule(path=r"blocks_\d", output="float32"),), F32, F32, BF16),
+    "class": ((PolicyRule(module_type=nn.Dense, output="float32"),), F32, F32, BF16),
+    "name": ((PolicyRule(module_type="Dense", output="float32"),), F32, F32, BF16),
+    "kind": ((PolicyRule(kind="dense", output="float32"),), F32, F32, BF16),
+    "where": (
+        (PolicyRule(where=lambda path, m: path.endswith("1"), output="float32"),),
+        *(BF16, F32, BF16),
+    ),
+    "first wins": (
+        (
+            PolicyRule(path="blocks_0", output="float16"),
+            PolicyRule(kind="dense", output="float32"),
+        ),
+        *(F16, F32, BF16),
+    ),
+    "both": (
+        (PolicyRule(kind="dense", path=".*1", output="float32"),),
+        *(BF16, F32, BF16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name):
+    rules, first, second, encoder = RULES[name]
+    found = outputs(Model(), X, rules=(*rules, *default_rules))
+    assert (found["blocks_0"], found["blocks_1"]) == (first, second)
+    assert found["encoder"] == encoder
+    assert found["encoder/norm"] == BF16
+
+
+def test_what_a_rule_leaves_out_is_inherited():
+    rules = (PolicyRule(path="encoder", params="bfloat16", compute="float32"),)
+    model = apply_policy(Model(), HALF, rules=rules)
+    variables = model.init(KEY, X)["params"]
+    assert set(jax.tree.leaves(dtypes(variables["encoder"]))) == {BF16}
+    assert set(jax.tree.leaves(dtypes(variables["blocks_0"]))) == {F32}
+    found = outputs(Model(), X, rules=rules)
+    assert found["encoder/dense"] == F32
+    assert found["encoder"] == BF16
+
+
+def test_head_in_float32():
+    found = outputs(
+        Model(), X, rules=(*head_in_float32("heads_a"), *default_rules), policy=HALF
+    )
+    assert (found["heads_a"], found["heads_b"]) == (F32, BF16)
+    model = apply_policy(
+        Model(), "bf16-true", rules=(*head_in_float32("heads_a"), *default_rules)
+    )
+    jaxpr = jax.make_jaxpr(model.init_with_output)(KEY, X)
+    assert [m.output for m in matmuls(jaxpr)].count(F32) == 1
+    variables = model.init(KEY, X)["params"]
+    assert variables["heads_a"]["kernel"].dtype == F32
+    assert variables["heads_b"]["kernel"].dtype == BF16
+
+
+def test_matmuls_in_half_keeps_everything_else_in_float32():
+    model = apply_policy(Model(), "float32", rules=matmuls_in_half("bfloat16"))
+    variables = model.init(KEY, X)
+    jaxpr = jax.make_jaxpr(lambda v: model.apply(v, X))(variables)
+    assert {m.output for m in matmuls(jaxpr)} == {BF16}
+    found = outputs(Model(), X, rules=matmuls_in_half("bfloat16"), policy="float32")
+    assert set(found.values()) == {F32}
+
+
+def test_everything_in_half_spares_no_norm():
+    model = apply_policy(Encoder(), "bf16-true", rules=everything_in_half)
+    variables = model.init(KEY, X)
+    assert set(jax.tree.leaves(dtypes(variables))) == {BF16}
+    jaxpr = jax.make_jaxpr(lambda v: model.apply(v, X))(variables)
+    roots = [e for _, e in equations(jaxpr) if e.primitive.name == "rsqrt"]
+    assert {e.outvars[0].aval.dtype for e in roots} == {BF16}
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (default_rules, {"dense": F16, "norm": F16}),
+        ((PolicyRule(kind="dense", compute="bfloat16"),), {"dense": BF16, "norm": F16}),
+        (
+            (PolicyRule(kind="norm", compute="float32", output="bfloat16"),),
+            {"dense": F16, "norm": BF16},
+        ),
+    ],
+    ids=["default", "dense", "norm"],
+)
+def test_an_authors_dtype_yields_to_a_users_rule_only(rules, expected):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8, dtype=F16, name="dense")(x)
+            return nn.LayerNorm(dtype=F16, name="norm")(x)
+
+    found = outputs(Net(), X, rules=rules)
+    assert {name: found[name] for name in expected} == expected
+    assert found[""] == BF16
+
+
+def test_an_authors_param_dtype_is_kept():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8, param_dtype=F16)(x)
+
+    output, variables = apply_policy(Net(), "mixed_bfloat16").init_with_output(KEY, X)
+    assert set(jax.tree.leaves(dtypes(variables))) == {F16}
+    assert output.dtype == F32
+
+
+def test_a_rule_that_matches_nothing():
+    rules = (PolicyRule(path="block_0", compute="float32"), *default_rules)
+    model = apply_policy(Model(), HALF, rules=rules)
+    variables = Model().init(KEY, X)
+    calls = {
+        "init": lambda: model.init(KEY, X),
+        "apply": lambda: model.apply(variables, X),
+        "jit": lambda: jax.jit(model.apply)(variables, X),
+        "tabulate": lambda: model.tabulate(KEY, X),
+        "bound": lambda: model.bind(variables)(X),
+    }
+    for call in calls.values():
+        with pytest.raises(UnusedRule, match="Nearest paths: blocks_") as e:
+            call()
+        assert "path='block_0'" in str(e.value)
+        assert "allow_unused=True" in str(e.value)
+    # A method sees only some of the layers.
+    assert model.apply(variables, X, method="encode").dtype == BF16
+    assert model.bind(variables).encoder(X).dtype == BF16
+    encoder, of_encoder = model.bind(variables).encoder.unbind()
+    assert encoder.apply(of_encoder, X).dtype == BF16
+
+
+def test_a_rule_may_be_allowed_to_match_nothing():
+    rules = (PolicyRule(path="nothing", compute="float32", allow_unused=True),)
+    assert apply_policy(Model(), HALF, rules=rules).init(KEY, X)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (Model, "Model is a class, and apply_policy"),
+        (nn.Dense, r"apply_policy\(Dense\(...\), policy\)"),
+        ({"params": {}}, "looks like variables"),
+        (jnp.tanh, "autocast"),
+        (3, "this is a int"),
+        (None, "NoneType"),
+    ],
+    ids=["class", "flax-class", "variables", "function", "number", "none"],
+)
+def test_what_is_no_module(module, words):
+    with pytest.raises(NotAModule, match=words):
+        apply_policy(module, HALF)
+
+
+def test_bad_policies_and_rules():
+    with pytest.raises(PolicyError, match="mixed_bfloat17"):
+        apply_policy(Model(), "mixed_bfloat17")
+    with pytest.raises(InvalidRule, match="takes a sequence of PolicyRule"):
+        apply_policy(Model(), HALF, rules=["norm"])
+    with pytest.raises(InvalidRule, match="no regular expression"):
+        PolicyRule(path="blocks_(", compute="float32")
+    with pytest.raises(InvalidRule, match="Unknown kind"):
+        PolicyRule(kind="dens", compute="float32")
+    one = PolicyRule(path="blocks_0", compute="float32")
+    assert apply_policy(Model(), HALF, rules=one).init(KEY, X)
