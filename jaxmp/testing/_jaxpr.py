@@ -15,9 +15,16 @@ def equations(jaxpr: Any, scope: str = "") -> Iterator[tuple[str, Any]]:
       jaxpr: what `jax.make_jaxpr(fun)(*args)` or `jitted.trace(*args).jaxpr` is.
       scope: what the name stacks are put after.
 
-    Yields:
-      Pairs of an equation's name stack, from the outermost jaxpr on, and the equation;
-      one that holds a jaxpr, such as a scan, comes before those inside.
+    Returns:
+      An iterator of pairs: an equation's name stack, from the outermost jaxpr on, and
+      the equation; one that holds a jaxpr, such as a scan, comes before those inside.
+
+    Example:
+      >>> import jax
+      >>> from jaxmp.testing import equations
+      >>> jaxpr = jax.make_jaxpr(jax.jit(lambda x: x + 1))(1.0)
+      >>> [equation.primitive.name for _, equation in equations(jaxpr)]
+      ['jit', 'add']
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         inner_scope = f"{scope}/{equation.source_info.name_stack}".strip("/")

@@ -24,6 +24,7 @@ Rules = tuple[PolicyRule, ...]
 
 
 def _default_rules(policy: Policy) -> Rules:
+    """Returns the default rules, whatever the policy."""
     del policy
     return default_rules
 
@@ -79,6 +80,9 @@ class ZooModel:
 @functools.cache
 def zoo() -> tuple[ZooModel, ...]:
     """Returns the networks of the zoo, each in linen and in nnx.
+
+    Returns:
+      A tuple of `ZooModel`s.
 
     Example:
       >>> from jaxmp.testing import zoo
