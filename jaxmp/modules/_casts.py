@@ -27,12 +27,33 @@ def cast_output(output: T, dtype: np.dtype) -> T:
     return jax.tree.map(cast, output)
 
 
+def cast_inputs(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dtype: np.dtype, *, is_cell: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Casts what a layer is called with, all but a cell's carry."""
+    new_args, new_kwargs = _tree.cast_floating((args, kwargs), dtype)
+    carry = carry_of(args, kwargs) if is_cell else None
+    if carry is None:
+        return new_args, new_kwargs
+    if "carry" in kwargs:
+        return new_args, {**new_kwargs, "carry": carry}
+    return (carry, *new_args[1:]), new_kwargs
+
+
+def carry_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns the carry that a cell is called with: `carry=` or the first of two."""
+    if "carry" in kwargs:
+        return kwargs["carry"]
+    return args[0] if args and len(args) + len(kwargs) > 1 else None
+
+
 def cast_carry(carry: Any, output: Any, dtype: np.dtype) -> Any:
     """Casts what a cell returns: the carry to the dtypes of the one that it was given.
 
-    A scan over the cell needs the same types at both ends of its body.
+    A scan over the cell needs the same types at both ends of its body. Without a carry
+    all is cast.
     """
-    if not (isinstance(output, tuple) and len(output) == 2):
+    if carry is None or not (isinstance(output, tuple) and len(output) == 2):
         return cast_output(output, dtype)
     new, result = output
     if jax.tree.structure(new) == jax.tree.structure(carry):

@@ -1,17 +1,16 @@
 """What a policy changes on one call of one linen layer."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.dtypes import promote_dtype
 
 from jaxmp import _tree
-from jaxmp.modules._casts import cast_carry, cast_output
+from jaxmp.modules._attention import dot_product_attention
+from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
 from jaxmp.modules._layers import LayerDtypes, is_flax_layer, kind_of
 
 # They have a `dtype` and are not to be given another one: FP8 operations manage their
@@ -48,10 +47,9 @@ def adapt_flax_layer(
         output = fun(*args, **kwargs)
     if not is_entry:
         return output
-    if isinstance(module, nn.RNNCellBase):
-        carry = args[0] if args else kwargs.get("carry")
-        return cast_carry(carry, output, dtypes.output)
-    return cast_output(output, dtypes.output)
+    is_cell = isinstance(module, nn.RNNCellBase)
+    carry = carry_of(args, kwargs) if is_cell else None
+    return cast_carry(carry, output, dtypes.output)
 
 
 def adapt_user_layer(
@@ -68,14 +66,10 @@ def adapt_user_layer(
     with _parameters(module, dtypes.params, dtypes.compute):
         if not is_entry:
             return fun(*args, **kwargs)
-        carry: tuple[Any, ...] = ()
-        if isinstance(module, nn.RNNCellBase):
-            carry, args = args[:1], args[1:]
-        args, kwargs = _tree.cast_floating((args, kwargs), dtypes.compute)
-        output = fun(*carry, *args, **kwargs)
-        if carry:
-            return cast_carry(carry[0], output, dtypes.output)
-        return cast_output(output, dtypes.output)
+        is_cell = isinstance(module, nn.RNNCellBase)
+        carry = carry_of(args, kwargs) if is_cell else None
+        args, kwargs = cast_inputs(args, kwargs, dtypes.compute, is_cell=is_cell)
+        return cast_carry(carry, fun(*args, **kwargs), dtypes.output)
 
 
 def adapt_transparent_layer(
@@ -126,24 +120,9 @@ def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, 
         if module.attention_fn is nn.dot_product_attention and not (
             module.qk_attn_weights_einsum_cls or module.attn_weights_value_einsum_cls
         ):
-            settings["attention_fn"] = _dot_product_attention
+            settings["attention_fn"] = dot_product_attention
         return settings
     return {"dtype": dtypes.compute}
-
-
-@functools.wraps(nn.dot_product_attention)
-def _dot_product_attention(query, key, value, *, dtype, precision=None, **kwargs):
-    """Flax's, with float32 weights cast before they are multiplied with the values.
-
-    With `force_fp32_for_softmax` Flax multiplies in float32.
-    """
-    query, key, value = promote_dtype(query, key, value, dtype=dtype)
-    for name in ("qk_attn_weights_einsum", "attn_weights_value_einsum"):
-        kwargs.pop(name, None)
-    weights = nn.dot_product_attention_weights(
-        query, key, dtype=dtype, precision=precision, **kwargs
-    ).astype(value.dtype)
-    return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
 
 
 def authors_dtype(module: nn.Module, dtypes: LayerDtypes) -> Any:

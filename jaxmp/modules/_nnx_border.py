@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmp import _tree
-from jaxmp.modules._casts import cast_carry, cast_output
+from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +118,12 @@ def _call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    carry: tuple[Any, ...] = ()
-    is_cell = isinstance(layer, nnx.RNNCellBase) and len(args) > 1
-    if is_cell:
-        carry, args = args[:1], args[1:]
+    is_cell = isinstance(layer, nnx.RNNCellBase)
+    carry = carry_of(args, kwargs) if is_cell else None
     if border.inputs is not None:
-        args, kwargs = _tree.cast_floating((args, kwargs), border.inputs)
-    output = method(*carry, *args, **kwargs)
-    if is_cell:
-        return cast_carry(carry[0], output, border.output)
-    return cast_output(output, border.output)
+        args, kwargs = cast_inputs(args, kwargs, border.inputs, is_cell=is_cell)
+    output = method(*args, **kwargs)
+    return cast_carry(carry, output, border.output)
 
 
 _inside: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar(

@@ -8,11 +8,11 @@ import dataclasses
 import inspect
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmp.modules._attention import dot_product_attention
 from jaxmp.modules._layers import LayerDtypes, is_flax_layer, kind_of
 
 # Their `dtype` is that of the parameters that they normalise; they hand on all else.
@@ -25,7 +25,8 @@ def is_transparent(cls: type) -> bool:
         return False
     if issubclass(cls, WEIGHT_NORMS):
         return True
-    return "dtype" not in inspect.signature(cls.__init__).parameters
+    layers = filter(is_flax_layer, cls.__mro__)
+    return not any("dtype" in inspect.signature(x.__init__).parameters for x in layers)
 
 
 def has_settings(layer: nnx.Module) -> bool:
@@ -54,8 +55,10 @@ def settings_for(layer: Any, dtypes: LayerDtypes) -> dict[str, Any] | None:
     }
     if dtypes.precision is not None and no_precision:
         settings["precision"] = dtypes.precision
-    if kind == "attention" and layer.attention_fn is nnx.dot_product_attention:
-        settings["attention_fn"] = _dot_product_attention
+    is_half = dtypes.compute.itemsize < 4
+    has_default = getattr(layer, "attention_fn", None) is nnx.dot_product_attention
+    if is_half and has_default:
+        settings["attention_fn"] = dot_product_attention
     return settings
 
 
@@ -68,7 +71,7 @@ def undo_settings(layer: Any) -> None:
         setattr(layer, name, promotion.author)
         if promotion.author_had_no_precision:
             layer.precision = None
-    if getattr(layer, "attention_fn", None) is _dot_product_attention:
+    if getattr(layer, "attention_fn", None) is dot_product_attention:
         layer.attention_fn = nnx.dot_product_attention
 
 
@@ -115,55 +118,3 @@ def _is_authors_choice(layer: Any, dtype: np.dtype, dtypes: LayerDtypes) -> bool
     if author is None or author == dtype:
         return False
     return dtypes.rule is None or dtypes.rule.yields_to_author
-
-
-def _dot_product_attention(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
-    *,
-    dtype,
-    broadcast_dropout=True,
-    dropout_rng: Any = None,
-    dropout_rate=0.0,
-    deterministic=False,
-    module=None,
-    precision=None,
-    is_causal=False,
-    **kwargs,
-):
-    """Attention whose matmuls, forward and backward, are in `dtype`.
-
-    Flax takes the softmax in `dtype`, or, without dropout, keeps float32 scores and so
-    multiplies in float32 in its backward pass. This takes the softmax in float32 and
-    all else in half, and drops what Flax would drop.
-    """
-    del kwargs
-    query, key, value = (x.astype(dtype) for x in (query, key, value))
-    queries_per_key = query.shape[-2] // key.shape[-2]
-    if queries_per_key > 1:
-        key = jnp.repeat(key, queries_per_key, axis=-2)
-        value = jnp.repeat(value, queries_per_key, axis=-2)
-    query = query * jnp.asarray(query.shape[-1] ** -0.5, dtype)
-    scores = jnp.einsum("...qhd,...khd->...hqk", query, key, precision=precision)
-    if bias is not None:
-        scores = scores + bias.astype(dtype)
-    if is_causal:
-        causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-        mask = causal if mask is None else jnp.logical_and(mask, causal)
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, scores.shape)
-        scores = jnp.where(mask, scores, jnp.finfo(dtype).min)
-    weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(dtype)
-    if module is not None:
-        module.sow(nnx.Intermediate, "attention_weights", weights)
-    if dropout_rate > 0.0 and not deterministic:
-        shared = (1,) * (key.ndim - 2) if broadcast_dropout else weights.shape[:-2]
-        shape = shared + weights.shape[-2:]
-        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
-        weights = weights * (
-            keep.astype(dtype) / jnp.asarray(1.0 - dropout_rate, dtype)
-        )
-    return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
