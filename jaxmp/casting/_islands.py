@@ -21,6 +21,7 @@ import numpy as np
 from jaxmp import _tree
 from jaxmp._jax_internals import open_jaxpr
 from jaxmp.casting import _registry
+from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting._softmax import Softmax, find_softmaxes
 from jaxmp.casting._states import FLOAT32, State, castable_dtype, is_literal
 
@@ -47,10 +48,18 @@ class Island:
 def schedule(
     plans: Sequence[Any],
     jaxpr: Any,
+    in_states: Sequence[State | None],
     out_states: Sequence[State | None],
     recompute: bool,
 ) -> list[Any]:
     """Orders the plans of a jaxpr's equations, those of islands together.
+
+    Args:
+      plans: of its equations, in their order.
+      jaxpr: the jaxpr.
+      in_states: the states of its inputs.
+      out_states: the states of its outputs.
+      recompute: whether the gradients of islands keep their half inputs only.
 
     Returns:
       A list of equation plans and `Island`s.
@@ -60,6 +69,15 @@ def schedule(
     producer = {v: i for i, plan in enumerate(plans) for v in plan.eqn.outvars}
     group = _groups(plans, producer)
     reads = _reads(plans, jaxpr, out_states, group, producer)
+    in_half = {
+        v for v, state in zip(jaxpr.invars, in_states, strict=True) if _low(state)
+    }
+    in_half.update(
+        v
+        for plan in plans
+        for v, state in zip(plan.eqn.outvars, plan.out_states, strict=True)
+        if _low(state)
+    )
     members: dict[int, list[int]] = {}
     for i, g in enumerate(group):
         members.setdefault(g, []).append(i)
@@ -70,11 +88,15 @@ def schedule(
             continue
         island = [plans[i] for i in members[g]]
         steps += (
-            _split(island, reads, recompute)
+            _split(island, reads, in_half)
             if recompute
-            else [_island(island, reads, recompute)]
+            else [_island(island, reads, False)]
         )
     return steps
+
+
+def _low(state: State | None) -> bool:
+    return state is not None and state.is_low
 
 
 def _stored_dtype(plan, v) -> np.dtype | None:
@@ -154,7 +176,7 @@ def _order(plans, group, members, producer) -> list[int]:
     return order
 
 
-def _split(members, reads, recompute) -> list[Island]:
+def _split(members, reads, in_half) -> list[Island]:
     """One island, or what is before, in and after a softmax in it."""
     readers: dict[Any, list[Any]] = {}
     for plan in members:
@@ -163,7 +185,7 @@ def _split(members, reads, recompute) -> list[Island]:
                 readers.setdefault(v, []).append(plan)
     found = find_softmaxes(members, readers, reads)
     if not found:
-        return [_island(members, reads, recompute)]
+        return [_island(members, reads, True)]
     softmax = found[0]
     core = set(map(id, softmax.members))
     after = _descendants(softmax, members)
@@ -171,7 +193,7 @@ def _split(members, reads, recompute) -> list[Island]:
     rest = [p for p in members if id(p) in after]
     half = _half_result(softmax, rest, reads)
     if half is None:
-        return [_island(members, reads, recompute)]
+        return [_island(members, reads, True)]
     reads = dict(reads)
     for v in (softmax.scores, softmax.shift):
         if not is_literal(v):
@@ -182,13 +204,21 @@ def _split(members, reads, recompute) -> list[Island]:
             if not is_literal(v) and v not in made_after:
                 reads[v] = {**reads.get(v, {}), None: None}
     reads[softmax.result] = {half: None}
-    middle = _island(list(softmax.members), reads, False)
-    middle.softmax = softmax
     # The gradient flows to the scores alone: what makes the shift keeps nothing.
-    is_curved = any(map(_is_nonlinear, _ancestors(softmax.scores, before)))
-    islands = [_island(before, reads, recompute and is_curved)] if before else []
+    ancestors = _ancestors(softmax.scores, before)
+    is_curved = any(map(_is_nonlinear, ancestors))
+    from_half = any(v in in_half for plan in ancestors for v in _variables(plan.eqn))
+    middle = _island(list(softmax.members), reads, False)
+    middle.softmax = softmax._replace(
+        rounds_scores=from_half and all(_follows(plan.eqn) for plan in ancestors)
+    )
+    islands = [_island(before, reads, is_curved)] if before else []
     islands.append(middle)
-    return islands + (_split(rest, reads, recompute) if rest else [])
+    return islands + (_split(rest, reads, in_half) if rest else [])
+
+
+def _variables(eqn) -> list[Any]:
+    return [v for v in eqn.invars if not is_literal(v)]
 
 
 def _descendants(softmax, members) -> set[int]:
@@ -246,6 +276,14 @@ def _is_nonlinear(plan) -> bool:
     return _needs_operands(plan.eqn)
 
 
+def _follows(eqn) -> bool:
+    """Whether an equation would be in half if it were not for its readers."""
+    if eqn.primitive.name == "jit":
+        return all(map(_follows, open_jaxpr(eqn.params["jaxpr"]).eqns))
+    is_follow = _registry.entry(eqn.primitive.name).op_class is OpClass.FOLLOW
+    return is_follow or not any(map(castable_dtype, eqn.outvars))
+
+
 def _needs_operands(eqn) -> bool:
     """Whether the gradient of an equation needs a floating operand of it."""
     name = eqn.primitive.name
@@ -254,7 +292,7 @@ def _needs_operands(eqn) -> bool:
     if name in _registry.LINEAR or not any(map(castable_dtype, eqn.outvars)):
         return False
     if name in ("mul", "div"):
-        return not is_literal(eqn.invars[1]) and not (
-            name == "mul" and is_literal(eqn.invars[0])
-        )
+        # A factor of one number leaves no residual but, if it is learnt, its own.
+        factors = eqn.invars if name == "mul" else eqn.invars[1:]
+        return not any(is_literal(v) or v.aval.size == 1 for v in factors)
     return True

@@ -59,10 +59,9 @@ class Painter:
             self.output_state(v, want)
             for v, want in zip(self.jaxpr.outvars, out_wants, strict=True)
         ]
-        steps = schedule(eqns, self.jaxpr, out_states, self.planner.settings.recompute)
-        return JaxprPlan(
-            self.jaxpr, tuple(self.in_states), tuple(out_states), eqns, steps
-        )
+        in_states, recompute = tuple(self.in_states), self.planner.settings.recompute
+        steps = schedule(eqns, self.jaxpr, in_states, out_states, recompute)
+        return JaxprPlan(self.jaxpr, in_states, tuple(out_states), eqns, steps)
 
     def output_state(self, atom: Any, want: bool) -> State | None:
         state = self.state(atom)

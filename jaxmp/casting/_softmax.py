@@ -26,6 +26,8 @@ class Softmax(NamedTuple):
       shift: `m`, a variable or literal that is constant along the axes.
       axes: what is summed over.
       result: the variable `p`.
+      rounds_scores: whether `z` and `m` are rounded to the half dtype of the result, as
+        they were before they were scaled and masked: less has to be read and written.
     """
 
     members: tuple[Any, ...]
@@ -33,6 +35,7 @@ class Softmax(NamedTuple):
     shift: Any
     axes: tuple[int, ...]
     result: Any
+    rounds_scores: bool = False
 
 
 def find_softmaxes(
@@ -126,18 +129,23 @@ def run_softmax(
 
     @jax.custom_jvp
     def softmax_of(z, m):
+        if softmax.rounds_scores:
+            z, m = _rounded(z, dtype), _rounded(m, dtype)
         return bind(softmax, z, m).astype(dtype)
-
-    # Without its barrier XLA would keep the float32 exponentials after all.
-    @jax.checkpoint
-    def tangent(p, dz):
-        p = p.astype(FLOAT32)
-        total = jnp.sum(p * dz, axis=softmax.axes, keepdims=True)
-        return (p * (dz - total)).astype(dtype)
 
     @softmax_of.defjvp
     def _(primals, tangents):
         p = softmax_of(*primals)
-        return p, tangent(p, tangents[0])
+        # Without the barrier XLA would keep what the result was rounded from.
+        kept = jax.lax.optimization_barrier(p).astype(FLOAT32)
+        dz = tangents[0]
+        total = jnp.sum(kept * dz, axis=softmax.axes, keepdims=True)
+        return p, (kept * (dz - total)).astype(dtype)
 
     return softmax_of(scores, shift)
+
+
+def _rounded(x: Any, dtype: Any) -> Any:
+    """Rounds float32 values to half; what masks leave out must not become -inf."""
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype).astype(FLOAT32)

@@ -109,5 +109,5 @@ def with_outputs(plan: JaxprPlan, states: Sequence[State | None]) -> JaxprPlan:
     if tuple(states) == plan.out_states:
         return plan
     recompute = any(getattr(step, "recompute", False) for step in plan.steps)
-    steps = schedule(plan.eqns, plan.jaxpr, states, recompute)
+    steps = schedule(plan.eqns, plan.jaxpr, plan.in_states, states, recompute)
     return JaxprPlan(plan.jaxpr, plan.in_states, tuple(states), plan.eqns, steps)
