@@ -1,6 +1,7 @@
 """Runs a plan: binds the equations again, in the dtypes that the plan gives them."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxmp.casting._islands import Island
 from jaxmp.casting._pick import bind_with_picks, has_pick
 from jaxmp.casting._plan import EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
+from jaxmp.casting._signature import common_scope, signature
 from jaxmp.casting._softmax import Softmax, run_softmax
 from jaxmp.casting._states import FLOAT32, is_literal
 
@@ -27,6 +29,7 @@ class Executor:
 
     def __init__(self, planner: Planner):
         self.planner = planner
+        self._islands: dict[Any, Callable[..., list[Any]]] = {}
 
     def run(
         self, plan: JaxprPlan, consts: Sequence[Any], args: Sequence[Any]
@@ -76,10 +79,17 @@ class Executor:
             for x, state in zip(outs, plan.out_states, strict=True)
         ]
 
-    def bind(self, plan: EqnPlan, env: "_Values", in_island: bool = False) -> list[Any]:
-        """Binds one equation under its name, source line and context."""
+    def bind(
+        self, plan: EqnPlan, env: "_Values", in_island: bool = False, depth: int = 0
+    ) -> list[Any]:
+        """Binds one equation under its name, source line and context.
+
+        The outermost `depth` of its name scopes have been entered by the caller.
+        """
         eqn = plan.eqn
-        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        scope = eqn.source_info.name_stack
+        scope = type(scope)(scope.stack[depth:])
+        stack = source_info_util.current_name_stack() + scope
         traceback = eqn.source_info.traceback
         with (
             source_info_util.user_context(traceback, name_stack=stack),
@@ -108,21 +118,28 @@ class Executor:
             self.run_softmax(island, island.softmax, env)
             return
 
-        def run(*args):
-            inside = _Values()
-            inside.write(island.inputs, [_widen(x) for x in args])
-            for plan in island.members:
-                outs = self.bind(plan, inside, in_island=island.recompute)
-                inside.write(plan.eqn.outvars, outs)
-            return [inside.read(v, dtype) for v, dtype in island.outputs]
-
+        args = [env.read(v, _AS_STORED) for v in island.inputs]
+        scope = common_scope(island)
+        run = functools.partial(self._run_members, island, len(scope.stack))
         if island.recompute:
+            key = signature(island, len(scope.stack), args)
             # Nothing stops XLA from keeping what it would rather not compute again; a
             # barrier would also stop it from fusing, which costs more traffic.
             run = jax.checkpoint(run, prevent_cse=False)
-        outs = run(*(env.read(v, _AS_STORED) for v in island.inputs))
+            run = run if key is None else self._islands.setdefault(key, run)
+        stack = source_info_util.current_name_stack() + scope
+        with source_info_util.set_name_stack(stack):
+            outs = run(*args)
         for (v, dtype), value in zip(island.outputs, outs, strict=True):
             env.write_at(v, dtype, value)
+
+    def _run_members(self, island: Island, depth: int, *args: Any) -> list[Any]:
+        inside = _Values()
+        inside.write(island.inputs, [_widen(x) for x in args])
+        for plan in island.members:
+            outs = self.bind(plan, inside, in_island=island.recompute, depth=depth)
+            inside.write(plan.eqn.outvars, outs)
+        return [inside.read(v, dtype) for v, dtype in island.outputs]
 
     def run_softmax(self, island: Island, softmax: Softmax, env: "_Values") -> None:
         """Runs an island that is one softmax, keeping its half result only."""
