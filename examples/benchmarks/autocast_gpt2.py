@@ -10,6 +10,7 @@ which need `pip install 'jaxmp[targets]'` and neither machine:
 import argparse
 import sys
 import time
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -95,6 +96,24 @@ def make_step(mode, model_args=()):
     return step, (params, jax.eval_shape(optimizer.init, params), tokens)
 
 
+class Memory(NamedTuple):
+    """What a compiled step needs, in GiB; an H100 tells no traffic."""
+
+    arguments: float
+    temp: float
+    accessed: float
+
+
+def measure(mode, target, layers=12):
+    """Compiles the training step of a mode for a target."""
+    step, args = make_step(mode, {"layers": layers})
+    compiled = compile_for(target, step, *args, donate_argnums=(0, 1))
+    memory = compiled.memory_analysis()
+    accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0)
+    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, accessed
+    return Memory(*(size / GIB for size in sizes))
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", default="h100", choices=targets())
@@ -106,8 +125,8 @@ def main(argv):
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--lower-only", action="store_true", help="time tracing only")
     arguments = parser.parse_args(argv)
-    step, args = make_step(arguments.mode, {"layers": arguments.layers})
     if arguments.lower_only:
+        step, args = make_step(arguments.mode, {"layers": arguments.layers})
         times = []
         for _ in range(5):
             start = time.process_time()
@@ -115,13 +134,10 @@ def main(argv):
             times.append(time.process_time() - start)
         print(f"{arguments.mode}: {min(times):.2f} s of CPU to trace and lower")
         return
-    compiled = compile_for(arguments.target, step, *args, donate_argnums=(0, 1))
-    memory = compiled.memory_analysis()
+    memory = measure(arguments.mode, arguments.target, arguments.layers)
     print(
-        f"{arguments.target} {arguments.mode}: arguments "
-        f"{memory.argument_size_in_bytes / GIB:.2f} GiB, temp "
-        f"{memory.temp_size_in_bytes / GIB:.2f} GiB, accessed "
-        f"{(compiled.cost_analysis() or {}).get('bytes accessed', 0) / GIB:.1f} GiB"
+        f"{arguments.target} {arguments.mode}: arguments {memory.arguments:.2f} GiB, "
+        f"temp {memory.temp:.2f} GiB, accessed {memory.accessed:.1f} GiB"
     )
 
 

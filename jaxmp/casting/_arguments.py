@@ -21,40 +21,22 @@ _SLOT = _Slot()
 
 
 class Arguments:
-    """A call's arguments without their arrays: hashable, if what is in it is.
+    """A call's arguments without their arrays.
 
     Attributes:
       tree: structure of `(args, kwargs)`, with nnx modules as leaves.
       statics: its leaves; arrays are replaced by a slot.
       graph: structure of the nnx modules among the leaves, or None.
-      modules: these modules themselves, which take no part in equality.
-      version: of the registry of rules.
+      modules: these modules themselves.
+      num_state: how many of the arrays are the modules' state.
     """
 
-    def __init__(self, tree, statics, graph, modules, num_state, version):
+    def __init__(self, tree, statics, graph, modules, num_state):
         self.tree = tree
         self.statics = tuple(statics)
         self.graph = graph
         self.modules = modules
         self.num_state = num_state
-        self.version = version
-        # 1, 1.0 and True are equal, and give different programs.
-        types = tuple(map(type, self.statics))
-        self._key = (tree, self.statics, types, graph, num_state, version)
-
-    def __eq__(self, other):
-        return isinstance(other, Arguments) and self._key == other._key
-
-    def __hash__(self):
-        return hash(self._key)
-
-    @property
-    def is_hashable(self) -> bool:
-        try:
-            hash(self)
-        except TypeError:
-            return False
-        return True
 
     def trace(
         self, fn: Callable[..., Any], arrays: Sequence[Any], name_modules: bool = False
@@ -69,7 +51,7 @@ class Arguments:
             modules, state, arrays = self.merge(arrays)
             if name_modules:
                 _open_scopes(modules)
-            filled = iter((*arrays, *()))
+            filled = iter(arrays)
             modules = iter(modules)
             leaves = [
                 next(filled)
@@ -96,10 +78,6 @@ class Arguments:
         state = jax.tree.unflatten(state_tree, arrays[: self.num_state])
         modules = nnx.merge(graphdef, state)
         return modules, lambda: nnx.state(modules), arrays[self.num_state :]
-
-    def unflatten_outputs(self, tree: Any, leaves: Sequence[Any]) -> tuple[Any, Any]:
-        """The function's output, and the new state of its modules."""
-        return jax.tree.unflatten(tree, leaves)
 
     def finish(self, outputs: tuple[Any, Any]) -> Any:
         """Writes the new state into the modules and returns the function's output."""
@@ -138,7 +116,7 @@ def _scoped(cls: type, name: str) -> type:
 
 
 def flatten_arguments(
-    fn: Callable[..., Any], args: Any, kwargs: Any, version: int
+    fn: Callable[..., Any], args: Any, kwargs: Any
 ) -> tuple[Arguments, list[Any]]:
     """Splits a call's arguments into arrays and the rest."""
     nnx = sys.modules.get("flax.nnx")
@@ -160,7 +138,7 @@ def flatten_arguments(
         else:
             _check_static(fn, leaf)
             statics.append(leaf)
-    arguments = Arguments(tree, statics, graph, modules, len(state_leaves), version)
+    arguments = Arguments(tree, statics, graph, modules, len(state_leaves))
     return arguments, [*state_leaves, *arrays]
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
-from jaxmp.casting import _registry
 from jaxmp.casting import rules as _call_rules  # noqa: F401  registers their rules
-from jaxmp.casting._arguments import Arguments, check_function, flatten_arguments
+from jaxmp.casting._arguments import check_function, flatten_arguments
+from jaxmp.casting._eager import compiled
 from jaxmp.casting._execute import Executor, cast
 from jaxmp.casting._plan import (
     AUTOCAST_SCOPE,
@@ -97,31 +97,28 @@ def autocast(
     if output_dtype is not None:
         output_dtype = get_policy(output_dtype).output_dtype
 
-    def run(arguments: Arguments, arrays: Sequence[Any]) -> tuple[Any, Any]:
-        has_paths = any(rule.path is not None for rule in settings.rules)
-        jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=has_paths)
+    def execute(jaxpr: Any, consts: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
         plan, planner = plan_jaxpr(jaxpr, settings, output_dtype)
         check_rules(planner)
         with jax.named_scope(AUTOCAST_SCOPE):
             args = [
                 cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)
             ]
-            outs = Executor(planner).run(plan, jaxpr.consts, args)
-            outs = [
+            outs = Executor(planner).run(plan, consts, args)
+            return [
                 x if aval is None else cast(x, aval)
                 for x, aval in zip(outs, out_dtypes(jaxpr, output_dtype), strict=True)
             ]
-        return arguments.unflatten_outputs(out_tree, outs)
 
-    jitted = jax.jit(run, static_argnums=0)
+    run = compiled(execute, settings.compute_dtype)
+    has_paths = any(rule.path is not None for rule in settings.rules)
 
     @functools.wraps(fn, updated=())
     def autocasted(*args: Any, **kwargs: Any) -> Any:
-        arguments, arrays = flatten_arguments(fn, args, kwargs, _registry.version())
-        is_eager = not any(isinstance(x, jax.core.Tracer) for x in arrays)
-        if is_eager and arguments.is_hashable:
-            return arguments.finish(jitted(arguments, arrays))
-        return arguments.finish(run(arguments, arrays))
+        arguments, arrays = flatten_arguments(fn, args, kwargs)
+        jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=has_paths)
+        outs = run(jaxpr, arrays)
+        return arguments.finish(jax.tree.unflatten(out_tree, outs))
 
     return autocasted
 

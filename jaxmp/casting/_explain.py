@@ -13,9 +13,10 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp import _tree
-from jaxmp.casting import _html, _registry
+from jaxmp.casting import _html
 from jaxmp.casting._arguments import flatten_arguments
 from jaxmp.casting._autocast import autocast, check_rules, plan_jaxpr, read_settings
+from jaxmp.casting._cancellation import NOTE, cancelling
 from jaxmp.casting._islands import Island
 from jaxmp.casting._plan import EqnPlan, JaxprPlan, scopes
 from jaxmp.casting._states import castable_dtype, is_literal
@@ -148,11 +149,12 @@ def explain(
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         args, kwargs = jax.tree.map(_concrete, (args, kwargs))
-        arguments, arrays = flatten_arguments(fn, args, kwargs, _registry.version())
+        arguments, arrays = flatten_arguments(fn, args, kwargs)
         jaxpr, _ = arguments.trace(fn, arrays, name_modules=True)
         plan, planner = plan_jaxpr(jaxpr, settings)
         check_rules(planner)
         told = list(_walk(plan, (), 1))
+        noted = set().union(*(cancelling(p.jaxpr) for p in _plans(plan)))
         flops = collections.Counter[bool]()
         for eqn, _, times in told:
             if eqn.eqn.primitive.name in ("dot_general", "conv_general_dilated"):
@@ -160,7 +162,7 @@ def explain(
                 flops[bool(is_half)] += times * _flops(eqn.eqn)
         cast_fn = autocast(fn, policy, rules=rules, half_residuals=half_residuals)
         return Explanation(
-            rows=tuple(_row(eqn, path) for eqn, path, _ in told),
+            rows=tuple(_row(eqn, path, noted) for eqn, path, _ in told),
             half_flops=flops[True] / max(sum(flops.values()), 1),
             casts=sum(_casts(plan) for plan in _plans(plan)),
             islands=sum(
@@ -205,8 +207,9 @@ def _plans(plan: JaxprPlan) -> Iterator[JaxprPlan]:
             yield from _plans(body)
 
 
-def _row(plan: EqnPlan, path: tuple[str, ...]) -> Row:
+def _row(plan: EqnPlan, path: tuple[str, ...], noted: set[int]) -> Row:
     eqn = plan.eqn
+    note = f"; {NOTE}" if id(eqn) in noted else ""
     name = eqn.params.get("name")
     operation = f"{eqn.primitive.name} {name}" if name else eqn.primitive.name
     before = _dtypes(v.aval.dtype for v in eqn.invars if castable_dtype(v))
@@ -225,7 +228,7 @@ def _row(plan: EqnPlan, path: tuple[str, ...]) -> Row:
         before.strip(),
         after.strip(),
         plan.op_class.value,
-        plan.reason,
+        plan.reason + note,
     )
 
 

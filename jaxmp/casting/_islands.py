@@ -1,21 +1,14 @@
-"""Groups float32 operations into islands, and puts everything into an order to run.
+"""Islands: sets of float32 operations that hand values to each other.
 
-An island is a set of float32 operations that hand values to each other. It is run as
-one function with half inputs and half outputs, so that one place decides what its
-gradient keeps: under `jax.checkpoint`, only the half inputs.
-
-Two operations belong to one island if they are connected by a float32 value and no path
-between them leaves the island. To know that without a search, every equation gets a
-stage, which grows along each path and grows strictly where it leaves an island: members
-that are connected and of the same stage form an island, and what would need them while
-they run is of a later stage.
+An island is run as one function with half inputs and half outputs, so that one place
+decides what its gradient keeps: under `jax.checkpoint`, only the half inputs.
 """
 
 import dataclasses
-import heapq
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
@@ -23,7 +16,7 @@ from jaxmp._jax_internals import open_jaxpr
 from jaxmp.casting import _registry
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting._softmax import Softmax, find_softmaxes
-from jaxmp.casting._states import FLOAT32, State, castable_dtype, is_literal
+from jaxmp.casting._states import FLOAT32, castable_dtype, is_literal
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -45,138 +38,7 @@ class Island:
     softmax: Softmax | None = None
 
 
-def schedule(
-    plans: Sequence[Any],
-    jaxpr: Any,
-    in_states: Sequence[State | None],
-    out_states: Sequence[State | None],
-    recompute: bool,
-) -> list[Any]:
-    """Orders the plans of a jaxpr's equations, those of islands together.
-
-    Args:
-      plans: of its equations, in their order.
-      jaxpr: the jaxpr.
-      in_states: the states of its inputs.
-      out_states: the states of its outputs.
-      recompute: whether the gradients of islands keep their half inputs only.
-
-    Returns:
-      A list of equation plans and `Island`s.
-    """
-    if not any(plan.in_island for plan in plans):
-        return list(plans)
-    producer = {v: i for i, plan in enumerate(plans) for v in plan.eqn.outvars}
-    group = _groups(plans, producer)
-    reads = _reads(plans, jaxpr, out_states, group, producer)
-    in_half = {
-        v for v, state in zip(jaxpr.invars, in_states, strict=True) if _low(state)
-    }
-    in_half.update(
-        v
-        for plan in plans
-        for v, state in zip(plan.eqn.outvars, plan.out_states, strict=True)
-        if _low(state)
-    )
-    members: dict[int, list[int]] = {}
-    for i, g in enumerate(group):
-        members.setdefault(g, []).append(i)
-    steps = []
-    for g in _order(plans, group, members, producer):
-        if not plans[g].in_island:
-            steps.append(plans[g])
-            continue
-        island = [plans[i] for i in members[g]]
-        steps += (
-            _split(island, reads, in_half)
-            if recompute
-            else [_island(island, reads, False)]
-        )
-    return steps
-
-
-def _low(state: State | None) -> bool:
-    return state is not None and state.is_low
-
-
-def _stored_dtype(plan, v) -> np.dtype | None:
-    state = plan.out_states[plan.eqn.outvars.index(v)]
-    return None if state is None else state.dtype
-
-
-def _groups(plans, producer) -> list[int]:
-    """The first equation of the group that each equation belongs to."""
-    stage = [0] * len(plans)
-    parent = list(range(len(plans)))
-
-    def find(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    last_effect = 0
-    for i, plan in enumerate(plans):
-        sources = _sources(plan, producer)
-        for j in sources:
-            leaves = plans[j].in_island and not plan.in_island
-            stage[i] = max(stage[i], stage[j] + leaves)
-        if plan.eqn.effects:
-            stage[i] = last_effect = max(stage[i], last_effect)
-        if plan.in_island:
-            for j in sources:
-                if plans[j].in_island and stage[j] == stage[i]:
-                    a, b = find(i), find(j)
-                    parent[max(a, b)] = min(a, b)
-    return [find(i) for i in range(len(plans))]
-
-
-def _sources(plan, producer) -> list[int]:
-    return [producer[v] for v in plan.eqn.invars if not is_literal(v) and v in producer]
-
-
-def _reads(plans, jaxpr, out_states, group, producer) -> dict[Any, dict[Any, None]]:
-    """In which dtypes each value of an island is read from outside the island."""
-    reads: dict[Any, dict[Any, None]] = {}
-    for i, plan in enumerate(plans):
-        for v, dtype in zip(plan.eqn.invars, plan.in_dtypes, strict=True):
-            if is_literal(v) or v not in producer:
-                continue
-            source = producer[v]
-            if plans[source].in_island and group[source] != group[i]:
-                reads.setdefault(v, {})[dtype or _stored_dtype(plans[source], v)] = None
-    for v, state in zip(jaxpr.outvars, out_states, strict=True):
-        if not is_literal(v) and v in producer and plans[producer[v]].in_island:
-            reads.setdefault(v, {})[state and state.dtype] = None
-    return reads
-
-
-def _order(plans, group, members, producer) -> list[int]:
-    """Groups in an order that has every producer first, near the traced order."""
-    waits: dict[int, set[int]] = {g: set() for g in members}
-    readers: dict[int, list[int]] = {g: [] for g in members}
-    last_effect = None
-    for i, plan in enumerate(plans):
-        needs = {group[j] for j in _sources(plan, producer)}
-        if plan.eqn.effects:
-            needs |= set() if last_effect is None else {last_effect}
-            last_effect = group[i]
-        for need in needs - {group[i]} - waits[group[i]]:
-            waits[group[i]].add(need)
-            readers[need].append(group[i])
-    ready = [(members[g][-1], g) for g in members if not waits[g]]
-    heapq.heapify(ready)
-    order = []
-    while ready:
-        _, g = heapq.heappop(ready)
-        order.append(g)
-        for reader in readers[g]:
-            waits[reader].discard(g)
-            if not waits[reader]:
-                heapq.heappush(ready, (members[reader][-1], reader))
-    return order
-
-
-def _split(members, reads, in_half) -> list[Island]:
+def split_island(members, reads, in_half) -> list[Island]:
     """One island, or what is before, in and after a softmax in it."""
     readers: dict[Any, list[Any]] = {}
     for plan in members:
@@ -185,7 +47,7 @@ def _split(members, reads, in_half) -> list[Island]:
                 readers.setdefault(v, []).append(plan)
     found = find_softmaxes(members, readers, reads)
     if not found:
-        return [_island(members, reads, True)]
+        return [make_island(members, reads, True)]
     softmax = found[0]
     core = set(map(id, softmax.members))
     after = _descendants(softmax, members)
@@ -193,7 +55,7 @@ def _split(members, reads, in_half) -> list[Island]:
     rest = [p for p in members if id(p) in after]
     half = _half_result(softmax, rest, reads)
     if half is None:
-        return [_island(members, reads, True)]
+        return [make_island(members, reads, True)]
     reads = dict(reads)
     for v in (softmax.scores, softmax.shift):
         if not is_literal(v):
@@ -208,13 +70,16 @@ def _split(members, reads, in_half) -> list[Island]:
     ancestors = _ancestors(softmax.scores, before)
     is_curved = any(map(_is_nonlinear, ancestors))
     from_half = any(v in in_half for plan in ancestors for v in _variables(plan.eqn))
-    middle = _island(list(softmax.members), reads, False)
+    in_range = half != jnp.float16 or not any(_amplifies(p.eqn) for p in ancestors)
+    middle = make_island(list(softmax.members), reads, False)
     middle.softmax = softmax._replace(
-        rounds_scores=from_half and all(_follows(plan.eqn) for plan in ancestors)
+        rounds_scores=from_half
+        and in_range
+        and all(_follows(plan.eqn) for plan in ancestors)
     )
-    islands = [_island(before, reads, is_curved)] if before else []
+    islands = [make_island(before, reads, is_curved)] if before else []
     islands.append(middle)
-    return islands + (_split(rest, reads, in_half) if rest else [])
+    return islands + (split_island(rest, reads, in_half) if rest else [])
 
 
 def _variables(eqn) -> list[Any]:
@@ -246,7 +111,7 @@ def _half_result(softmax, rest, reads) -> np.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= _tree.HALF else None
 
 
-def _island(members, reads, recompute) -> Island:
+def make_island(members, reads, recompute) -> Island:
     made = {v for plan in members for v in plan.eqn.outvars}
     inputs = dict.fromkeys(
         v
@@ -282,6 +147,14 @@ def _follows(eqn) -> bool:
         return all(map(_follows, open_jaxpr(eqn.params["jaxpr"]).eqns))
     is_follow = _registry.entry(eqn.primitive.name).op_class is OpClass.FOLLOW
     return is_follow or not any(map(castable_dtype, eqn.outvars))
+
+
+def _amplifies(eqn) -> bool:
+    """Whether an equation multiplies with a number above 1."""
+    if eqn.primitive.name not in ("mul", "div"):
+        return False
+    numbers = [abs(v.val) for v in eqn.invars if is_literal(v)]
+    return any(x > 1 if eqn.primitive.name == "mul" else x < 1 for x in numbers)
 
 
 def _needs_operands(eqn) -> bool:

@@ -9,9 +9,9 @@ from jaxmp import _tree
 from jaxmp.casting import _registry
 from jaxmp.casting._constants import Constants
 from jaxmp.casting._feeds import Feeds
-from jaxmp.casting._islands import schedule
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting._plan import Decision, EqnPlan, JaxprPlan, is_backward
+from jaxmp.casting._schedule import schedule
 from jaxmp.casting._states import (
     FLOAT32,
     FULL,

@@ -139,8 +139,10 @@ def run_softmax(
         # Without the barrier XLA would keep what the result was rounded from.
         kept = jax.lax.optimization_barrier(p).astype(FLOAT32)
         dz = tangents[0]
-        total = jnp.sum(kept * dz, axis=softmax.axes, keepdims=True)
-        return p, (kept * (dz - total)).astype(dtype)
+        # Rounded, they do not sum to 1; where one is nearly 1 that error would be all.
+        ones = jnp.sum(kept, axis=softmax.axes, keepdims=True)
+        mean = jnp.sum(kept * dz, axis=softmax.axes, keepdims=True) / ones
+        return p, (kept * (dz - mean)).astype(dtype)
 
     return softmax_of(scores, shift)
 

@@ -1,11 +1,14 @@
 """Rules of the user's, what wins over what, registered primitives, and `explain`."""
 
+import contextlib
+import logging.handlers
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.extend import core as jex_core
 from jax.interpreters import mlir
 
@@ -156,19 +159,68 @@ def test_explain_takes_abstract_arguments():
 
 
 def test_arguments_that_are_no_arrays_stay_what_they_are():
-    traces = []
-
     @jaxmp.autocast(policy="mixed_bfloat16")
     def fn(tree, mode, scale, *, flag):
-        traces.append(mode)
-        assert flag is True
+        assert (flag, mode) == (True, "x")
         return {"y": tree["w"] @ tree["w"] * scale, "none": tree["n"]}
 
     tree = {"w": np.asarray(W), "n": None}
     for _ in range(3):
         assert fn(tree, "x", 2.5, flag=True)["none"] is None
-    fn(tree, "x", 1, flag=True)
-    assert traces == ["x", "x"]
+    assert fn(tree, "x", 1, flag=True)["y"].dtype == jnp.float32
+
+
+def test_an_eager_call_sees_what_its_function_closes_over_as_it_is_now():
+    closed = {"w": jnp.ones((4, 4)), "scale": 2.0}
+    compilations = []
+
+    @jaxmp.autocast
+    def fn(x):
+        def body(carry, _):
+            return jnp.tanh(carry @ closed["w"]) * closed["scale"], None
+
+        return lax.scan(body, x, None, length=3)[0].sum()
+
+    def expected(x):
+        for _ in range(3):
+            x = jnp.tanh(x @ closed["w"]) * closed["scale"]
+        return x.sum()
+
+    x = jnp.ones((2, 4))
+    changes = ({}, {}, {"w": 0.1 * jnp.eye(4)}, {"scale": 3.0}, {"scale": 2.0})
+    for change in changes:
+        closed.update(change)
+        with jax.log_compiles(), _count(compilations):
+            np.testing.assert_allclose(fn(x), expected(x), rtol=0.05)
+    assert compilations == [1, 0, 0, 1, 0]
+
+
+@contextlib.contextmanager
+def _count(counts):
+    """Appends how many eager autocasts are compiled meanwhile."""
+    handler = logging.handlers.BufferingHandler(10**6)
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    messages = [record.getMessage() for record in handler.buffer]
+    counts.append(
+        sum("Finished XLA compilation of jit(autocasted" in m for m in messages)
+    )
+
+
+def test_an_eager_call_calls_the_callback_that_it_was_given():
+    def offset_by(n):
+        def callback(x):
+            return np.asarray(x + n, np.float32)
+
+        return lambda x: jax.pure_callback(callback, x, x)
+
+    offsets = iter((1.0, 2.0))
+    fn = jaxmp.autocast(lambda x: offset_by(next(offsets))(x))
+    assert [float(fn(jnp.float32(0))) for _ in range(2)] == [1.0, 2.0]
 
 
 def test_only_what_was_closed_over_is_traced_too():

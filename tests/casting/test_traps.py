@@ -1,5 +1,6 @@
 """The traps of the autocast transform and of numerics, by number."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,6 +197,27 @@ def test_trap_38_rms_norm_of_300_in_float16():
     for fn in (norm, lambda x: norm(x @ eye), lambda x: norm(x @ eye) @ eye):
         actual = jaxmp.autocast(fn, "mixed_float16")(x)
         np.testing.assert_allclose(actual, 1.0, rtol=0.01)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.GroupNorm, nn.BatchNorm])
+@pytest.mark.parametrize("fast", [True, False])
+def test_trap_38_a_cancelling_variance_is_told_from_a_matter_of_precision(norm, fast):
+    options = {"use_running_average": False} if norm is nn.BatchNorm else {}
+    options |= {"num_groups": 2} if norm is nn.GroupNorm else {}
+    layer = norm(use_fast_variance=fast, **options)
+    x = 4 + 0.5 * jax.random.normal(jax.random.key(0), (4, 8))
+    variables = layer.init(jax.random.key(1), x)
+
+    def apply(variables, x):
+        return layer.apply(variables, x, mutable=["batch_stats"])[0]
+
+    rows = jaxmp.explain(apply)(variables, x).rows
+    noted = [row.operation for row in rows if "cancels" in row.reason]
+    assert noted == (["sub"] if fast else [])
+    # What autocast makes of it is what float32 makes of it, right or wrong.
+    np.testing.assert_allclose(
+        jaxmp.autocast(apply)(variables, x), jax.jit(apply)(variables, x), atol=1e-3
+    )
 
 
 def test_trap_39_long_sums():

@@ -31,8 +31,5 @@ def test_a_policy_takes_the_memory_of_dtypes_by_hand(benchmark, name, target):
     hand = benchmark["measure"](job, models["bfloat16 by hand"], target)
     policy = benchmark["measure"](job, models["apply_policy"], target)
     print(f"{name} on {target}: by hand {hand}, apply_policy {policy} GiB")
-    # The float32 softmax, which the model by hand does not have, keeps 8 MiB more of
-    # GPT-2's 10 GiB on the H100.
-    assert policy[0] <= 1.001 * hand[0]
-    if hand[1] is not None:
-        assert policy[1] <= 1.001 * hand[1]
+    assert policy[0] <= hand[0]
+    assert hand[1] is None or policy[1] <= hand[1]

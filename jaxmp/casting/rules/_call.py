@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxmp._jax_internals import jaxpr_consts
-from jaxmp.casting._islands import schedule
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
+from jaxmp.casting._schedule import schedule
 from jaxmp.casting._states import NEUTRAL, Kind, State, castable_dtype, traced_state
 
 

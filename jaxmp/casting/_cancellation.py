@@ -1,0 +1,73 @@
+"""Finds variances taken as mean(x²) - mean(x)².
+
+Where the mean is much larger than the deviation, the two nearly cancel, in float32 as
+well: a LayerNorm of 1000 +- 0.5 is wrong by factors. It is no matter of half precision,
+and no cast mends it.
+"""
+
+from typing import Any
+
+from jaxmp._jax_internals import open_jaxpr
+from jaxmp.casting._states import is_literal
+
+NOTE = (
+    "mean(x^2) - mean(x)^2 cancels where the mean is large, in float32 too: "
+    "take the mean of (x - mean)^2 (use_fast_variance=False)"
+)
+
+_PASSES_ON = frozenset(
+    ("broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy")
+)
+
+
+def cancelling(jaxpr: Any) -> set[int]:
+    """Returns the ids of the subtractions in a jaxpr that are such a variance."""
+    eqns = open_jaxpr(jaxpr).eqns
+    producer = {v: eqn for eqn in eqns for v in eqn.outvars}
+
+    def made(atom):
+        """The equation that computes a value, behind changes of shape and scale."""
+        while not is_literal(atom) and atom in producer:
+            eqn = producer[atom]
+            is_scaled = eqn.primitive.name in ("mul", "div") and _is_number(eqn, 1)
+            if eqn.primitive.name not in _PASSES_ON and not is_scaled:
+                return eqn
+            atom = eqn.invars[0]
+        return None
+
+    def summed(eqn):
+        """What a sum is over, or None."""
+        if eqn is None or eqn.primitive.name not in ("reduce_sum", "psum"):
+            return None
+        return eqn.invars[0]
+
+    def is_mean_of_square(eqn):
+        inside = summed(eqn)
+        return inside is not None and _square_of(made(inside)) is not None
+
+    def is_square_of_mean(eqn):
+        base = _square_of(eqn)
+        return base is not None and summed(made(base)) is not None
+
+    return {
+        id(eqn)
+        for eqn in eqns
+        if eqn.primitive.name == "sub"
+        and is_mean_of_square(made(eqn.invars[0]))
+        and is_square_of_mean(made(eqn.invars[1]))
+    }
+
+
+def _square_of(eqn: Any) -> Any:
+    """What an equation squares, or None."""
+    if eqn is None:
+        return None
+    name, operands = eqn.primitive.name, eqn.invars
+    is_power = name == "integer_pow" and eqn.params["y"] == 2
+    is_product = name == "mul" and operands[0] is operands[-1]
+    return operands[0] if name == "square" or is_power or is_product else None
+
+
+def _is_number(eqn: Any, index: int) -> bool:
+    operand = eqn.invars[index]
+    return is_literal(operand) or operand.aval.size == 1
