@@ -39,7 +39,7 @@ class Block(nn.Module):
             self.dtype or x.dtype
         )
         causal = jnp.tril(jnp.ones((length, length), bool))
-        scores = jnp.where(causal, scores, jnp.finfo(scores.dtype).min)
+        scores = jnp.where(causal[None, None], scores, jnp.finfo(scores.dtype).min)
         h = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
         x = x + nn.Dense(width, dtype=self.dtype)(h.reshape(x.shape))
         h = nn.LayerNorm(dtype=self.dtype)(x)
@@ -60,7 +60,7 @@ class GPT2(nn.Module):
     def __call__(self, tokens):
         tokens_table = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)
         positions = nn.Embed(self.length, self.width, dtype=self.dtype)
-        x = tokens_table(tokens) + positions(jnp.arange(tokens.shape[1]))
+        x = tokens_table(tokens) + positions(jnp.arange(tokens.shape[1]))[None]
         for _ in range(self.layers):
             x = Block(dtype=self.dtype)(x)
         return tokens_table.attend(nn.LayerNorm(dtype=self.dtype)(x))
