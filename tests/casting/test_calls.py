@@ -1,0 +1,202 @@
+"""Calls under autocast: what they are called with stays, what is inside is planned."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxmp
+from jaxmp.testing import equations, matmuls
+from jaxmp.testing._functions import example_arguments
+
+BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+W, X = example_arguments()
+
+
+def dense(w, x):
+    return jnp.tanh(x @ w).sum()
+
+
+def only(fn, *names, args=(W, X)):
+    """The one equation of these names in what autocast makes of a function."""
+    jaxpr = jax.make_jaxpr(jaxmp.autocast(fn))(*args)
+    (found,) = (e for _, e in equations(jaxpr) if e.primitive.name in names)
+    return found
+
+
+def replicated():
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    return NamedSharding(mesh, P())
+
+
+@pytest.mark.parametrize(
+    ("options", "parameter"),
+    [
+        ({"donate_argnums": 1}, "donated_invars"),
+        ({"inline": True}, "inline"),
+        ({"keep_unused": True}, "keep_unused"),
+        ({"in_shardings": replicated}, "in_shardings"),
+        ({"out_shardings": replicated}, "out_shardings"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_jit_inside_keeps_how_it_is_called(options, parameter):
+    options = {k: v() if callable(v) else v for k, v in options.items()}
+    # Inlining happens at once where nothing is staged.
+    inner = jax.jit(dense, **options)
+    plain = jax.make_jaxpr(lambda w, x: inner(w, x) * 2)(W, X)
+    before = [e for e in plain.eqns if e.primitive.name in ("jit", "pjit")]
+    if parameter == "inline":
+        assert not before
+        cast = jaxmp.autocast(lambda w, x: inner(w, x) * 2)
+        assert {d for m in matmuls(jax.make_jaxpr(cast)(W, X)) for d in m.operands} == {
+            BF16
+        }
+        return
+    found = only(lambda w, x: inner(w, x) * 2, "jit", "pjit")
+    assert found.params["name"] == "dense"
+    assert found.params[parameter] == before[0].params[parameter]
+    assert {d for m in matmuls(found.params["jaxpr"]) for d in m.operands} == {BF16}
+
+
+def test_a_sharding_inside_is_kept():
+    sharding = replicated()
+
+    def fn(w, x):
+        return (lax.with_sharding_constraint(x @ w, sharding) @ w.T).sum()
+
+    found = only(fn, "sharding_constraint")
+    assert found.params["sharding"] == sharding
+    assert found.invars[0].aval.dtype == BF16
+    grads = jax.jit(jax.grad(jaxmp.autocast(fn)))(W, X)
+    np.testing.assert_allclose(grads, jax.grad(fn)(W, X), atol=0.1)
+
+
+def test_shardings_of_arguments_reach_the_output():
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, P("i"))
+    x = jax.device_put(jnp.ones((16, W.shape[0])), rows)
+    out = jax.jit(jaxmp.autocast(lambda w, x: x @ w))(W, x)
+    assert out.sharding.is_equivalent_to(rows, 2)
+
+
+def test_donated_arguments_are_donated():
+    step = jax.jit(
+        jaxmp.autocast(lambda w, x: w - 0.1 * (x.T @ (x @ w))), donate_argnums=0
+    )
+    text = step.lower(W, X).as_text()
+    assert "jax.buffer_donor" in text or "tf.aliasing_output" in text
+
+
+@pytest.mark.parametrize("solver", ["cg", "bicgstab", "gmres"])
+def test_linear_solves_are_float32_inside(solver):
+    solve = getattr(jax.scipy.sparse.linalg, solver)
+    a = jnp.eye(4) * 3 + 0.1 * jnp.ones((4, 4))
+
+    def fn(a, x):
+        b = (x @ a).sum(0)
+        return solve(lambda v: a @ v, b, tol=1e-6)[0]
+
+    x = jnp.arange(8.0).reshape(2, 4) / 8
+    cast = jax.jit(jaxmp.autocast(fn))
+    b = jaxmp.autocast(lambda a, x: (x @ a).sum(0))(a, x)
+    # The right-hand side is rounded; its solution is not.
+    np.testing.assert_allclose(a @ cast(a, x), b, rtol=1e-4)
+    expected = jax.grad(lambda a: fn(a, x).sum())(a)
+    actual = jax.grad(lambda a: cast(a, x).sum())(a)
+    np.testing.assert_allclose(actual, expected, atol=0.02)
+
+
+def test_foreign_calls_see_their_own_dtypes():
+    def fn(w, x):
+        call = jax.ffi.ffi_call("a_target", jax.ShapeDtypeStruct(X.shape, F32))
+        return call(x @ w.T @ w) @ w
+
+    found = only(fn, "ffi_call")
+    assert found.invars[0].aval.dtype == found.outvars[0].aval.dtype == F32
+
+
+@pytest.mark.parametrize("inner", [jax.jvp, jax.vjp, jax.linearize])
+def test_derivatives_that_the_function_takes_itself(inner):
+    @jax.custom_vjp
+    def double(x):
+        return 2 * x
+
+    double.defvjp(lambda x: (2 * x, None), lambda _, ct: (2 * ct,))
+
+    @jax.custom_jvp
+    def triple(x):
+        return 3 * x
+
+    triple.defjvp(lambda x, t: (3 * x[0], 3 * t[0]))
+
+    def fn(w, x):
+        act = triple if inner is not jax.vjp else lambda x: double(triple(x))
+
+        def f(w):
+            return jnp.sum(act(x @ w) ** 2)
+
+        if inner is jax.jvp:
+            return jax.jvp(f, (w,), (w,))[1]
+        if inner is jax.vjp:
+            return jax.vjp(f, w)[1](1.0)[0]
+        return jax.linearize(f, w)[1](w)
+
+    expected = fn(W, X)
+    scale = float(jnp.abs(expected).max())
+    actual = jaxmp.autocast(fn)(W, X)
+    np.testing.assert_allclose(actual / scale, expected / scale, atol=0.03)
+
+
+def test_ragged_matmuls_are_in_half():
+    sizes = jnp.array([3, 2, 1], jnp.int32)
+    w, x = jnp.ones((3, 4, 5)), jnp.ones((6, 4))
+
+    def fn(w, x):
+        return lax.ragged_dot(x, w, sizes).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(jaxmp.autocast(fn), (0, 1)))(w, x)
+    names = ("ragged_dot", "ragged_dot_general")
+    found = [e for _, e in equations(jaxpr) if e.primitive.name in names]
+    floats = [v.aval.dtype for e in found for v in e.invars if v.aval.dtype != "int32"]
+    assert len(found) == 3
+    assert set(floats) == {BF16}
+
+
+@pytest.mark.parametrize("outer", ["checkpoint", "jit", "vmap", "scan"])
+def test_autocast_inside_of_other_transformations(outer):
+    cast = jaxmp.autocast(dense)
+    wrapped = {
+        "checkpoint": jax.checkpoint(cast),
+        "jit": jax.jit(cast),
+        "vmap": lambda w, x: jax.vmap(cast, (None, 0))(w, x[None]).sum(),
+        "scan": lambda w, x: lax.scan(
+            lambda c, x: (c + cast(w, x), None), 0.0, x[None]
+        )[0],
+    }[outer]
+    expected = jax.grad(dense)(W, X)
+    scale = float(jnp.abs(expected).max())
+    actual = jax.grad(wrapped)(W, X)
+    assert actual.dtype == F32
+    np.testing.assert_allclose(actual / scale, expected / scale, atol=0.03)
+
+
+def test_a_policy_of_checkpoint_is_kept():
+    @functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False
+    )
+    def layer(w, x):
+        return jax.nn.gelu(x @ w)
+
+    def fn(w, x):
+        return (layer(w, x) @ w.T).sum()
+
+    jaxpr = jax.make_jaxpr(jaxmp.autocast(fn))(W, X)
+    (found,) = (e for _, e in equations(jaxpr) if e.params.get("policy"))
+    assert found.params["policy"] is jax.checkpoint_policies.dots_saveable
+    assert found.params["prevent_cse"] is False
