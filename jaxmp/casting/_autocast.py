@@ -27,7 +27,7 @@ from jaxmp.casting._plan import (
 )
 from jaxmp.casting._planner import Planner
 from jaxmp.casting._rules import read_rules
-from jaxmp.casting._states import FLOAT32, castable_dtype, traced_state
+from jaxmp.casting._states import FLOAT32, castable_dtype, is_literal, traced_state
 from jaxmp.errors import AutocastError, AutocastRuleError
 from jaxmp.policy import get_policy
 
@@ -106,8 +106,13 @@ def autocast(
             ]
             outs = Executor(planner).run(plan, consts, args)
             return [
-                x if aval is None else cast(x, aval)
-                for x, aval in zip(outs, out_dtypes(jaxpr, output_dtype), strict=True)
+                cast_output(x, v, dtype)
+                for x, v, dtype in zip(
+                    outs,
+                    jaxpr.jaxpr.outvars,
+                    out_dtypes(jaxpr, output_dtype),
+                    strict=True,
+                )
             ]
 
     run = compiled(execute, settings.compute_dtype)
@@ -185,6 +190,14 @@ def out_dtypes(jaxpr: Any, output_dtype: Any) -> list[np.dtype | None]:
 def cast_input(x: Any, state: Any) -> Any:
     """An input as the array that JAX takes it for."""
     return x if state is None else jnp.asarray(x, state.dtype or FLOAT32)
+
+
+def cast_output(x: Any, v: Any, dtype: np.dtype | None) -> Any:
+    """An output as an array, of a dtype if there is one for it."""
+    if dtype is not None:
+        return cast(x, dtype)
+    # The value of a literal is a Python number.
+    return jnp.asarray(x, v.aval.dtype) if is_literal(v) else x
 
 
 def check_rules(planner: Planner) -> None:

@@ -171,7 +171,7 @@ ARGUMENTS = MappingProxyType(
     )
     | _calls(
         "jax.scipy.ndimage",
-        map_coordinates=Call(X, [2 * V, 3 * U], order=1, mode="nearest"),
+        map_coordinates=Call(SIGNED, [2 * V, 3 * U], order=1, mode="nearest"),
     )
     | _calls("jax.scipy.optimize", minimize=Call(_quadratic, V, (U,), method="BFGS"))
     | _calls("jax.scipy.cluster.vq", vq=Call(X, Y))

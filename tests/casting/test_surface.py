@@ -166,9 +166,12 @@ def test_the_document_says_where_each_function_runs():
     documented, found = documented_kinds(), found_kinds()
     if jax.__version__ == COMPLETE_FOR:
         assert documented == found
+    # How a function is written changes with JAX, not whether it multiplies in half.
     common = documented.keys() & found.keys()
     assert len(common) > 400
-    assert {n: documented[n] for n in common} == {n: found[n] for n in common}
+    assert {n for n in common if documented[n] == "matmul"} == {
+        n for n in common if found[n] == "matmul"
+    }
 
 
 def test_only_a_covariance_multiplies_in_half_in_special_functions_and_densities():
@@ -177,3 +180,14 @@ def test_only_a_covariance_multiplies_in_half_in_special_functions_and_densities
     assert {n for n in in_half if n.startswith(modules)} <= {
         "jax.scipy.stats.gaussian_kde"
     }
+
+
+def test_constant_results_are_arrays_inside_of_jit():
+    def fn(x):
+        return x @ x, jnp.asarray(False), jnp.asarray(3)
+
+    def results(x):
+        assert all(isinstance(y, jax.Array) for y in jaxmp.autocast(fn)(x))
+        return x
+
+    jax.jit(results)(jnp.ones((2, 2)))
