@@ -96,7 +96,8 @@ def surface() -> tuple[list[SurfaceFunction], list[str]]:
         else:
             unknown.append(name)
     for name, (fn, call) in VARIANTS.items():
-        found.append(SurfaceFunction(name, *call.bind(fn)))
+        bound_fn, args = call.bind(fn)
+        found.append(SurfaceFunction(name, bound_fn, args))
     return found, unknown
 
 

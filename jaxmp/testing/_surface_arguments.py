@@ -13,7 +13,7 @@ _RANDOM = np.random.RandomState(0)
 
 
 def _draw(low: float, high: float, *shape: int) -> np.ndarray:
-    return np.float32(_RANDOM.uniform(low, high, shape))
+    return _RANDOM.uniform(low, high, shape).astype(np.float32)
 
 
 X, Y, Z = (_draw(0.1, 0.9, 4, 4) for _ in range(3))
@@ -249,11 +249,11 @@ ARGUMENTS = MappingProxyType(
         fill_diagonal=Call(X, V, inplace=False),
         flatnonzero=Call(X, size=16),
         full=Call((4,), V),
-        geomspace=Call(V[0], U[0], 5),
+        geomspace=Call(np.asarray(V[0]), np.asarray(U[0]), 5),
         histogram2d=Call(V, U, bins=3),
         hsplit=Call(X, 2),
         insert=Call(X, 1, V, axis=0),
-        interp=Call(X, np.float32([0, 0.25, 0.5, 1]), U),
+        interp=Call(X, np.array([0, 0.25, 0.5, 1], np.float32), U),
         intersect1d=Call(V, U, size=4),
         ldexp=Call(X, INTS),
         matvec=Call(X, V),
@@ -272,7 +272,7 @@ ARGUMENTS = MappingProxyType(
         # which half has no digits for.
         poly=Call(-V),
         polyder=Call(V),
-        polydiv=Call(V, np.float32([0.5, 2])),
+        polydiv=Call(V, np.array([0.5, 2], np.float32)),
         polyfit=Call(V, U, 1),
         polyint=Call(V),
         polymul=Call(V, U),
@@ -378,7 +378,7 @@ VARIANTS = MappingProxyType(
     }
     | {
         f"jax.numpy.linalg.norm[{order}]": (jnp.linalg.norm, Call(X, order))
-        for order in (1, 2, "nuc", float("inf"))
+        for order in (1, 2, "nuc", np.inf)
     }
     | {
         f"jax.numpy.einsum[{spec}]": (jnp.einsum, Call(spec, *arrays))

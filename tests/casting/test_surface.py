@@ -102,6 +102,14 @@ def error(actual, expected):
     return np.abs(actual[finite] - expected[finite]).max(initial=0) / scale
 
 
+def fits_float16(x):
+    """False if the largest element overflows float16, or is subnormal there."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return True
+    largest = np.abs(x[np.isfinite(x)]).max(initial=0)
+    return largest == 0 or 2.0**-14 <= largest <= 65504
+
+
 def test_every_public_function_is_called_or_excluded():
     if jax.__version__ == COMPLETE_FOR:
         assert UNKNOWN == []
@@ -138,8 +146,9 @@ def test_values_and_gradients_are_those_of_float32(case, policy):
     actual = jax.jit(fn)(ONE, *case.args)
     expected = in_float32(case.name)
     assert avals(actual) == avals(expected)
-    leaves = zip(*map(jax.tree.leaves, (actual, expected)), strict=True)
-    assert max(error(np.asarray(a), e) for a, e in leaves) < 4 * EPSILON[policy]
+    for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        if policy == "mixed_bfloat16" or fits_float16(e):
+            assert error(np.asarray(a), e) < 4 * EPSILON[policy]
 
 
 @compiled_functions
