@@ -10,7 +10,14 @@ from jaxmp.casting import _registry
 from jaxmp.casting._constants import Constants
 from jaxmp.casting._feeds import Feeds
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting._plan import Decision, EqnPlan, JaxprPlan, is_backward
+from jaxmp.casting._plan import (
+    SPECIAL_FUNCTION,
+    Decision,
+    EqnPlan,
+    JaxprPlan,
+    is_backward,
+    is_in_special_function,
+)
 from jaxmp.casting._schedule import schedule
 from jaxmp.casting._states import (
     FLOAT32,
@@ -82,6 +89,8 @@ class Painter:
                 return self.untouched(eqn, states, "no floating operand")
         decided = self.planner.decided(eqn, self.context)
         call = _registry.call_rule(name)
+        if decided is None and call is not None and is_in_special_function(eqn):
+            decided = Decision(FLOAT32, SPECIAL_FUNCTION)
         if decided is not None and (call is None or decided.dtype in (FLOAT32, None)):
             return self.decided(eqn, states, decided)
         if call is not None:
@@ -120,6 +129,9 @@ class Painter:
         if eqn.primitive.name == "gather" and self.is_lookup(eqn, states):
             return self.lookup(eqn)
         if entry.op_class is OpClass.FOLLOW:
+            reads_half = any(s is not None and s.is_low for s in states)
+            if reads_half and is_in_special_function(eqn):
+                return self.full(eqn, states, SPECIAL_FUNCTION)
             return self.follow(eqn, states, self.chosen(eqn, states))
         return self.untouched(eqn, states, entry.reason)
 

@@ -23,6 +23,7 @@ their bodies in the same two passes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -142,3 +143,27 @@ def is_backward(eqn: Any) -> bool:
         type(part).__name__ == "Transform" and part.name == "transpose"
         for part in eqn.source_info.name_stack.stack
     )
+
+
+SPECIAL_FUNCTION = "part of a special function or a density of JAX"
+
+
+def is_in_special_function(eqn: Any) -> bool:
+    """Whether an equation was written in `jax.scipy.special` or `jax.scipy.stats`.
+
+    These are of the float32 list whatever they are made of. What they call back, such
+    as a function of the user's, is not written there.
+    """
+    traceback = eqn.source_info.traceback
+    return traceback is not None and _is_special(traceback)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_special(traceback: Any) -> bool:
+    for frame in traceback.frames:
+        _, in_jax, module = frame.file_name.replace("\\", "/").rpartition("/jax/_src/")
+        if not in_jax:
+            return False
+        if module.startswith("scipy/"):
+            return module.startswith(("scipy/special", "scipy/stats/"))
+    return False

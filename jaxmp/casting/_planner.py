@@ -13,11 +13,13 @@ from jaxmp.casting._paint import Painter
 from jaxmp.casting._plan import (
     AUTOCAST_SCOPE,
     FULL_PRECISION_SCOPE,
+    SPECIAL_FUNCTION,
     Context,
     Decision,
     JaxprPlan,
     Settings,
     is_backward,
+    is_in_special_function,
     scope_names,
     scopes,
 )
@@ -164,8 +166,8 @@ class Planner:
         for part in precision if isinstance(precision, tuple) else (precision,):
             if part is not None and part not in _LOWERABLE:
                 return f"precision={part}"
-        if _is_in_special_function(eqn):
-            return "part of a special function or a density of JAX"
+        if is_in_special_function(eqn):
+            return SPECIAL_FUNCTION
         return None
 
     def inside(self, eqn: Any, context: Context) -> Context:
@@ -177,22 +179,6 @@ class Planner:
 
     def _relevant(self, context: Context) -> Context:
         return context if self.settings.rules else context._replace(scopes=())
-
-
-def _is_in_special_function(eqn: Any) -> bool:
-    """Whether a matmul was written in `jax.scipy.special` or `jax.scipy.stats`.
-
-    These are of the float32 list whatever they are made of. What they call back, such
-    as a function of the user's, is not written there.
-    """
-    traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        _, in_jax, module = frame.file_name.replace("\\", "/").rpartition("/jax/_src/")
-        if not in_jax:
-            return False
-        if module.startswith("scipy/"):
-            return module.startswith(("scipy/special", "scipy/stats/"))
-    return False
 
 
 _LOWERABLE = (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH)

@@ -114,12 +114,12 @@ def test_float32_changes_nothing(program):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half_residuals", [True, False])
-@examples(300)
+@examples(150)
 def test_bfloat16_changes_precision_only_in_many_programs(half_residuals, program):
     check(program, "mixed_bfloat16", 0.03, half_residuals)
 
 
 @pytest.mark.slow
-@examples(300)
+@examples(150)
 def test_float16_changes_precision_only_in_many_programs(program):
     check(program, "mixed_float16", 0.03 / 8)

@@ -157,8 +157,8 @@ BLOCKS = (
         """
     centralize identity keep_params_nonnegative normalize_by_update_norm
     scale_by_adadelta scale_by_adam scale_by_adamax scale_by_adan scale_by_amsgrad
-    scale_by_belief scale_by_lbfgs scale_by_lion scale_by_novograd
-    scale_by_optimistic_gradient scale_by_param_block_norm scale_by_param_block_rms
+    scale_by_belief scale_by_lion scale_by_novograd
+    scale_by_optimistic_gradient
     scale_by_radam scale_by_rms scale_by_rss scale_by_sign scale_by_sm3
     scale_by_stddev scale_by_trust_ratio scale_by_yogi set_to_zero zero_nans
     """,
@@ -171,6 +171,12 @@ BLOCKS = (
     """,
     )
     + [
+        # Their updates grow with the weights, and so does every rounding.
+        Case("scale_by_lbfgs", optax.scale_by_lbfgs, chaotic=True),
+        Case(
+            "scale_by_param_block_norm", optax.scale_by_param_block_norm, chaotic=True
+        ),
+        Case("scale_by_param_block_rms", optax.scale_by_param_block_rms, chaotic=True),
         Case("adaptive_grad_clip", lambda: optax.adaptive_grad_clip(0.1)),
         Case("add_decayed_weights", lambda: optax.add_decayed_weights(1e-2)),
         Case("add_noise", lambda: optax.add_noise(0.1, 0.5, key=5)),

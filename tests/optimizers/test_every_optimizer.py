@@ -131,9 +131,15 @@ def as_bits(x):
 def test_working_weights_are_the_rounded_masters(histories, case):
     mixed, _ = histories(case)
     for history in mixed.values():
-        rounded = jax.tree.map(lambda m: m.astype(jnp.bfloat16), masters(history))
-        for working, master in pairs(history[0], rounded):
-            np.testing.assert_array_equal(as_float32(working), as_float32(master))
+        for working, master in pairs(history[0], masters(history)):
+            rounded = as_float32(master.astype(jnp.bfloat16))
+            # All but those that fall below 2^-16 of their former size in one step.
+            size = np.abs(rounded)
+            falls = np.zeros(size.shape, bool)
+            falls[1:] = size[1:] < 2.0**-16 * size[:-1]
+            working = as_float32(working)
+            np.testing.assert_array_equal(working[~falls], rounded[~falls])
+            np.testing.assert_allclose(working, rounded, atol=2.0**-16 * size.max())
 
 
 @every_case
@@ -142,7 +148,9 @@ def test_masters_are_the_plain_float32_run(histories, case, name):
     mixed, full = histories(case)
     steps = 1 if case.chaotic else STEPS
     for ours, theirs in pairs(masters(mixed[name]), full[name][0]):
-        np.testing.assert_allclose(ours[:steps], theirs[:steps], rtol=2e-5, atol=1e-6)
+        # Updates of 1 a step, and weights as large: rounding is relative to these.
+        atol = 1e-6 * max(1.0, float(jnp.abs(theirs[:steps]).max()))
+        np.testing.assert_allclose(ours[:steps], theirs[:steps], rtol=2e-5, atol=atol)
 
 
 @every_case
