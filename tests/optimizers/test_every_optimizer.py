@@ -130,16 +130,21 @@ def as_bits(x):
 @every_case
 def test_working_weights_are_the_rounded_masters(histories, case):
     mixed, _ = histories(case)
+    start = case.params(jnp.bfloat16)
     for history in mixed.values():
-        for working, master in pairs(history[0], masters(history)):
+        steps = zip(
+            *map(jax.tree.leaves, (history[0], masters(history), start)), strict=True
+        )
+        for working, master, first in steps:
             rounded = as_float32(master.astype(jnp.bfloat16))
+            before = np.concatenate([as_float32(first)[None], rounded[:-1]])
             # All but those that fall below 2^-16 of their former size in one step.
-            size = np.abs(rounded)
-            falls = np.zeros(size.shape, bool)
-            falls[1:] = size[1:] < 2.0**-16 * size[:-1]
+            falls = np.abs(rounded) < 2.0**-16 * np.abs(before)
+            falls &= np.isfinite(before)
             working = as_float32(working)
             np.testing.assert_array_equal(working[~falls], rounded[~falls])
-            np.testing.assert_allclose(working, rounded, atol=2.0**-16 * size.max())
+            lost = np.abs(working[falls] - rounded[falls])
+            assert (lost <= 2.0**-16 * np.abs(before)[falls]).all()
 
 
 @every_case
