@@ -89,7 +89,7 @@ class Painter:
                 return self.untouched(eqn, states, "no floating operand")
         decided = self.planner.decided(eqn, self.context)
         call = _registry.call_rule(name)
-        if decided is None and call is not None and is_in_special_function(eqn):
+        if decided is None and call is not None and self.planner.is_special(eqn):
             decided = Decision(FLOAT32, SPECIAL_FUNCTION)
         if decided is not None and (call is None or decided.dtype in (FLOAT32, None)):
             return self.decided(eqn, states, decided)

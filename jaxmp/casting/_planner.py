@@ -170,6 +170,13 @@ class Planner:
             return SPECIAL_FUNCTION
         return None
 
+    def is_special(self, eqn: Any) -> bool:
+        """Tells whether an equation is part of a special function, or calls one."""
+        call = _registry.call_rule(eqn.primitive.name)
+        bodies = () if call is None else call.bodies(eqn)
+        is_call = bool(bodies) and all(self.contents(b).is_special for b in bodies)
+        return is_call or is_in_special_function(eqn)
+
     def inside(self, eqn: Any, context: Context) -> Context:
         """The context of the bodies of a call."""
         around = context.scopes
@@ -194,6 +201,8 @@ class Contents(NamedTuple):
     is_simple: bool = True
     """No loop, no effect, no half dtype, no rule and no unknown primitive: in float32
     it can be bound whole, and computed again where that saves memory."""
+    is_special: bool = False
+    """All of it is part of special functions."""
 
 
 def _contents(planner: Planner, jaxpr: Any) -> Contents:
@@ -227,7 +236,8 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
             has_full = has_full or any(dtypes)
         has_lookup = has_lookup or (name == "gather" and dtypes[0] is not None)
         is_simple = is_simple and _registry.is_cheap(name)
-    return Contents(has_float, has_matmul, has_full, has_lookup, is_simple)
+    is_special = bool(jaxpr.eqns) and all(map(planner.is_special, jaxpr.eqns))
+    return Contents(has_float, has_matmul, has_full, has_lookup, is_simple, is_special)
 
 
 def _show(rule: _rules.OpRule) -> str:
