@@ -151,10 +151,21 @@ def test_values_and_gradients_are_those_of_float32(case, policy):
             assert error(np.asarray(a), e) < 4 * EPSILON[policy]
 
 
+# Infinite or NaN in float32, and autocast has to say the same.
+OUTSIDE_OF_SUPPORT = {
+    "jax.scipy.special.bessel_jn",
+    "jax.scipy.stats.dirichlet.logpdf",
+    "jax.scipy.stats.pareto.logcdf",
+    "jax.scipy.stats.pareto.logpdf",
+    "jax.scipy.stats.poisson.logpmf",
+}
+
+
 @compiled_functions
 def test_float32_values_are_finite(case):
     values = jax.tree.leaves(in_float32(case.name)[1])
-    assert all(np.isfinite(x).any() for x in values if x.dtype == np.float32)
+    is_finite = all(np.isfinite(x).any() for x in values if x.dtype == np.float32)
+    assert is_finite or case.name in OUTSIDE_OF_SUPPORT
 
 
 found_kinds = functools.cache(kinds)
