@@ -5,6 +5,7 @@ may have changed. What has been traced is compiled if no equal program has been;
 arrays that it closes over are arguments.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ import jax.core
 from jaxmp.casting import _registry
 from jaxmp.casting._constants import Constants
 
+_CALLBACK = re.compile(r"(callback|debug_print)\[")
+
 
 class _Program:
     """A traced function, equal to others that compute the same.
 
-    Two jaxprs of the same text do: what the text leaves out is how to differentiate
-    them, which does not happen here, and which function a callback calls.
+    Two jaxprs of the same text do, with the name scopes and source lines that decide on
+    dtypes: what the text leaves out is how to differentiate them, which does not happen
+    here, and which function a callback calls.
     """
 
     def __init__(self, jaxpr: Any, text: str, dtype: Any):
@@ -53,8 +57,8 @@ def compiled(
     def run(jaxpr, arrays):
         values = (*jaxpr.consts, *arrays)
         if not any(isinstance(x, jax.core.Tracer) for x in values):
-            text = str(jaxpr)
-            if "callback" not in text:
+            text = jaxpr.pretty_print(source_info=True, name_stack=True)
+            if not _CALLBACK.search(text):
                 program = _Program(jaxpr, text, dtype)
                 return jitted(program, jaxpr.consts, arrays)
         return execute(jaxpr, jaxpr.consts, arrays)

@@ -1,6 +1,7 @@
 """Rules of the user's, what wins over what, registered primitives, and `explain`."""
 
 import contextlib
+import dataclasses
 import logging.handlers
 import pathlib
 
@@ -209,6 +210,26 @@ def _count(counts):
     counts.append(
         sum("Finished XLA compilation of jit(autocasted" in m for m in messages)
     )
+
+
+@pytest.mark.parametrize("rules", [(), (OpRule(path="late", compute="float32"),)])
+def test_an_eager_call_sees_the_scopes_that_it_is_traced_under_now(rules):
+    """They are no part of what is computed, and decide in which dtype it is."""
+    w, x = jnp.full((4, 4), 1.001), jnp.full((2, 4), 1.001)
+    is_marked = iter((False, True, False))
+
+    def fn(w, x):
+        if not next(is_marked):
+            return x @ w
+        if not rules:
+            return jaxmp.full_precision(lambda w, x: x @ w)(w, x)
+        with jax.named_scope("late"):
+            return x @ w
+
+    rules = tuple(dataclasses.replace(rule, allow_unused=True) for rule in rules)
+    cast = jaxmp.autocast(fn, rules=rules)
+    values = [float(cast(w, x)[0, 0]) for _ in range(3)]
+    assert values == [4.0, float((x @ w)[0, 0]), 4.0]
 
 
 def test_an_eager_call_calls_the_callback_that_it_was_given():
