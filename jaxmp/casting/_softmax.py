@@ -148,6 +148,11 @@ def run_softmax(
 
 
 def _rounded(x: Any, dtype: Any) -> Any:
-    """Rounds float32 values to half; what masks leave out must not become -inf."""
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -largest, largest).astype(dtype).astype(FLOAT32)
+    """Rounds float32 values to half; what masks leave out must not become -inf.
+
+    A cast there and back may be folded away for one operand of the softmax and not for
+    the other, which would then be further apart than they are.
+    """
+    info = jnp.finfo(dtype)
+    x = jnp.clip(x, -float(info.max), float(info.max))
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)

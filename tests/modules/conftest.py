@@ -109,7 +109,10 @@ def run_step(model, policy, perturbed_in=None):
 
 @functools.cache
 def _compiled(model, policy):
-    return jax.jit(trace_step(model, policy).function, compiler_options=FAST_COMPILE)
+    # Without its optimisations the CPU adds the gradient of a bias up in float16, with
+    # one rounding for each addend.
+    options = None if policy == "mixed_float16" else FAST_COMPILE
+    return jax.jit(trace_step(model, policy).function, compiler_options=options)
 
 
 @pytest.fixture(name="trace_step", scope="session")
