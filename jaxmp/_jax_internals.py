@@ -58,3 +58,11 @@ def shard_map_arguments(params: dict[str, Any]) -> dict[str, Any]:
         )
     arguments = {name: params[name] for name in names - {"newly_manual_axes"}}
     return {**arguments, "axis_names": set(params["newly_manual_axes"])}
+
+
+def merge_common_subexpressions(module: Any) -> None:
+    """Merges equal operations of a StableHLO module, in place."""
+    from jaxlib.mlir.passmanager import PassManager
+
+    with module.context:
+        PassManager.parse("builtin.module(cse)").run(module.operation)

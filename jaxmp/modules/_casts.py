@@ -28,11 +28,10 @@ def cast_output(output: T, dtype: np.dtype) -> T:
 
 
 def cast_inputs(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dtype: np.dtype, *, is_cell: bool
+    args: tuple[Any, ...], kwargs: dict[str, Any], dtype: np.dtype, carry: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Casts what a layer is called with, all but a cell's carry."""
+    """Casts what a layer is called with, all but the carry, if it has one."""
     new_args, new_kwargs = _tree.cast_floating((args, kwargs), dtype)
-    carry = carry_of(args, kwargs) if is_cell else None
     if carry is None:
         return new_args, new_kwargs
     if "carry" in kwargs:

@@ -38,6 +38,7 @@ from jaxmp.modules._layers import (
     of_root,
 )
 from jaxmp.modules._linen_layers import (
+    LayerCall,
     adapt_flax_layer,
     adapt_transparent_layer,
     adapt_user_layer,
@@ -243,15 +244,19 @@ class _Interceptor:
         dtypes = self._dtypes_of(module)
         with self._flagged(module.scope), self._entered(module) as from_outside:
             adapt = self._adapter(module, dtypes)
-            call = functools.partial(adapt, module, context.method_name, dtypes)
-            is_entry = from_outside and context.method_name != "setup"
-            output = call(is_entry, next_fun, args, kwargs)
+            method = context.method_name
+            is_entry = from_outside and method != "setup"
+            output = adapt(
+                LayerCall(module, method, dtypes, is_entry, next_fun, args, kwargs)
+            )
         if is_entry:
             for watcher in _watchers.get():
                 watcher(Visit(self._path_string(module), module, dtypes, output))
         return output
 
-    def _adapter(self, module: nn.Module, dtypes: LayerDtypes) -> Callable[..., Any]:
+    def _adapter(
+        self, module: nn.Module, dtypes: LayerDtypes
+    ) -> Callable[[LayerCall], Any]:
         is_root = self._path_in_model(module) == ()
         named = dtypes.rule is not None and not dtypes.rule.yields_to_author
         if is_transparent(module) and not (is_root or named):

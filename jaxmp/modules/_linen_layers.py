@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -29,67 +29,69 @@ def is_transparent(module: nn.Module) -> bool:
     return False
 
 
-def adapt_flax_layer(
-    module: nn.Module,
-    method: str,
-    dtypes: LayerDtypes,
-    is_entry: bool,
-    fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+class LayerCall(NamedTuple):
+    """One call of one layer, with the dtypes that it is to have.
+
+    Attributes:
+      module: the layer.
+      method: name of the method.
+      dtypes: its dtypes.
+      is_entry: whether it is called from outside, and not by itself.
+      fun: the method.
+      args, kwargs: what it is called with.
+    """
+
+    module: nn.Module
+    method: str
+    dtypes: LayerDtypes
+    is_entry: bool
+    fun: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def carry(self) -> Any:
+        """What a cell is called with as its carry; None for other layers."""
+        is_cell = isinstance(self.module, nn.RNNCellBase)
+        return carry_of(self.args, self.kwargs) if is_cell else None
+
+    def run(self) -> Any:
+        """Calls the method."""
+        return self.fun(*self.args, **self.kwargs)
+
+
+def adapt_flax_layer(call: LayerCall) -> Any:
     """Calls a layer of Flax's own with `dtype` set to what it has to compute in."""
-    settings = _settings(module, method, dtypes)
+    module, dtypes = call.module, call.dtypes
+    settings = _settings(module, call.method, dtypes)
     if _is_authors_choice(module, settings, dtypes):
         with _parameters(module, dtypes.params, None):
-            return fun(*args, **kwargs)
+            return call.run()
     with _attributes(module, settings), _parameters(module, dtypes.params, None):
-        output = fun(*args, **kwargs)
-    if not is_entry:
-        return output
-    is_cell = isinstance(module, nn.RNNCellBase)
-    carry = carry_of(args, kwargs) if is_cell else None
-    return cast_carry(carry, output, dtypes.output)
+        output = call.run()
+    return cast_carry(call.carry, output, dtypes.output) if call.is_entry else output
 
 
-def adapt_user_layer(
-    module: nn.Module,
-    method: str,
-    dtypes: LayerDtypes,
-    is_entry: bool,
-    fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def adapt_user_layer(call: LayerCall) -> Any:
     """Calls a layer of the user's with inputs and parameters cast, and its output."""
-    del method
-    with _parameters(module, dtypes.params, dtypes.compute):
-        if not is_entry:
-            return fun(*args, **kwargs)
-        is_cell = isinstance(module, nn.RNNCellBase)
-        carry = carry_of(args, kwargs) if is_cell else None
-        args, kwargs = cast_inputs(args, kwargs, dtypes.compute, is_cell=is_cell)
-        return cast_carry(carry, fun(*args, **kwargs), dtypes.output)
+    dtypes = call.dtypes
+    with _parameters(call.module, dtypes.params, dtypes.compute):
+        if not call.is_entry:
+            return call.run()
+        args, kwargs = cast_inputs(call.args, call.kwargs, dtypes.compute, call.carry)
+        return cast_carry(call.carry, call.fun(*args, **kwargs), dtypes.output)
 
 
-def adapt_transparent_layer(
-    module: nn.Module,
-    method: str,
-    dtypes: LayerDtypes,
-    is_entry: bool,
-    fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def adapt_transparent_layer(call: LayerCall) -> Any:
     """Calls a layer that hands on what it gets; only its parameters are stored alike.
 
     The `dtype` of a norm of parameters is that of the parameters which it returns.
     """
-    del method, is_entry
+    module, stored = call.module, call.dtypes.params
     is_weight_norm = isinstance(module, (nn.SpectralNorm, nn.WeightNorm))
-    settings = {"dtype": dtypes.params} if is_weight_norm else {}
-    with _attributes(module, settings), _parameters(module, dtypes.params, None):
-        return fun(*args, **kwargs)
+    settings = {"dtype": stored} if is_weight_norm else {}
+    with _attributes(module, settings), _parameters(module, stored, None):
+        return call.run()
 
 
 def _settings(module: nn.Module, method: str, dtypes: LayerDtypes) -> dict[str, Any]:

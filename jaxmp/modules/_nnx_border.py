@@ -121,7 +121,7 @@ def _call(
     is_cell = isinstance(layer, nnx.RNNCellBase)
     carry = carry_of(args, kwargs) if is_cell else None
     if border.inputs is not None:
-        args, kwargs = cast_inputs(args, kwargs, border.inputs, is_cell=is_cell)
+        args, kwargs = cast_inputs(args, kwargs, border.inputs, carry)
     output = method(*args, **kwargs)
     return cast_carry(carry, output, border.output)
 

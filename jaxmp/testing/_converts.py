@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from jaxlib.mlir.passmanager import PassManager
+from jaxmp._jax_internals import merge_common_subexpressions
 
 _CONVERT = "stablehlo.convert"
 _LAYOUT = ("stablehlo.transpose", "stablehlo.reshape", "stablehlo.broadcast_in_dim")
@@ -21,8 +21,7 @@ class Program:
     def __init__(self, lowered: Any):
         """Takes what `jax.jit(fn).lower(*args)` returned."""
         self.module = lowered.compiler_ir("stablehlo")
-        with self.module.context:
-            PassManager.parse("builtin.module(cse)").run(self.module.operation)
+        merge_common_subexpressions(self.module)
         self.functions = {f.attributes["sym_name"].value: f for f in self.module.body}
         self.calls: dict[str, list[Any]] = {}
         for function in self.functions.values():

@@ -12,6 +12,7 @@ from flax import nnx
 
 import jaxmp
 from jaxmp.testing import equations, matmuls, zoo
+from jaxmp.testing._distance import distance, norm
 from jaxmp.testing._functional import path_of
 
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -267,16 +268,3 @@ def test_equinox_modules_are_pytrees():
 def bits(x):
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(x) if is_key else x
-
-
-def norm(tree):
-    floating = [
-        np.linalg.norm(np.asarray(x, np.float64))
-        for x in jax.tree.leaves(tree)
-        if jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    return float(np.linalg.norm(floating))
-
-
-def distance(x, y):
-    return float(np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64)))

@@ -10,31 +10,7 @@ import jaxmp
 from jaxmp import PolicyRule, apply_policy, default_rules
 from jaxmp.testing import matmuls
 
-BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
-HALF = "params=float32,compute=bfloat16,output=bfloat16"
-X = jnp.linspace(-1, 1, 32).reshape(4, 8)
-KEY = jax.random.key(0)
-
-
-class Compact(nn.Module):
-    """The layers of a network with `@nn.compact`, and a parameter of its own."""
-
-    layer: nn.Module | None = None
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = nn.LayerNorm(name="norm")(x * jnp.broadcast_to(scale, x.shape))
-        layer = self.layer or nn.Dense(8, name="layer")
-        return layer(x)
-
-
-def dtypes(tree):
-    return jax.tree.map(lambda x: x.dtype, tree)
-
-
-def same(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), a, b))
+from .linen_models import BF16, F16, F32, HALF, KEY, Compact, X, dtypes, same
 
 
 class InField(nn.Module):

@@ -10,45 +10,7 @@ from jaxmp.errors import InvalidRule, NotAModule, PolicyError, UnusedRule
 from jaxmp.policy import everything_in_half, head_in_float32, matmuls_in_half
 from jaxmp.testing import equations, matmuls
 
-BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
-HALF = "params=float32,compute=bfloat16,output=bfloat16"
-X = jnp.linspace(-1, 1, 32).reshape(4, 8)
-KEY = jax.random.key(0)
-
-
-class Encoder(nn.Module):
-    def setup(self):
-        self.dense = nn.Dense(8)
-        self.norm = nn.LayerNorm()
-
-    def __call__(self, x):
-        return self.norm(self.dense(x))
-
-
-class Model(nn.Module):
-    """With setup; layers in a field, a list and a dictionary."""
-
-    activation: str = "relu"
-
-    def setup(self):
-        self.encoder = Encoder()
-        self.blocks = [nn.Dense(8), nn.Dense(8)]
-        self.heads = {"a": nn.Dense(2), "b": nn.Dense(3)}
-        self.dropout = nn.Dropout(0.5)
-
-    def encode(self, x):
-        return self.encoder(x)
-
-    def __call__(self, x, train=False):
-        x = self.encode(x)
-        for block in self.blocks:
-            x = getattr(nn, self.activation)(block(x))
-        x = self.dropout(x, deterministic=not train)
-        return self.heads["a"](x), self.heads["b"](x)
-
-
-def dtypes(tree):
-    return jax.tree.map(lambda x: x.dtype, tree)
+from .linen_models import BF16, F16, F32, HALF, KEY, Encoder, Model, X, dtypes
 
 
 def outputs(model, *args, rules=default_rules, policy=HALF):

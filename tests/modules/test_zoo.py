@@ -9,6 +9,7 @@ import pytest
 
 import jaxmp
 from jaxmp.testing import equations, matmuls, zoo
+from jaxmp.testing._distance import distance, norm
 from jaxmp.testing._functional import path_of
 
 POLICIES = ("mixed_bfloat16", "mixed_float16", "bf16-true")
@@ -172,16 +173,3 @@ def test_within_what_the_dtype_allows_of_float32(model, policy, what, run_step):
         unavoidable = distance(x_rounded, x_exact)
         floor = eps * (norm(x_exact) + 0.2 * whole)
         assert distance(x, x_exact) < 2.5 * (unavoidable + floor), path_of(path)
-
-
-def norm(tree):
-    floating = [
-        np.linalg.norm(np.asarray(x, np.float64))
-        for x in jax.tree.leaves(tree)
-        if jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    return float(np.linalg.norm(floating))
-
-
-def distance(x, y):
-    return float(np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64)))
