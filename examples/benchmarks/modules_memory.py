@@ -9,6 +9,8 @@ compiled by XLA's own H100 and TPU v5e compilers, which need neither machine:
 
 import argparse
 import functools
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -122,8 +124,8 @@ def models(job: Job) -> dict[str, nn.Module]:
     }
 
 
-def compile_step(job: Job, model: nn.Module, target: str) -> jax.stages.Compiled:
-    """Compiles one training step, with parameters and optimizer state donated."""
+def make_step(job: Job, model: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns one training step and abstract arguments; the first three are state."""
     variables = jax.eval_shape(model.init, jax.random.key(0), job.inputs)
     params = variables["params"]
     statistics = {name: x for name, x in variables.items() if name != "params"}
@@ -143,13 +145,25 @@ def compile_step(job: Job, model: nn.Module, target: str) -> jax.stages.Compiled
         updates, opt_state_ = job.optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), new, opt_state_, loss
 
-    args = (params, statistics, opt_state, job.inputs, job.labels)
-    return compile_for(target, step, *args, donate_argnums=(0, 1, 2))
+    return step, (params, statistics, opt_state, job.inputs, job.labels)
+
+
+def seconds_to_trace(job: Job, modules: dict[str, nn.Module]) -> dict[str, float]:
+    """Seconds of CPU to trace and lower each model's step; best of 5, interleaved."""
+    times: dict[str, list[float]] = {dtypes: [] for dtypes in modules}
+    for _ in range(5):
+        for dtypes, model in modules.items():
+            step, args = make_step(job, model)
+            start = time.process_time()
+            jax.jit(step).lower(*args)
+            times[dtypes].append(time.process_time() - start)
+    return {dtypes: min(all_times) for dtypes, all_times in times.items()}
 
 
 def measure(job: Job, model: nn.Module, target: str) -> tuple[float, float | None]:
     """Returns temporary memory and bytes accessed in GiB; an H100 tells no bytes."""
-    compiled = compile_step(job, model, target)
+    step, args = make_step(job, model)
+    compiled = compile_for(target, step, *args, donate_argnums=(0, 1, 2))
     costs = compiled.cost_analysis() or {}
     accessed = costs.get("bytes accessed")
     temp = compiled.memory_analysis().temp_size_in_bytes
@@ -161,7 +175,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", help="default: h100 and tpu-v5e")
     parser.add_argument("--model", action="append", choices=list(jobs()))
+    parser.add_argument("--trace", action="store_true", help="time tracing only")
     arguments = parser.parse_args()
+    if arguments.trace:
+        for name in arguments.model or jobs():
+            job = jobs()[name]
+            for dtypes, seconds in seconds_to_trace(job, models(job)).items():
+                print(f"{name:12} {dtypes:17} {seconds:5.2f} s of CPU to trace")
+        return
     print(
         f"{'model':12} {'target':8} {'dtypes':17} {'temp GiB':>9} {'accessed GiB':>13}"
     )
