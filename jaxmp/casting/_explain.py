@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
-from jaxmp import _tree
-from jaxmp.casting import _html
+from jaxmp import _html, _table, _tree
 from jaxmp.casting._arguments import flatten_arguments
 from jaxmp.casting._autocast import autocast, check_rules, plan_jaxpr, read_settings
 from jaxmp.casting._cancellation import NOTE, cancelling
@@ -79,12 +78,7 @@ class Explanation:
         )
 
     def __str__(self) -> str:
-        table = [_COLUMNS, *self.rows]
-        widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
-        lines = [
-            "  ".join(map(str.ljust, row, widths)).rstrip() for row in map(list, table)
-        ]
-        return "\n".join([*lines, "", self.summary])
+        return f"{_table.text_table(_COLUMNS, self.rows)}\n\n{self.summary}"
 
     def __rich__(self) -> Any:
         from rich.table import Table
@@ -109,12 +103,25 @@ class Explanation:
         Args:
           path: file to write.
         """
-        page = _html.page(_COLUMNS, self.rows, self.summary)
+        kinds = [row.op_class for row in self.rows]
+        page = _html.page(
+            "What autocast decided",
+            _html.paragraph(self.summary),
+            _html.checkboxes(_MARKS),
+            _html.table(
+                _COLUMNS,
+                self.rows,
+                code=("operation", "before", "after"),
+                styles=[_MARKS[kind] for kind in kinds],
+                kinds=kinds,
+            ),
+        )
         with open(path, "w", encoding="utf-8") as file:
             file.write(page)
 
 
 _STYLES = {"compute": "green", "full": "red", "follow": "", "untouched": "dim"}
+_MARKS = {"compute": "good", "full": "bad", "follow": "note", "untouched": "quiet"}
 
 
 def explain(
