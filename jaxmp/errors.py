@@ -157,6 +157,29 @@ class MissingTargetPackage(JaxmpError, ImportError):
     """The compiler for a target is not installed, or its environment is not set."""
 
 
+class NotAnArray(JaxmpError, TypeError):
+    """A step is to be looked at with an argument that is no array."""
+
+
+class StepDoesNotTrace(JaxmpError, TypeError):
+    """A step raises while JAX traces or lowers it."""
+
+
+class ShardingMismatch(JaxmpError, ValueError):
+    """A step is divided over another number of devices than its target has."""
+
+
+class CompilerFailed(JaxmpError, RuntimeError):
+    """The compiler of a target failed, or ended without an answer."""
+
+
+# Numerics
+
+
+class NumericsError(JaxmpError, ValueError):
+    """An argument of `jaxmp.numerics` that has no meaning there."""
+
+
 # Warnings
 
 

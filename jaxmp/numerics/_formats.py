@@ -1,0 +1,74 @@
+"""What floating formats can represent: `format_range`, read off `jnp.finfo`.
+
+The borders are those of rounding to the nearest value, ties to even. A magnitude
+becomes zero up to half of the smallest subnormal, and becomes subnormal up to half a
+step below the smallest normal. It overflows from half a step above the largest value
+on: that half step itself rounds up to infinity in the formats that end in an odd
+significand, and down to the largest value in float8_e4m3fn, whose largest is even
+because the next value is taken by NaN.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.errors import NumericsError
+
+
+class FormatRange(NamedTuple):
+    """The range of a floating format; every number is exact in float64."""
+
+    name: str
+    largest: float
+    smallest_normal: float
+    smallest_subnormal: float
+    eps: float
+    """Distance from 1 to the next value."""
+    becomes_zero: float
+    """The largest magnitude that rounds to zero."""
+    becomes_normal: float
+    """The smallest magnitude that rounds to the smallest normal or above."""
+    overflows: float
+    """Magnitudes above this one round past the largest value."""
+    border_overflows: bool
+    """Whether `overflows` itself does too."""
+
+
+@functools.cache
+def format_range(dtype: Any) -> FormatRange:
+    """Returns the range of a real floating dtype.
+
+    Args:
+      dtype: any dtype with an infinity or a NaN, float8 included.
+
+    Raises:
+      NumericsError: if it is no real floating dtype.
+    """
+    try:
+        dtype = jnp.dtype(dtype)
+        info = jnp.finfo(dtype)
+    except (TypeError, ValueError):
+        info = None
+    if info is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise NumericsError(
+            f"dtype={dtype!r} is no floating format whose range could be looked at. "
+            "Use float16, bfloat16, float32, float8_e4m3fn or float8_e5m2."
+        )
+    largest, eps = float(info.max), float(info.eps)
+    smallest_subnormal = float(info.smallest_subnormal)
+    smallest_normal = float(info.smallest_normal)
+    last_place = math.ldexp(eps, math.frexp(largest)[1] - 1)
+    return FormatRange(
+        name=np.dtype(dtype).name,
+        largest=largest,
+        smallest_normal=smallest_normal,
+        smallest_subnormal=smallest_subnormal,
+        eps=eps,
+        becomes_zero=smallest_subnormal / 2,
+        becomes_normal=smallest_normal - smallest_subnormal / 2,
+        overflows=largest + last_place / 2,
+        border_overflows=largest / last_place % 2 == 1,
+    )
