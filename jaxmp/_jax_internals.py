@@ -60,6 +60,51 @@ def shard_map_arguments(params: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "axis_names": set(params["newly_manual_axes"])}
 
 
+def with_lines_of_custom_rules(jaxpr: Any) -> Any:
+    """The same jaxpr, whose custom derivative rules are traced under their own lines.
+
+    JAX traces the rule of a call in a jaxpr under the source line of the call.
+    """
+    from jax._src import source_info_util
+
+    def under_own_lines(rule, *args, **kwargs):
+        ambient = source_info_util._source_info_context
+        before = ambient.context
+        fresh = source_info_util.new_source_info()
+        ambient.context = fresh.replace(name_stack=before.name_stack)
+        try:
+            return rule(*args, **kwargs)
+        finally:
+            ambient.context = before
+
+    def rewritten(value: Any) -> Any:
+        if hasattr(value, "eqns"):
+            return rewrite(value)
+        if type(value) is tuple and any(hasattr(item, "eqns") for item in value):
+            return tuple(map(rewrite, value))
+        return value
+
+    def rewrite(jaxpr):
+        opened = open_jaxpr(jaxpr)
+        eqns = []
+        for eqn in opened.eqns:
+            params = {name: rewritten(value) for name, value in eqn.params.items()}
+            for name in _RULES.get(eqn.primitive.name, ()):
+                if hasattr(params.get(name), "wrap"):
+                    params[name] = params[name].wrap(under_own_lines, (), None)
+            eqns.append(eqn.replace(params=params))
+        opened = opened.replace(eqns=eqns)
+        return jaxpr.replace(jaxpr=opened) if hasattr(jaxpr, "jaxpr") else opened
+
+    return rewrite(jaxpr)
+
+
+_RULES = {
+    "custom_jvp_call": ("jvp_jaxpr_fun",),
+    "custom_vjp_call": ("fwd_jaxpr_thunk", "bwd"),
+}
+
+
 def merge_common_subexpressions(module: Any) -> None:
     """Merges equal operations of a StableHLO module, in place."""
     from jaxlib.mlir.passmanager import PassManager

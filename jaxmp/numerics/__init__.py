@@ -1,9 +1,22 @@
 """Values of a training run: what underflows, what overflows, where a NaN comes from."""
 
+from jaxmp.numerics._monitor import (
+    Measurement,
+    MonitorState,
+    get_statistics,
+    monitor,
+)
+from jaxmp.numerics._nonfinite import NonfiniteReport, find_nonfinite
 from jaxmp.numerics._statistics import EXPONENTS, Statistics, statistics
 
 __all__ = [
+    "find_nonfinite",
+    "NonfiniteReport",
     "statistics",
     "Statistics",
     "EXPONENTS",
+    "monitor",
+    "get_statistics",
+    "Measurement",
+    "MonitorState",
 ]

@@ -1,0 +1,268 @@
+"""Runs a program one operation at a time, and lets others look at every result.
+
+    class Names(Interpreter):
+        def equation(self, site, operands):
+            results = super().equation(site, operands)
+            print(self.iterations, site.path, site.primitive, site.line, results)
+            return results
+
+    program = read_program(fn, args, kwargs, policy="mixed_float16", loss_scale=1024)
+    outputs = Names().run_program(program)
+
+`equation` is called for each operation that is carried out, in order, with the values
+of its operands as arrays; calls (`jit`, `checkpoint`, custom rules) and loops are
+entered and never seen themselves. What it returns is what the rest of the program
+gets, so that a subclass may round, replace or wrap the results. `site` is one object
+per place in the program: a dictionary keyed by it sums over the iterations of a loop,
+whose numbers, outermost loop first, are in `self.iterations`. `site.is_backward`,
+`site.path` and `site.line` say where it stands.
+
+Operations are bound eagerly: JAX compiles each once per shape, every result is rounded
+to its dtype, and no rewriting by XLA hides a value. The cost is linear in the number
+of operations that are carried out.
+
+A subclass that wraps values overrides `constant`, `take` and `stack` as well, and
+`concrete` to unwrap the numbers that decide on branches.
+
+Sharp edges
+- Effects (`debug.print`, callbacks) happen as often as the program is run.
+- Primitives that hold jaxprs and are not listed in `_ENTER`, such as `pallas_call` and
+  `custom_linear_solve`, are one operation. So is `shard_map`.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp._jax_internals import jaxpr_consts, open_jaxpr, scan_arity
+from jaxmp.casting._states import is_literal
+from jaxmp.numerics._program import Program
+from jaxmp.numerics._site import Site
+
+
+class Interpreter:
+    """Runs jaxprs; see the module's docstring.
+
+    Attributes:
+      iterations: numbers of the iterations of the loops around, outermost first.
+    """
+
+    def __init__(self):
+        self.iterations: tuple[int, ...] = ()
+        self._sites: dict[tuple[Any, int], Site] = {}
+        self._steps: dict[tuple[int, int | None], _Steps] = {}
+        self._literals: dict[int, Any] = {}
+
+    # What subclasses override
+
+    def equation(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+        """Carries out one operation."""
+        return bind(site.eqn, operands)
+
+    def constant(self, value: jax.Array, site: Site | None) -> Any:
+        """A literal of the equation at `site`, or a constant of the program."""
+        del site
+        return value
+
+    def take(self, values: Sequence[Any], index: int) -> list[Any]:
+        """The slices with which a scan enters an iteration."""
+        return take(list(values), np.int32(index))
+
+    def stack(self, site: Site, rows: Sequence[Sequence[Any]]) -> list[Any]:
+        """Joins what the iterations of a scan gave, in the order of their slices."""
+        del site
+        return [stack(column) for column in zip(*rows, strict=True)]
+
+    def concrete(self, value: Any) -> Any:
+        """The array that a value stands for."""
+        return value
+
+    def loop(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+        """Runs a scan or a while loop, iteration by iteration."""
+        run = self._scan if site.primitive == "scan" else self._while
+        return run(site, operands)
+
+    def call(self, site: Site, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+        """Runs the body of a call, of a branch, or of one iteration."""
+        return self.run(jaxpr, operands, site)
+
+    # How programs are run
+
+    def run_program(
+        self, program: Program, inputs: Sequence[Any] | None = None, *, num_outputs=None
+    ) -> list[Any]:
+        """Runs a program and returns its outputs.
+
+        Args:
+          program: the program.
+          inputs: values to run it on, other than its own.
+          num_outputs: only what the first outputs need; None: all.
+        """
+        inputs = program.inputs if inputs is None else inputs
+        return self.run(program.jaxpr, list(inputs), None, num_outputs)
+
+    def run(
+        self,
+        jaxpr: Any,
+        args: Sequence[Any],
+        parent: Site | None,
+        num_outputs: int | None = None,
+    ) -> list[Any]:
+        """Runs a jaxpr; a value is dropped after its last use."""
+        key = (id(jaxpr), num_outputs)
+        if key not in self._steps:
+            self._steps[key] = _Steps(jaxpr, num_outputs)
+        steps = self._steps[key]
+        env = {
+            v: self.constant(x, parent)
+            for v, x in zip(steps.constvars, steps.consts, strict=True)
+        }
+        env.update(zip(steps.invars, args, strict=True))
+        for eqn, done in zip(steps.eqns, steps.done, strict=True):
+            site = self.site(eqn, parent)
+            operands = [self._read(env, atom, site) for atom in eqn.invars]
+            env.update(zip(eqn.outvars, self.run_eqn(site, operands), strict=True))
+            for v in done:
+                del env[v]
+        return [self._read(env, atom, parent) for atom in steps.outvars]
+
+    def run_eqn(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+        """Runs one equation: an operation, a call or a loop."""
+        name, params = site.primitive, site.eqn.params
+        if name in ("scan", "while"):
+            return self.loop(site, operands)
+        if name == "cond":
+            branches = params["branches"]
+            index = int(self.concrete(operands[0]))
+            branch = branches[min(max(index, 0), len(branches) - 1)]
+            return self.call(site, branch, operands[1:])
+        if name in _ENTER:
+            return self.call(site, params[_ENTER[name]], operands)
+        return self.equation(site, operands)
+
+    def site(self, eqn: Any, parent: Site | None) -> Site:
+        """The one object that stands for an equation at its place."""
+        key = (parent, id(eqn))
+        if key not in self._sites:
+            self._sites[key] = Site(eqn, parent)
+        return self._sites[key]
+
+    def _read(self, env: dict[Any, Any], atom: Any, site: Site | None) -> Any:
+        if not is_literal(atom):
+            return env[atom]
+        key = id(atom)
+        if key not in self._literals:
+            self._literals[key] = jnp.asarray(atom.val, atom.aval.dtype)
+        return self.constant(self._literals[key], site)
+
+    @contextlib.contextmanager
+    def iteration(self, number: int) -> Iterator[None]:
+        """What runs inside belongs to one iteration of a loop."""
+        around = self.iterations
+        self.iterations = (*around, number)
+        try:
+            yield
+        finally:
+            self.iterations = around
+
+    def _scan(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+        params = site.eqn.params
+        num_consts, num_carry = scan_arity(params)
+        consts = operands[:num_consts]
+        carry = operands[num_consts : num_consts + num_carry]
+        slices = operands[num_consts + num_carry :]
+        numbers = range(params["length"])
+        if not numbers:
+            return self.equation(site, operands)
+        rows: list[Any] = [None] * len(numbers)
+        for i in reversed(numbers) if params["reverse"] else numbers:
+            with self.iteration(i):
+                inside = [*consts, *carry, *self.take(slices, i)]
+                outs = self.call(site, params["jaxpr"], inside)
+            carry, rows[i] = outs[:num_carry], outs[num_carry:]
+        return [*carry, *self.stack(site, rows)]
+
+    def _while(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+        params = site.eqn.params
+        first = params["cond_nconsts"]
+        second = first + params["body_nconsts"]
+        cond_consts, body_consts = operands[:first], operands[first:second]
+        carry = operands[second:]
+        number = 0
+        while True:
+            with self.iteration(number):
+                asked = [*cond_consts, *carry]
+                (goes_on,) = self.call(site, params["cond_jaxpr"], asked)
+                if not bool(self.concrete(goes_on)):
+                    return list(carry)
+                inside = [*body_consts, *carry]
+                carry = self.call(site, params["body_jaxpr"], inside)
+            number += 1
+
+
+# Primitives that call a jaxpr of their own operands, and where they keep it.
+_ENTER = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "call_jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "call": "call_jaxpr",
+    "eval_jaxpr": "call_jaxpr",
+}
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Carries out an equation on arrays."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        outs = eqn.primitive.bind(*operands, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+class _Steps:
+    """The equations of a jaxpr that its first outputs need, and when values are done.
+
+    Attributes:
+      done: for each equation, the variables that nothing reads after it.
+    """
+
+    def __init__(self, jaxpr: Any, num_outputs: int | None):
+        self.jaxpr = jaxpr  # whose id is the key of this object: kept alive
+        self.consts = [jnp.asarray(x) for x in jaxpr_consts(jaxpr)]
+        opened = open_jaxpr(jaxpr)
+        self.constvars, self.invars = opened.constvars, opened.invars
+        self.outvars = opened.outvars[:num_outputs]
+        later = {v for v in self.outvars if not is_literal(v)}
+        eqns, done = [], []
+        for eqn in reversed(opened.eqns):
+            if num_outputs is not None and later.isdisjoint(eqn.outvars):
+                continue
+            used = {v for v in (*eqn.invars, *eqn.outvars) if not is_literal(v)}
+            eqns.append(eqn)
+            done.append(used - later)
+            later |= used
+        self.eqns, self.done = eqns[::-1], done[::-1]
+
+
+@jax.jit
+def take(values: list[Any], index: Any) -> list[Any]:
+    """Slice `index` of each array along its first axis."""
+    return [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in values]
+
+
+def stack(values: Sequence[Any]) -> Any:
+    """Joins arrays along a new first axis; on the host, where it compiles nothing."""
+    if jnp.issubdtype(values[0].dtype, jax.dtypes.prng_key):
+        data = stack([jax.random.key_data(x) for x in values])
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(values[0]))
+    return jnp.asarray(np.stack([np.asarray(x) for x in values]))

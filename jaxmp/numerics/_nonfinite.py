@@ -1,0 +1,307 @@
+"""`find_nonfinite`: the first operation that makes a NaN or an infinity that matters.
+
+    the function alone    ->  something not finite comes out:  divergence
+    then with gradients   ->  something not finite comes out:  is it finite at a lower
+                              loss scale?  handled overflow : divergence
+
+What comes out is followed back through the operands that are to blame (`_provenance`)
+to the operations that made a NaN or an infinity out of finite numbers; the first of
+them in the order of execution is the one.
+
+An infinity that reaches no output is nobody's concern: `-inf` in a mask, `exp` that
+overflows in 1 / (1 + exp(x)), `log(0)` behind a `where`. Nor is an infinite constant of
+the program that comes out as it went in, unless as the loss or a gradient.
+
+Sharp edges
+- Operations are carried out one at a time, in the dtypes that they have; only loops are
+  compiled, until they show something. What XLA makes of the whole program may round
+  less, and overflow less, than this.
+- The function is run several times, and so are its callbacks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxmp.numerics._causes import explain
+from jaxmp.numerics._interpreter import Interpreter, bind
+from jaxmp.numerics._program import Program, read_program
+from jaxmp.numerics._provenance import (
+    Operand,
+    Origin,
+    Tracked,
+    Tracker,
+    ancestors,
+    nonfinite,
+)
+from jaxmp.numerics._walk import first_primitives
+
+LOWEST_EXPONENT = -24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NonfiniteReport:
+    """Where the first NaN or infinity came from. False if nothing was found.
+
+    Attributes:
+      kind: `"finite"`: nothing found; `"handled overflow"`: only gradients are not
+        finite, and a lower loss scale mends it; `"divergence"`: no scale helps.
+      what: `"NaN"` or `"Inf"`.
+      primitive: the operation, such as `"exp"`; `"input"` if an argument holds it,
+        `"constant"` if the program does.
+      path: name scopes and modules around it.
+      file, line, function: the user's source line.
+      is_backward: whether only gradients show it.
+      iterations: numbers of the iterations of the loops around it, outermost first.
+      operands: the ranges of what it was given.
+      result: the range of what it made.
+      cause: what happened.
+      repair: what to write instead.
+      reached: what is not finite in the end.
+      loss_scale: the scale that was used, None without gradients.
+      finite_at_scale: the largest power of two below it at which all gradients are
+        finite, None if there is none or none is needed.
+    """
+
+    kind: Literal["finite", "handled overflow", "divergence"] = "finite"
+    what: str | None = None
+    primitive: str | None = None
+    path: str = ""
+    file: str | None = None
+    line: int | None = None
+    function: str | None = None
+    is_backward: bool = False
+    iterations: tuple[int, ...] = ()
+    operands: tuple[Operand, ...] = ()
+    result: Operand | None = None
+    cause: str = ""
+    repair: str = ""
+    reached: tuple[str, ...] = ()
+    loss_scale: float | None = None
+    finite_at_scale: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.kind != "finite"
+
+    def __str__(self) -> str:
+        if not self:
+            scale = f" at loss scale {self.loss_scale:g}" if self.loss_scale else ""
+            return f"Everything that comes out is finite{scale}."
+        lines = [self._headline(), ""]
+        lines += [f"  where     {self._where()}"]
+        if self.iterations:
+            numbers = ", ".join(map(str, self.iterations))
+            inside = " (outermost loop first)" if len(self.iterations) > 1 else ""
+            lines += [f"  iteration {numbers}{inside}"]
+        lines += [f"  operand   {operand}" for operand in self.operands]
+        if self.result is not None:
+            lines += [f"  result    {self.result}"]
+        shown = ", ".join(self.reached[:3])
+        more = len(self.reached) - 3
+        lines += [f"  reaches   {shown}{f' and {more} more' if more > 0 else ''}"]
+        return "\n".join([*lines, "", f"{self.cause}.", self.repair]).rstrip()
+
+    def _where(self) -> str:
+        way = "backward" if self.is_backward else "forward"
+        line = f"{self.file}:{self.line}, in {self.function}" if self.file else ""
+        return ", ".join(part for part in (self.path, line, way) if part)
+
+    def _headline(self) -> str:
+        first = f"first {self.what} made by {self.primitive}"
+        if self.primitive in ("input", "constant"):
+            first = f"{self.what} in {self.primitive}"
+        if self.kind == "divergence" and self.is_backward:
+            return f"Divergence, {first}: gradients are not finite at any loss scale."
+        if self.kind == "divergence":
+            return f"Divergence, {first}: no loss scale helps."
+        assert self.finite_at_scale is not None
+        exponent = round(math.log2(self.finite_at_scale))
+        low = (
+            "; below 1, so give dynamic_loss_scaling a lower min_scale"
+            if exponent < 0
+            else ", and dynamic loss scaling will get there"
+        )
+        return (
+            f"Handled overflow, {first}: the gradients are finite at loss scale "
+            f"2^{exponent}{low}."
+        )
+
+
+def find_nonfinite(
+    fn: Callable[..., Any],
+    *args: Any,
+    policy: Any = None,
+    rules: Sequence[Any] = (),
+    loss_scale: Any = None,
+    argnums: int | Sequence[int] = 0,
+    backward: bool | None = None,
+    **kwargs: Any,
+) -> NonfiniteReport:
+    """Finds the first operation that makes a NaN or Inf which reaches the result.
+
+    The function is run operation by operation, and then once more with its gradient,
+    through loops, branches, `jax.checkpoint` and custom rules. To look into a saved bad
+    batch, call it on its parameters and batch with its loss scale.
+
+    Args:
+      fn: function that can be jitted, such as a loss function or a training step. nnx
+        modules may be arguments.
+      *args: what it is called with.
+      policy: run it under `autocast(fn, policy, rules=rules)`; None runs it as it is.
+      rules: of `autocast`.
+      loss_scale: a number, an optimizer state or a `LossScale`; None is 1.
+      argnums: arguments to differentiate with respect to.
+      backward: whether to look at the gradient; None does so if `fn` returns a floating
+        scalar, alone or first in a tuple.
+      **kwargs: passed on to `fn`.
+
+    Returns:
+      A `NonfiniteReport`, which is False if everything that comes out is finite. `str`
+      tells it in plain words.
+
+    Raises:
+      NonScalarLoss: if `backward` is True and `fn` returns no loss.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmp.numerics import find_nonfinite
+      >>> def loss(w, x):
+      ...     return jnp.mean(jnp.exp(w * x))
+      >>> found = find_nonfinite(loss, jnp.float32(50.0), jnp.array([1.0, 2.0]))
+      >>> found.kind, found.primitive, found.is_backward
+      ('divergence', 'exp', False)
+      >>> print(found.cause)
+      exp of 100 overflows float32, whose largest is 3.403e+38
+    """
+    program = read_program(
+        fn,
+        args,
+        kwargs,
+        policy=policy,
+        rules=rules,
+        argnums=argnums,
+        backward=backward,
+        loss_scale=loss_scale,
+    )
+    tracker = Tracker()
+    count = sum(output.kind != "gradient" for output in program.outputs)
+    found = _alarm(program, tracker.track(program, count), is_backward=False)
+    if found is None and count < len(program.outputs):
+        found = _alarm(program, tracker.track(program), is_backward=True)
+        if found is not None:
+            scale = _finite_scale(program)
+            kind = "divergence" if scale is None else "handled overflow"
+            found = dataclasses.replace(found, kind=kind, finite_at_scale=scale)
+    return found or NonfiniteReport(loss_scale=program.loss_scale)
+
+
+def _alarm(
+    program: Program, outs: Sequence[Tracked], is_backward: bool
+) -> NonfiniteReport | None:
+    """The report on what is not finite among outputs, or None."""
+    reached = [
+        (output, x.origin)
+        for output, x in zip(program.outputs, outs, strict=False)
+        if x.origin is not None and _matters(output.kind, x.origin)
+    ]
+    if not reached:
+        return None
+    origin = _first(ancestors(origin for _, origin in reached))
+    report = _report(program, origin, is_backward)
+    names = tuple(output.name for output, _ in reached)
+    return dataclasses.replace(report, reached=names)
+
+
+def _matters(kind: str, origin: Origin) -> bool:
+    """Whether an output may not be what it is: any NaN, and any Inf that was made."""
+    if kind in ("loss", "gradient") or origin.what == "NaN":
+        return True
+    return any(source.kind != "passed" for source in ancestors([origin])) and not all(
+        source.kind in ("constant", "passed") for source in ancestors([origin])
+    )
+
+
+def _first(origins: Sequence[Origin]) -> Origin:
+    for kind in ("made", "undefined", "input", "constant"):
+        for origin in origins:
+            if origin.kind == kind:
+                return origin
+    return origins[0]
+
+
+def _report(program: Program, origin: Origin, is_backward: bool) -> NonfiniteReport:
+    site = origin.site
+    line = None if site is None else site.line
+    if origin.kind == "input":
+        cause = f"the argument {origin.name} already holds {origin.what}"
+        repair = (
+            "Look at the step that made it: an update that should have been skipped "
+            "(jaxmp.loss_scaling does), or a batch with a missing value."
+        )
+    elif origin.kind in ("made", "undefined") and site is not None:
+        first: dict[Any, str] = first_primitives(program.jaxpr)
+        traceback = site.eqn.source_info.traceback
+        written_as: str = first.get(traceback, site.primitive)
+        cause, repair = explain(origin, written_as, is_backward)
+    else:
+        cause = f"a constant of the program is {origin.what}"
+        repair = (
+            "A number beyond the range of a dtype is infinite in it, as -1e9 is in "
+            "float16: use jnp.finfo(x.dtype).min."
+        )
+    primitive = origin.kind
+    if site is not None and origin.kind in ("made", "undefined", "passed"):
+        primitive = site.primitive
+    return NonfiniteReport(
+        kind="divergence",
+        what=origin.what,
+        primitive=primitive,
+        path="" if site is None else site.path,
+        file=None if line is None else line.file,
+        line=None if line is None else line.number,
+        function=None if line is None else line.function,
+        is_backward=is_backward,
+        iterations=origin.iterations,
+        operands=origin.operands,
+        result=origin.result,
+        cause=cause,
+        repair=repair,
+        loss_scale=program.loss_scale,
+    )
+
+
+class _CompiledLoops(Interpreter):
+    """Operation by operation, but for loops, which need no looking into."""
+
+    def __init__(self):
+        super().__init__()
+        self._loops: dict[int, Callable[..., list[Any]]] = {}
+
+    def loop(self, site, operands):
+        if id(site.eqn) not in self._loops:
+            eqn = site.eqn
+            self._loops[id(eqn)] = jax.jit(lambda *values: bind(eqn, values))
+        return self._loops[id(site.eqn)](*operands)
+
+
+def _finite_scale(program: Program) -> float | None:
+    """The largest power of two below the loss scale at which gradients are finite."""
+    run = _CompiledLoops()
+
+    def is_finite(exponent):
+        scaled = program.at_scale(2.0**exponent)
+        return not any(nonfinite([jnp.asarray(x) for x in run.run_program(scaled)]))
+
+    assert program.loss_scale is not None
+    high = math.ceil(math.log2(program.loss_scale))
+    low = min(LOWEST_EXPONENT, high - 1)
+    if not is_finite(low):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_finite(middle) else (low, middle)
+    return 2.0**low

@@ -1,0 +1,320 @@
+"""Where each NaN and infinity came from, while a program runs.
+
+Every value carries an `Origin` if an element of it is not finite, and None if all are.
+An origin knows the operation and the origins of those operands that are to blame: an
+operand is if the result is less finite with it than with 1 in place of its NaNs and
+infinities. Behind `where(x > 0, log(x), 0)` nothing is left to blame.
+
+Loops are first run compiled. Only if something that is not finite goes in or comes out
+are they run iteration by iteration, and only the iterations that it concerns operation
+by operation. The compiled loops keep every rounding to half precision.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.numerics._interpreter import Interpreter, bind
+from jaxmp.numerics._program import Program
+
+_EXACT = {"xla_allow_excess_precision": False}
+
+
+class Operand(NamedTuple):
+    """What an operation was given, or gave.
+
+    Attributes:
+      dtype: name of its dtype.
+      shape: its shape.
+      low, high: smallest and largest finite number in it; NaN if there is none.
+      typical: mean magnitude of its finite numbers.
+      nonfinite: how many of its numbers are infinite or NaN.
+      at: its element where the result first is not finite, None if it has none there.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    low: float
+    high: float
+    typical: float
+    nonfinite: int
+    at: float | None
+
+    def __str__(self) -> str:
+        shape = f"{self.dtype}[{','.join(map(str, self.shape))}]"
+        if self.shape == () and not self.nonfinite:
+            return f"{shape} {self.low:.4g}"
+        nonfinite = f", {self.nonfinite} not finite" if self.nonfinite else ""
+        if np.isnan(self.low):
+            return f"{shape} with no finite number"
+        return f"{shape} between {self.low:.4g} and {self.high:.4g}{nonfinite}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Why a value is not finite.
+
+    Attributes:
+      kind: `"made"` out of finite numbers, `"undefined"` (a NaN made out of
+        infinities), `"passed"` on from operands, or what the value itself is: an
+        `"input"` or a `"constant"`.
+      parents: the origins that are to blame.
+      order: number of the operation in the order of execution.
+      site: the `Site` of the operation; of a constant, of the one that reads it.
+      iterations: of the loops around it.
+      what: `"NaN"` or `"Inf"`.
+      operands, result: of an operation that made it.
+      name: of an input.
+    """
+
+    kind: str
+    what: str
+    parents: tuple["Origin", ...] = ()
+    order: int = 0
+    site: Any = None
+    iterations: tuple[int, ...] = ()
+    operands: tuple[Operand, ...] = ()
+    result: Operand | None = None
+    name: str = ""
+
+
+class Tracked(NamedTuple):
+    """A value and why it is not finite."""
+
+    value: Any
+    origin: Origin | None = None
+
+
+class Tracker(Interpreter):
+    """Runs programs on `Tracked` values."""
+
+    def __init__(self):
+        super().__init__()
+        self._count = 0
+        self._compiled: dict[int, Any] = {}
+
+    def track(self, program: Program, num_outputs: int | None = None) -> list[Tracked]:
+        """Runs a program on its inputs."""
+        inputs = [
+            Tracked(x, Origin("input", what, name=name) if what else None)
+            for x, what, name in zip(
+                program.inputs,
+                nonfinite(program.inputs),
+                program.input_names,
+                strict=True,
+            )
+        ]
+        return self.run_program(program, inputs, num_outputs=num_outputs)
+
+    def equation(self, site, operands):
+        self._count += 1
+        values = [x.value for x in operands]
+        results = bind(site.eqn, values)
+        found = nonfinite(results)
+        if not any(found):
+            return [Tracked(x) for x in results]
+        blamed = _to_blame(site, operands, results)
+        return [
+            Tracked(x, self._origin(site, values, x, what, *blamed) if what else None)
+            for x, what in zip(results, found, strict=True)
+        ]
+
+    def _origin(self, site, values, result, what, parents, is_made) -> Origin:
+        kind = "passed"
+        if is_made:
+            kind = "made"
+        elif what == "NaN" and all(parent.what == "Inf" for parent in parents):
+            kind = "undefined"
+        origin = Origin(kind, what, tuple(parents), self._count, site, self.iterations)
+        if kind == "passed":
+            return origin
+        at = _first_nonfinite(result)
+        return dataclasses.replace(
+            origin,
+            operands=tuple(
+                describe(x, at if x.shape == result.shape else None) for x in values
+            ),
+            result=describe(result, at),
+        )
+
+    def constant(self, value, site):
+        (what,) = nonfinite([value])
+        if what is None:
+            return Tracked(value)
+        return Tracked(value, Origin("constant", what, order=self._count, site=site))
+
+    def concrete(self, value):
+        return value.value
+
+    def take(self, values, index):
+        slices = super().take([x.value for x in values], index)
+        if all(x.origin is None for x in values):
+            return list(map(Tracked, slices))
+        found = nonfinite(slices)
+        return [
+            Tracked(x, _row_origin(whole.origin, index) if what else None)
+            for x, what, whole in zip(slices, found, values, strict=True)
+        ]
+
+    def stack(self, site, rows):
+        columns = super().stack(site, [[x.value for x in row] for row in rows])
+        stacked = []
+        for x, column in zip(columns, zip(*rows, strict=True), strict=True):
+            origins = [item.origin for item in column]
+            stacked.append(Tracked(x, _Stacked.of(origins)))
+        return stacked
+
+    def loop(self, site, operands):
+        def whole(*values):
+            return bind(site.eqn, values)
+
+        outs = self._finite_results(id(site.eqn), whole, operands)
+        return super().loop(site, operands) if outs is None else outs
+
+    def call(self, site, jaxpr, operands):
+        if site.primitive in ("scan", "while"):
+            run = jax.extend.core.jaxpr_as_fun(jaxpr)
+            outs = self._finite_results(id(jaxpr), run, operands)
+            if outs is not None:
+                return outs
+        return super().call(site, jaxpr, operands)
+
+    def _finite_results(self, key, run, operands) -> list[Tracked] | None:
+        """The results of a compiled run; None unless all is finite, before and after."""
+        if any(x.origin is not None for x in operands):
+            return None
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(run, compiler_options=_EXACT)
+        outs = self._compiled[key](*(x.value for x in operands))
+        return None if any(nonfinite(outs)) else list(map(Tracked, outs))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stacked(Origin):
+    """The origin of what a scan's iterations gave, each of which has its own."""
+
+    rows: tuple[Origin | None, ...] = ()
+
+    @staticmethod
+    def of(origins: Sequence[Origin | None]) -> "Origin | None":
+        parents = tuple(dict.fromkeys(o for o in origins if o is not None))
+        if not parents:
+            return None
+        what = "NaN" if any(parent.what == "NaN" for parent in parents) else "Inf"
+        return _Stacked("passed", what, parents, rows=tuple(origins))
+
+
+def _row_origin(origin: Origin | None, index: int) -> Origin | None:
+    if isinstance(origin, _Stacked):
+        return origin.rows[index] or origin
+    return origin
+
+
+def ancestors(origins: Iterable[Origin]) -> list[Origin]:
+    """Origins and all that is behind them, in the order of execution."""
+    found: dict[Origin, None] = {}
+    pending = list(origins)
+    while pending:
+        origin = pending.pop()
+        if origin not in found:
+            found[origin] = None
+            pending.extend(origin.parents)
+    return sorted(found, key=lambda origin: origin.order)
+
+
+def nonfinite(values: Sequence[Any]) -> list[str | None]:
+    """`"NaN"`, `"Inf"` or None for each array."""
+    floats = [x for x in values if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if not floats:
+        return [None] * len(values)
+    codes = iter(np.asarray(_codes(floats)).tolist())
+    return [
+        _WHAT[next(codes)] if jnp.issubdtype(x.dtype, jnp.inexact) else None
+        for x in values
+    ]
+
+
+_WHAT = (None, "Inf", "NaN")
+
+
+@jax.jit
+def _codes(values: list[Any]) -> Any:
+    return jnp.stack(
+        [
+            jnp.where(jnp.any(jnp.isnan(x)), 2, jnp.where(jnp.isfinite(x).all(), 0, 1))
+            for x in values
+        ]
+    )
+
+
+@jax.jit
+def _count_nonfinite(values: list[Any]) -> Any:
+    return sum(jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) for x in values)
+
+
+@jax.jit
+def _with_ones(x: Any) -> Any:
+    return jnp.where(jnp.isfinite(x), x, jnp.ones_like(x))
+
+
+def _to_blame(site, operands, results) -> tuple[list[Origin], bool]:
+    """The origins to blame for results, and whether finite numbers are as well."""
+    suspects = [i for i, x in enumerate(operands) if x.origin is not None]
+    if not suspects:
+        return [], True
+    values = [x.value for x in operands]
+    if site.eqn.effects:
+        return [operands[i].origin for i in suspects], False
+
+    def count(values):
+        floats = [x for x in values if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return int(_count_nonfinite(floats))
+
+    cleared = {i: _with_ones(values[i]) for i in suspects}
+    all_cleared = [cleared.get(i, x) for i, x in enumerate(values)]
+    without = count(bind(site.eqn, all_cleared))
+    if len(suspects) == 1:
+        is_to_blame = not without or count(results) > without
+        return [operands[i].origin for i in suspects if is_to_blame], without > 0
+    blamed = []
+    for suspect in suspects:
+        others = {i: x for i, x in cleared.items() if i != suspect}
+        alone = [others.get(i, x) for i, x in enumerate(values)]
+        if count(bind(site.eqn, alone)) > without:
+            blamed.append(operands[suspect].origin)
+    # Infinities that only matter together: inf - inf, inf / inf.
+    if not blamed and not without:
+        blamed = [operands[i].origin for i in suspects]
+    return blamed, without > 0
+
+
+def _first_nonfinite(x: Any) -> tuple[int, ...]:
+    mask = np.asarray(~jnp.isfinite(x))
+    return tuple(map(int, np.unravel_index(int(np.argmax(mask)), mask.shape)))
+
+
+def describe(x: Any, at: tuple[int, ...] | None = None) -> Operand:
+    """The range of an array, and its element at an index of an array like it."""
+    shape = tuple(x.shape)
+    if not jnp.issubdtype(x.dtype, jnp.number):
+        nan = float("nan")
+        return Operand(str(x.dtype), shape, nan, nan, nan, 0, None)
+    dtype = np.complex128 if jnp.iscomplexobj(x) else np.float64
+    wide = np.asarray(x).astype(dtype)
+    wide = np.abs(wide) if dtype is np.complex128 else wide
+    finite = wide[np.isfinite(wide)]
+    at = () if shape == () else at
+    return Operand(
+        str(x.dtype),
+        shape,
+        float(finite.min()) if finite.size else float("nan"),
+        float(finite.max()) if finite.size else float("nan"),
+        float(np.abs(finite).mean()) if finite.size else float("nan"),
+        int(wide.size - finite.size),
+        None if at is None else float(wide[at]),
+    )

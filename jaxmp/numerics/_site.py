@@ -1,0 +1,101 @@
+"""Where an operation stands: its module path, the user's line, its direction."""
+
+import functools
+from typing import Any, NamedTuple
+
+from jaxmp.casting._plan import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, is_backward
+from jaxmp.casting._rules import normalise
+
+_OWN_SCOPES = frozenset(
+    (AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, "checkpoint", "rematted_computation")
+)
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex", "equinox", "haiku", "jaxmp")
+_PACKAGES = tuple(
+    f"/{folder}/{name}/"
+    for folder in ("site-packages", "dist-packages")
+    for name in _LIBRARIES
+)
+
+
+class Line(NamedTuple):
+    """A line of source code."""
+
+    file: str
+    number: int
+    function: str
+
+    def __str__(self) -> str:
+        name = self.file.rpartition("/")[2]
+        return f"{name}:{self.number} ({self.function.rpartition('.')[2]})"
+
+
+class Site:
+    """An equation at one place of a program; a loop's iterations share it.
+
+    Attributes:
+      eqn: the equation of the jaxpr.
+      parent: the call or loop that it is in, or None.
+    """
+
+    def __init__(self, eqn: Any, parent: "Site | None"):
+        self.eqn = eqn
+        self.parent = parent
+
+    @property
+    def primitive(self) -> str:
+        """Name of the primitive."""
+        return self.eqn.primitive.name
+
+    @functools.cached_property
+    def scopes(self) -> tuple[str, ...]:
+        """Name scopes and modules around it, outermost first."""
+        stack = self.eqn.source_info.name_stack.stack
+        names = (part.name for part in stack if type(part).__name__ == "Scope")
+        own = normalise(tuple(name for name in names if name not in _OWN_SCOPES))
+        return own if self.parent is None else self.parent.scopes + own
+
+    @property
+    def path(self) -> str:
+        """The scopes as in `"Decoder/block_0/attention"`, as rules read them."""
+        return "/".join(self.scopes)
+
+    @functools.cached_property
+    def is_backward(self) -> bool:
+        """Whether it is part of a backward pass."""
+        inherited = self.parent is not None and self.parent.is_backward
+        return inherited or is_backward(self.eqn)
+
+    @functools.cached_property
+    def line(self) -> Line | None:
+        """The user's line: the innermost one outside of libraries, if there is one."""
+        outside = self._outside_of_jax
+        own = next((line for line in outside if not _in_library(line.file)), None)
+        if own is not None:
+            return own
+        inherited = None if self.parent is None else self.parent.line
+        if inherited is None or _in_library(inherited.file):
+            return outside[0] if outside else inherited
+        return inherited
+
+    @functools.cached_property
+    def _outside_of_jax(self) -> list[Line]:
+        traceback = self.eqn.source_info.traceback
+        if traceback is None:
+            return []
+        frames = (
+            Line(frame.file_name, frame.line_num, frame.function_name)
+            for frame in traceback.frames
+        )
+        return [line for line in frames if not _in_jax(line.file)]
+
+
+@functools.cache
+def _in_jax(file: str) -> bool:
+    file = file.replace("\\", "/")
+    return any(f"/{name}/" in file for name in ("site-packages/jax", "jax/_src"))
+
+
+@functools.cache
+def _in_library(file: str) -> bool:
+    file = file.replace("\\", "/")
+    return file.startswith("<frozen") or any(name in file for name in _PACKAGES)

@@ -1,0 +1,30 @@
+"""What the equations of a program say without being run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jaxmp._jax_internals import open_jaxpr
+
+
+def walk(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr and of those inside of it, in order."""
+    for eqn in open_jaxpr(jaxpr).eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner)
+
+
+def first_primitives(jaxpr: Any) -> dict[Any, str]:
+    """The first primitive that was traced in each place of the source.
+
+    JAX gives the operations of a derivative the traceback of the operation that they
+    are the derivative of, which comes before them.
+    """
+    found: dict[Any, str] = {}
+    for eqn in walk(jaxpr):
+        traceback = eqn.source_info.traceback
+        if traceback is not None:
+            found.setdefault(traceback, eqn.primitive.name)
+    return found
