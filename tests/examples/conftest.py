@@ -6,7 +6,7 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-sys.path.append(str(EXAMPLES))
+sys.path += [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 
 
 @pytest.fixture(scope="session")

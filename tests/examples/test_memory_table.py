@@ -2,17 +2,11 @@
 
 import functools
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-sys.path.append(str(ROOT / "examples" / "benchmarks"))
-
 import ways
 from models import JOBS, TINY_JOBS, transformer_xl
 

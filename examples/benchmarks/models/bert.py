@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
 from models._job import Job, cross_entropy
 
 MASK_SHARE = 0.15
@@ -60,7 +61,7 @@ class Bert(nn.Module):
 
 
 def batch(key, size, length, vocabulary):
-    """Tokens, segments and which are tokens; labels are the tokens, -1 where unasked."""
+    """Tokens, segments, what is a token; labels, which are -1 where not asked for."""
     asked, tokens = jax.random.split(key)
     asked = jax.random.bernoulli(asked, MASK_SHARE, (size, length))
     tokens = jax.random.randint(tokens, (size, length), 1, vocabulary)

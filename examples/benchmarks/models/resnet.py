@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al., 2015) as Flax's ImageNet example has it, stride in the 3 x 3."""
+"""ResNet-50 (He et al., 2015) with its strides as in Flax's ImageNet example."""
 
 import functools
 from typing import Any
@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
 from models._job import Job, cross_entropy
 
 

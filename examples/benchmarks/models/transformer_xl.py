@@ -7,6 +7,7 @@ of WikiText-103 is rare; those beyond the room would lose their part within the 
 """
 
 import functools
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.linen.dtypes import promote_dtype
+
 from models._job import Job, cross_entropy
 
 
@@ -114,7 +116,7 @@ class AdaptiveSoftmax(nn.Module):
         cluster = jnp.searchsorted(jnp.array(ends), labels, side="right")
         target = jnp.where(cluster == 0, labels, ends[0] + cluster - 1)
         losses = cross_entropy(x @ head.T + head_bias[None], target)
-        for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True), 1):
+        for i, (start, end) in enumerate(itertools.pairwise(ends), 1):
             size = max(1, len(labels) // self.room)
             rare = jnp.flatnonzero(cluster == i, size=size, fill_value=len(labels))
             rows = x.at[rare].get(mode="fill", fill_value=0)
