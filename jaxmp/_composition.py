@@ -8,11 +8,15 @@ which are static and no part of the pytree:
     decides_on_nonfinite = True       it handles a non-finite step itself
     forwards_decision = True          it may stand around one that does
     lands_on_half = True              no update of a half-precision weight is lost
+    records_skipped_steps = True      what it notes beside `inner_state` is kept even
+                                      if the step is skipped; it moves no parameter
 
 A state class of your own may carry them too. `decides_on_nonfinite` is a promise: the
 transformation takes `grads_finite=` and, where that is False, ignores the gradients.
 `forwards_decision` is one as well: it passes `grads_finite=` on, and an update of -0.0
 from inside leaves its own state and the parameters as they are.
+A state that records skipped steps may have a method `nonfinite_leaves(member)`, which
+returns, on the host, how many gradients of which leaf were non-finite in the last one.
 """
 
 from collections.abc import Iterator
@@ -45,6 +49,36 @@ def decides_on_nonfinite(state: Any) -> bool:
 def lands_on_half(state: Any) -> bool:
     """Whether something in here keeps what half-precision weights would lose."""
     return any(getattr(node, "lands_on_half", False) for node in nodes(state))
+
+
+def select(pred: jax.Array, new: Any, old: Any) -> Any:
+    """Takes one of two states; what records skipped steps keeps its new record."""
+
+    def records(node):
+        return getattr(node, "records_skipped_steps", False)
+
+    def select_node(new, old):
+        if records(new):
+            inner_state = select(pred, new.inner_state, old.inner_state)
+            return new._replace(inner_state=inner_state)
+        return _tree.select(pred, new, old)
+
+    return jax.tree.map(select_node, new, old, is_leaf=records)
+
+
+def nonfinite_leaves(state: Any, member: int) -> dict[str, int]:
+    """Names the leaves that were non-finite in the last skipped step, if it is known.
+
+    Args:
+      state: anything that holds states.
+      member: which one of an ensemble under `vmap`.
+    """
+    for node in nodes(state):
+        if hasattr(node, "nonfinite_leaves") and (
+            found := node.nonfinite_leaves(member)
+        ):
+            return found
+    return {}
 
 
 def refuse_inside(outer: str, state: Any, repairs: dict[str, str]) -> None:

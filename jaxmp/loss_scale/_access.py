@@ -166,7 +166,8 @@ def raise_if_collapsed(opt_state: Any, *, max_consecutive_skips: int) -> None:
     Raises:
       LossScaleOptionError: if `max_consecutive_skips` is below 1.
       LossScaleCollapsed: with the cause, as far as the state knows it. It knows more if
-        `update` is given `value=loss`.
+        `update` is given `value=loss`, and which gradients were non-finite if there is
+        a `jaxmp.numerics.monitor` around the optimizer.
       NotOnHost: if called in a compiled function.
 
     Example:
@@ -191,8 +192,23 @@ def raise_if_collapsed(opt_state: Any, *, max_consecutive_skips: int) -> None:
     member = f" (ensemble member {worst})" if skips.size > 1 else ""
     raise LossScaleCollapsed(
         f"The last {skips[worst]} steps were all skipped{member}; the loss scale is "
-        f"now {scale:g}. {_CAUSES[int(loss_finite)]}"
+        f"now {scale:g}. {_CAUSES[int(loss_finite)]}{_culprits(opt_state, worst)}"
     )
+
+
+def _culprits(opt_state: Any, member: int) -> str:
+    """Which gradients were non-finite, where somebody has written it down."""
+    leaves = _composition.nonfinite_leaves(opt_state, member)
+    if not leaves:
+        return ""
+    worst_first = sorted(leaves.items(), key=lambda item: -item[1])
+    shown = [f"{path} ({count})" for path, count in worst_first[:_MOST_SHOWN]]
+    if len(leaves) > _MOST_SHOWN:
+        shown.append(f"and {len(leaves) - _MOST_SHOWN} more leaves")
+    return f" Non-finite gradients in the last skipped step: {', '.join(shown)}."
+
+
+_MOST_SHOWN = 10
 
 
 _CAUSES = {

@@ -300,7 +300,7 @@ def _transformation(
         if skip_nonfinite and not decides:
             nothing = jax.tree.map(_tree.negative_zero, updates)
             updates = _tree.select(finite, updates, nothing)
-            inner_state = _tree.select(finite, inner_state, state.inner_state)
+            inner_state = _composition.select(finite, inner_state, state.inner_state)
         applied = finite if skip_nonfinite else jnp.bool_(True)
         scale = machine.next(_scale_of(state), finite)
         new_state = _next_state(state, inner_state, scale, finite, applied)
