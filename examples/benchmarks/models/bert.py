@@ -84,7 +84,7 @@ JOB = Job(
 )
 TINY_JOB = Job(
     model=functools.partial(
-        Bert, vocabulary=64, length=16, width=32, layers=2, heads=2
+        Bert, vocabulary=64, length=16, width=32, layers=1, heads=2
     ),
     batch=functools.partial(batch, size=4, length=16, vocabulary=64),
     loss=loss,

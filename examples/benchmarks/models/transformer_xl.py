@@ -184,7 +184,7 @@ TINY_JOB = Job(
         memory=16,
         width=32,
         inner=64,
-        layers=2,
+        layers=1,
         heads=2,
     ),
     batch=functools.partial(batch, size=4, length=16, vocabulary=96),
