@@ -1,5 +1,6 @@
 """Pages that are one file and load nothing: what `to_html` methods write."""
 
+import base64
 import html
 from collections.abc import Iterable, Sequence
 
@@ -55,6 +56,17 @@ def paragraph(text: str) -> str:
 def preformatted(text: str) -> str:
     """Text whose spaces and line ends are kept."""
     return f"<pre>{html.escape(text)}</pre>"
+
+
+def image(png: bytes, text: str) -> str:
+    """A picture that is part of the page.
+
+    Args:
+      png: the picture.
+      text: what it shows, for people who do not see it.
+    """
+    data = base64.b64encode(png).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">'
 
 
 def checkboxes(kinds: Iterable[str]) -> str:

@@ -169,6 +169,14 @@ class ShardingMismatch(JaxmpError, ValueError):
     """A step is divided over another number of devices than its target has."""
 
 
+class BatchSearchError(JaxmpError, ValueError):
+    """A search for the largest batch has no batch to try, or no memory to fill."""
+
+
+class MissingPackage(JaxmpError, ImportError):
+    """An optional package that a function needs is not installed."""
+
+
 class CompilerFailed(JaxmpError, RuntimeError):
     """The compiler of a target failed, or ended without an answer."""
 

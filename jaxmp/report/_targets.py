@@ -5,12 +5,14 @@ was started with `TARGET_ENVIRONMENT`. What they compile cannot run here; its me
 traffic and dtypes can be read.
 """
 
+import difflib
 import importlib.resources
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -22,37 +24,117 @@ TARGET_ENVIRONMENT = MappingProxyType(
 )
 """What the environment of a compiling process needs before it imports JAX."""
 
-_TPU_TOPOLOGIES = MappingProxyType(
+_SQUARES = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8))
+
+
+class _Slice(NamedTuple):
+    """The slices of a TPU generation."""
+
+    generation: str
+    shapes: tuple[tuple[int, ...], ...]
+    devices_per_chip: int = 1
+
+    def topologies(self) -> dict[int, str]:
+        """Names of topologies, by their number of devices."""
+        return {
+            math.prod(shape) * self.devices_per_chip: (
+                f"{self.generation}:{'x'.join(map(str, shape))}"
+            )
+            for shape in self.shapes
+        }
+
+
+_TPUS = MappingProxyType(
     {
-        "tpu-v4": "v4:2x2x1",
-        "tpu-v5e": "v5e:2x2",
-        "tpu-v5p": "v5p:2x2x1",
-        "tpu-v6e": "v6e:2x2",
-        "tpu7x": "tpu7x:2x2x1",
+        "tpu-v4": _Slice("v4", _CUBES, 2),
+        "tpu-v5e": _Slice("v5e", _SQUARES),
+        "tpu-v5p": _Slice("v5p", _CUBES),
+        "tpu-v6e": _Slice("v6e", _SQUARES),
+        "tpu7x": _Slice("tpu7x", _CUBES, 2),
     }
 )
-_PACKAGES = {"h100": ("jax_cuda12_plugin", "nvidia.cuda_nvcc"), "tpu": ("libtpu",)}
+_H100S_PER_HOST = 8
+_PACKAGES = {
+    "h100": ("jax_cuda12_plugin", "nvidia.cuda_nvcc", "flatbuffers"),
+    "tpu": ("libtpu", "flatbuffers"),
+}
+
+
+class Target(NamedTuple):
+    """What a program is compiled for.
+
+    Attributes:
+      name: a name of `targets()`.
+      devices: how many; None for as many as the program is written for.
+    """
+
+    name: str
+    devices: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.devices is None else f"{self.name}:{self.devices}"
+
+    @property
+    def platform(self) -> str:
+        """The name that JAX lowers a program for."""
+        if self.is_local:
+            return {"gpu": "cuda"}.get(self.name, self.name)
+        return "cuda" if self.name == "h100" else "tpu"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its devices are those of this machine."""
+        return self.name in ("cpu", "gpu", "tpu")
 
 
 def targets() -> tuple[str, ...]:
-    """Lists the names that `target_devices` takes.
+    """Lists the names of compile targets.
 
     Returns:
-      A tuple of names.
+      A tuple of names. A count of devices may follow one, as in `"tpu-v5e:16"` and
+      `"h100:8"`. `"gpu"` and `"tpu"` are there if this machine has such devices.
 
     Example:
       >>> from jaxmp.report import targets
       >>> "h100" in targets()
       True
     """
-    return ("h100", *_TPU_TOPOLOGIES)
+    local = {device.platform for device in jax.local_devices()} - {"cpu"}
+    return ("cpu", *sorted(local), "h100", *_TPUS)
+
+
+def read_target(target: str | Target) -> Target:
+    """Reads the name of a target, with or without a count.
+
+    Raises:
+      UnknownTarget: for a name or count that is none.
+    """
+    if isinstance(target, Target):
+        return target
+    name, _, count = str(target).partition(":")
+    if name not in targets():
+        near = difflib.get_close_matches(name, targets(), n=2, cutoff=0.4)
+        meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise UnknownTarget(
+            f"There is no target {target!r}.{meant} Targets: {', '.join(targets())}; "
+            "a number of devices may follow, as in 'tpu-v5e:16'."
+        )
+    if not count and ":" not in str(target):
+        return Target(name)
+    if not count.isdigit() or not _has_count(name, int(count)):
+        raise UnknownTarget(
+            f"There is no target {target!r}: {name} has {_counts(name)} devices. "
+            f"Write one of these after the colon, or no number for one device."
+        )
+    return Target(name, int(count))
 
 
 def has_target(target: str) -> bool:
     """Tells whether the packages that compile for a target are installed.
 
     Args:
-      target: a name of `targets()`.
+      target: a name of `targets()`, with or without a count.
 
     Returns:
       A boolean; nothing is imported.
@@ -65,14 +147,14 @@ def has_target(target: str) -> bool:
       >>> isinstance(has_target("h100"), bool)
       True
     """
-    return not _missing_packages(target)
+    return not missing_packages(read_target(target))
 
 
 def target_devices(target: str) -> list[Any]:
     """Returns the devices of a target, to compile for.
 
     Args:
-      target: a name of `targets()`.
+      target: a name of `targets()`, with or without a count.
 
     Returns:
       Devices without a machine; put them into a sharding and compile for that.
@@ -87,31 +169,38 @@ def target_devices(target: str) -> list[Any]:
       >>> if has_target("h100"):
       ...     assert "H100" in target_devices("h100")[0].device_kind
     """
-    missing = _missing_packages(target)
+    read = read_target(target)
+    if read.is_local:
+        return jax.devices(read.name)[: read.devices]
+    check_packages(read)
     unset = [k for k, v in TARGET_ENVIRONMENT.items() if os.environ.get(k) != v]
-    if missing or unset:
+    if unset:
         raise MissingTargetPackage(
-            f"Compiling for {target!r} needs the packages {missing or 'that are there'}"
-            f" and an environment that sets {dict(TARGET_ENVIRONMENT)} before JAX is "
-            "imported. Run: pip install 'jaxmp[targets]'"
+            f"Compiling for {target!r} in this process needs an environment that sets "
+            f"{dict(TARGET_ENVIRONMENT)} before JAX is imported, and {unset} are not "
+            "set so. Set them, or use jaxmp.report.compile_step, which starts a "
+            "process of its own."
         )
-    if target == "h100":
+    if read.name == "h100":
         description = importlib.resources.files("jaxmp.report") / "_h100.txtpb"
+        hosts, rest = divmod(read.devices or 1, _H100S_PER_HOST)
+        shape = f"1x1x{rest}" if rest else f"1x{hosts}x{_H100S_PER_HOST}"
         return topologies.get_topology_desc(
             platform="cuda",
             topology_name="",
             target_config=description.read_text(),
-            topology="1x1x1",
+            topology=shape,
         ).devices
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=_TPU_TOPOLOGIES[target]
-    ).devices
+    names = _TPUS[read.name].topologies()
+    name = names.get(read.devices or 0, next(iter(names.values())))
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    return devices[: read.devices]
 
 
 def compile_for(
     target: str, fun: Callable[..., Any], *args: Any, **jit_kwargs: Any
 ) -> jax.stages.Compiled:
-    """Compiles a function for one device of a target.
+    """Compiles a function for one device of a target, in this process.
 
     Args:
       target: a name of `targets()`.
@@ -129,11 +218,11 @@ def compile_for(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jaxmp.report import compile_for, has_target
+      >>> from jaxmp.report import compile_for
       >>> x = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)
-      >>> if has_target("h100"):
-      ...     compiled = compile_for("h100", lambda x: x + 1, x)
-      ...     assert compiled.memory_analysis().output_size_in_bytes == 2 * 128 * 128
+      >>> compiled = compile_for("cpu", lambda x: x + 1, x)
+      >>> compiled.memory_analysis().output_size_in_bytes == 2 * 128 * 128
+      True
     """
     sharding = jax.sharding.SingleDeviceSharding(target_devices(target)[0])
     shapes = jax.eval_shape(lambda *args: args, *args)
@@ -141,12 +230,21 @@ def compile_for(
     return jitted.lower(*shapes).compile()
 
 
-def _missing_packages(target: str) -> list[str]:
-    if target not in targets():
-        raise UnknownTarget(
-            f"There is no target {target!r}. Targets: {', '.join(targets())}."
+def check_packages(target: Target) -> None:
+    """Raises `MissingTargetPackage` unless what compiles for a target is installed."""
+    missing = missing_packages(target)
+    if missing:
+        raise MissingTargetPackage(
+            f"Compiling for {str(target)!r} needs packages that are not installed: "
+            f"{', '.join(missing)}. Run: pip install 'jaxmp[targets]'"
         )
-    kind = "h100" if target == "h100" else "tpu"
+
+
+def missing_packages(target: Target) -> list[str]:
+    """What has to be installed before a target can be compiled for."""
+    if target.is_local:
+        return []
+    kind = "h100" if target.name == "h100" else "tpu"
     return [name for name in _PACKAGES[kind] if not _is_installed(name)]
 
 
@@ -155,3 +253,19 @@ def _is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+def _has_count(name: str, count: int) -> bool:
+    if name in _TPUS:
+        return count == 1 or count in _TPUS[name].topologies()
+    if name == "h100":
+        return 1 <= count <= 8 or (count % _H100S_PER_HOST == 0 and count <= 1024)
+    return 1 <= count <= len(jax.devices(name))
+
+
+def _counts(name: str) -> str:
+    if name in _TPUS:
+        return ", ".join(map(str, (1, *_TPUS[name].topologies())))
+    if name == "h100":
+        return "1 to 8, or a multiple of 8 up to 1024,"
+    return f"1 to {len(jax.devices(name))}"

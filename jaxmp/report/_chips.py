@@ -1,0 +1,162 @@
+"""What each chip can do at most: published peaks, in one table, with their sources.
+
+JAX shows one chip of a TPU v4 or TPU7x as two devices; the figures are per device.
+"""
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+GIB = 2**30
+_HALF = ("bfloat16", "float16")
+
+
+class Chip(NamedTuple):
+    """The peaks of one device.
+
+    Attributes:
+      name: what its maker calls it.
+      memory: bytes of memory that its compiler lets a program use.
+      bandwidth: bytes per second between that memory and the device.
+      flops: FLOPs per second of a dense matmul, by dtype of the operands.
+      default: what `float32` operands are multiplied in where no precision is asked
+        for: `"tensorfloat32"` on NVIDIA GPUs, `"bfloat16"` on TPUs.
+      source: where the figures were published.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    flops: Mapping[str, float]
+    default: str
+    source: str
+
+    def matmul_rate(self, dtype: str, precision: str = "default") -> float:
+        """FLOPs per second of a matmul.
+
+        Args:
+          dtype: of its operands. One that the chip has no units for counts as the
+            next wider one.
+          precision: `"default"`, `"high"` or `"highest"`, as XLA writes it. A TPU
+            multiplies float32 in 1, 3 or 6 passes of bfloat16; an NVIDIA GPU uses
+            TensorFloat-32 for the first, and its float32 units for the last.
+        """
+        if dtype == "float32":
+            if self.default == "bfloat16":
+                passes = {"default": 1, "high": 3, "highest": 6}[precision]
+                return self.flops["bfloat16"] / passes
+            if precision == "default":
+                dtype = self.default
+        for name in (dtype, *_WIDER.get(_family(dtype), ())):
+            if name in self.flops:
+                return self.flops[name]
+        return self.flops.get("float32", self.flops["bfloat16"])
+
+
+_WIDER = {
+    "float8": ("float8", "bfloat16", "float16"),
+    "int8": ("int8", "bfloat16"),
+    "bfloat16": ("bfloat16", "float32"),
+    "float16": ("float16", "bfloat16"),
+}
+
+
+def _family(dtype: str) -> str:
+    if dtype.startswith("float8"):
+        return "float8"
+    return "int8" if dtype in ("int8", "uint8", "int4", "uint4") else dtype
+
+
+def _tpu(
+    name: str, gib: float, gb_per_s: float, tflops: Mapping[str, float], page: str
+) -> Chip:
+    flops = {dtype: rate * 1e12 for dtype, rate in tflops.items()}
+    source = f"Google, Cloud TPU documentation, docs.cloud.google.com/tpu/docs/{page}"
+    memory = int(gib * GIB)
+    return Chip(name, memory, gb_per_s * 1e9, flops, "bfloat16", source)
+
+
+def _gpu(
+    name: str, gib: float, gb_per_s: float, tflops: Mapping[str, float], sheet: str
+) -> Chip:
+    flops = {dtype: rate * 1e12 for dtype, rate in tflops.items() if dtype != "half"}
+    flops |= {dtype: tflops["half"] * 1e12 for dtype in _HALF if "half" in tflops}
+    default = "tensorfloat32" if "tensorfloat32" in tflops else "float32"
+    source = f"NVIDIA, {sheet}, dense rates"
+    return Chip(name, int(gib * GIB), gb_per_s * 1e9, flops, default, source)
+
+
+chips: Mapping[str, Chip] = MappingProxyType(
+    {
+        "h100": _gpu(
+            "NVIDIA H100 80GB (SXM5)",
+            84929347584 / GIB,
+            3352.32,
+            {"float8": 1978.9, "int8": 1978.9, "half": 989.4}
+            | {"tensorfloat32": 494.7, "float32": 66.9},
+            "H100 Tensor Core GPU Architecture, table 3",
+        ),
+        "tpu-v4": _tpu("TPU v4, half a chip", 15.25, 614, {"bfloat16": 137.5}, "v4"),
+        "tpu-v5e": _tpu("TPU v5e", 15.75, 819, {"bfloat16": 197, "int8": 394}, "v5e"),
+        "tpu-v5p": _tpu("TPU v5p", 95.73, 2765, {"bfloat16": 459, "int8": 918}, "v5p"),
+        "tpu-v6e": _tpu("TPU v6e", 31.24, 1640, {"bfloat16": 918, "int8": 1836}, "v6e"),
+        "tpu7x": _tpu(
+            "TPU7x (Ironwood), half a chip",
+            94.74,
+            3690,
+            {"bfloat16": 1153.5, "float8": 2307},
+            "tpu7x",
+        ),
+        "a100": _gpu(
+            "NVIDIA A100 80GB (SXM4)",
+            80,
+            2039,
+            {"half": 312, "tensorfloat32": 156, "float32": 19.5, "int8": 624},
+            "A100 Tensor Core GPU datasheet",
+        ),
+        "v100": _gpu(
+            "NVIDIA V100 32GB (SXM2)",
+            32,
+            900,
+            {"float16": 125, "float32": 15.7},
+            "V100 Tensor Core GPU datasheet",
+        ),
+        "t4": _gpu(
+            "NVIDIA T4",
+            16,
+            320,
+            {"float16": 65, "float32": 8.1, "int8": 130},
+            "T4 Tensor Core GPU datasheet",
+        ),
+        "l4": _gpu(
+            "NVIDIA L4",
+            24,
+            300,
+            {"half": 121, "tensorfloat32": 60, "float32": 30.3, "float8": 242.5},
+            "L4 Tensor Core GPU datasheet",
+        ),
+    }
+)
+"""The table: the compile targets, then devices that `doctor` knows by their name."""
+
+_DEVICE_KINDS = (
+    (r"H100|H200", "h100"),
+    (r"A100", "a100"),
+    (r"V100", "v100"),
+    (r"\bT4\b", "t4"),
+    (r"\bL4\b", "l4"),
+    (r"TPU v4", "tpu-v4"),
+    (r"TPU v5 ?(lite|e)", "tpu-v5e"),
+    (r"TPU v5", "tpu-v5p"),
+    (r"TPU v6", "tpu-v6e"),
+    (r"TPU ?7x|TPU v7", "tpu7x"),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that a `jax.Device.device_kind` names; None if its peaks are unknown."""
+    for pattern, name in _DEVICE_KINDS:
+        if re.search(pattern, device_kind):
+            return chips[name]
+    return None

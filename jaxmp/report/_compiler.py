@@ -1,0 +1,202 @@
+"""Compiles programs in a process of their own, and remembers what was said."""
+
+import contextlib
+import gzip
+import importlib.metadata
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from jaxmp.errors import CompilerFailed
+from jaxmp.report._programs import Program
+from jaxmp.report._targets import TARGET_ENVIRONMENT, check_packages
+from jaxmp.report._worker import Answer, Request, compile_request
+
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+_TAIL_LINES = 15
+
+
+def cache_directory() -> Path:
+    """Where answers of compilers are kept: `$JAXMP_CACHE_DIR`, or `~/.cache/jaxmp`."""
+    if chosen := os.environ.get("JAXMP_CACHE_DIR"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "jaxmp" / "programs"
+
+
+def compile_programs(
+    programs: Sequence[Program], *, cache: bool = True, progress: bool | None = None
+) -> list[Answer]:
+    """Compiles programs, one after the other, and keeps what the compilers said.
+
+    Args:
+      programs: what to compile.
+      cache: whether answers of earlier runs are used and those of this one kept.
+      progress: whether to show a bar; by default if a person is looking.
+
+    Returns:
+      An answer for each program. One that does not fit into the memory of its target
+      is an answer, too: its `error` says so.
+
+    Raises:
+      MissingTargetPackage: if a compiler is not installed.
+      CompilerFailed: if a compiler fails for another reason than memory.
+    """
+    answers = [_load(program) if cache else None for program in programs]
+    for program, answer in zip(programs, answers, strict=True):
+        if answer is None:
+            check_packages(program.target)
+    with _Worker() as worker, _bar(len(programs), progress) as bar:
+        for i, program in enumerate(programs):
+            bar.set_description(f"compiling for {program.target}")
+            if answers[i] is None:
+                answers[i] = _compile(program, worker)
+                if cache:
+                    _save(program, answers[i])
+            bar.update()
+    return [answer for answer in answers if answer is not None]
+
+
+def is_out_of_memory(answer: Answer) -> bool:
+    """Whether a program was refused because it does not fit into memory."""
+    return _OUT_OF_MEMORY in answer.error
+
+
+def _compile(program: Program, worker: "_Worker") -> Answer:
+    request = Request(
+        str(program.target), program.exported, program.donated, program.mesh
+    )
+    is_local = program.target.is_local
+    answer = compile_request(request) if is_local else worker.ask(request)
+    if answer.error and not is_out_of_memory(answer):
+        raise CompilerFailed(
+            f"The compiler for {str(program.target)!r} was given a program of "
+            f"{len(program.exported) / 2**20:.1f} MiB with {len(program.arguments)} "
+            f"arguments, and failed:\n{answer.error.strip()}"
+        )
+    return answer
+
+
+class _Worker:
+    """The compiling process; started when it is first needed."""
+
+    def __init__(self):
+        self.process: subprocess.Popen[str] | None = None
+        self.folder = tempfile.TemporaryDirectory(prefix="jaxmp-")
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+        self.folder.cleanup()
+
+    def ask(self, request: Request) -> Answer:
+        """Compiles a program in the process."""
+        folder = Path(self.folder.name)
+        log = folder / "log"
+        if self.process is None:
+            self.process = _start(log)
+        path = folder / f"{time.monotonic_ns()}.request"
+        path.write_bytes(pickle.dumps(tuple(request)))
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(path, file=self.process.stdin, flush=True)
+        told = self.process.stdout.readline()
+        if not told:
+            status = self.process.wait()
+            self.process = None
+            last = "\n".join(log.read_text(errors="replace").split("\n")[-_TAIL_LINES:])
+            error = f"The process ended with status {status}. Its last words:\n{last}"
+            return Answer({}, {}, "", 0.0, error)
+        return Answer(*pickle.loads(path.with_suffix(".answer").read_bytes()))
+
+
+def _start(log: Path) -> subprocess.Popen[str]:
+    # Two libtpus do no harm to each other where there is no TPU.
+    environment = {
+        **os.environ,
+        **TARGET_ENVIRONMENT,
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    # Neither profiling flags nor virtual devices of this process belong there.
+    environment.pop("XLA_FLAGS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxmp.report._worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log.open("w"),
+        text=True,
+        env=environment,
+    )
+
+
+@contextlib.contextmanager
+def _bar(total: int, progress: bool | None) -> Iterator[Any]:
+    wanted = sys.stderr.isatty() if progress is None else progress
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        yield _NoBar()
+        return
+    with tqdm(total=total, disable=not wanted) as bar:
+        yield bar
+
+
+class _NoBar:
+    def set_description(self, text: str) -> None:
+        """Shows nothing."""
+
+    def update(self) -> None:
+        """Shows nothing."""
+
+
+def _entry(program: Program) -> Path:
+    versions = f"jax-{jax.__version__}-{_compiler_version(program)}"
+    return cache_directory() / versions / f"{program.key}.json.gz"
+
+
+def _compiler_version(program: Program) -> str:
+    name = "libtpu" if program.target.platform == "tpu" else "jax-cuda12-pjrt"
+    try:
+        return f"{name}-{importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _load(program: Program) -> Answer | None:
+    try:
+        with gzip.open(_entry(program), "rt", encoding="utf-8") as file:
+            return Answer(**json.load(file))
+    except (OSError, EOFError, ValueError, TypeError):
+        return None
+
+
+def _save(program: Program, answer: Answer | None) -> None:
+    if answer is None:
+        return
+    path = _entry(program)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(gzip.compress(json.dumps(answer._asdict()).encode()))
+    # A reader sees the whole answer or none.
+    Path(file.name).replace(path)

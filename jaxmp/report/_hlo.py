@@ -1,0 +1,349 @@
+"""Reads the text of a compiled program: what XLA will run, in the order it will run it.
+
+The format is that of `jax.stages.Compiled.as_text()`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
+_TABLE_ROW = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
+_ALIAS = re.compile(r"\{([\d, ]*)\}: \((\d+), \{[\d, ]*\}")
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_KINDS = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
+
+
+class HloArray(NamedTuple):
+    """An array in a program.
+
+    Attributes:
+      dtype: as XLA writes it, such as `"bf16"`.
+      dims: its shape.
+      layout: as XLA writes it; tiles and the memory it lives in.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as JAX writes it: `"bfloat16"` for `"bf16"`."""
+        match = re.match(r"(bf|f|s|u|c)(\d+)(\w*)", self.dtype)
+        if match is None:
+            return "bool" if self.dtype == "pred" else self.dtype
+        kind, bits, format_ = match.groups()
+        return f"{_KINDS[kind]}{bits}" + f"_{format_}" * bool(format_)
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory, with the padding of a tiled layout."""
+        match = re.search(r":T\(([\d,]+)\)", self.layout)
+        dims = list(self.dims)
+        order = [int(i) for i in self.layout.split(":")[0].split(",") if i]
+        if match and len(order) == len(dims):
+            tile = [int(n) for n in match[1].split(",")]
+            dims = [dims[i] for i in reversed(order)]
+            for i, n in zip(range(len(dims))[::-1], tile[::-1], strict=False):
+                dims[i] = -(-dims[i] // n) * n
+        return math.prod(dims) * self.bits // 8
+
+    @property
+    def bits(self) -> int:
+        """Bits of one element."""
+        if self.dtype in _BITS:
+            return _BITS[self.dtype]
+        width = re.search(r"\d+", self.dtype)
+        return int(width[0]) if width else 0
+
+    @property
+    def is_on_chip(self) -> bool:
+        """Whether it lives in a TPU's own memory, not in that of the device."""
+        return (":T(" in self.layout and "S(" in self.layout) or ":S(" in self.layout
+
+
+class Instruction(NamedTuple):
+    """One operation of a program.
+
+    Attributes:
+      name: what its result is called.
+      opcode: such as `"fusion"`.
+      arrays: its results.
+      arguments: what stands in its parentheses.
+      attributes: the rest of its line.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[HloArray, ...]
+    arguments: str
+    attributes: str
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of what it reads."""
+        return tuple(re.findall(r"%([\w.-]+)", self.arguments))
+
+    def attribute(self, name: str) -> str:
+        """The value of an attribute; empty if it has none of that name."""
+        match = re.search(
+            rf"\b{name}=(\{{[^}}]*\}}|\"[^\"]*\"|[^,\s]+)", self.attributes
+        )
+        return match[1].strip('"{}') if match else ""
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Names of the computations that it runs, but those of a reduction."""
+        found = re.findall(
+            r"\b(?:calls|body|true_computation|false_computation|to_apply)=%?([\w.-]+)",
+            self.attributes,
+        )
+        branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        if branches:
+            found += [name.strip(" %") for name in branches[1].split(",")]
+        if self.opcode not in ("fusion", "while", "conditional", "call", "async-start"):
+            return ()
+        return tuple(found)
+
+    @property
+    def scope(self) -> str:
+        """The name scopes that it was traced in."""
+        return self.attribute("op_name")
+
+    @property
+    def trip_count(self) -> int:
+        """How often a loop runs, if the compiler knows; else 1."""
+        match = re.search(
+            r'known_trip_count\\?"?:\s*\{\\?"n\\?":\\?"?(\d+)', self.attributes
+        )
+        return int(match[1]) if match else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """Instructions in the order in which they run.
+
+    Attributes:
+      name: such as `"main.2"`.
+      instructions: what runs.
+      root: the name of the instruction whose result is that of the computation.
+    """
+
+    name: str
+    instructions: tuple[Instruction, ...]
+    root: str
+
+    @functools.cached_property
+    def by_name(self) -> Mapping[str, Instruction]:
+        """Its instructions by name."""
+        return {i.name: i for i in self.instructions}
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        """The instructions whose results one of its own reads."""
+        return [self.by_name[x] for x in instruction.operands if x in self.by_name]
+
+    def results(self, instruction: Instruction) -> tuple[HloArray, ...]:
+        """What an instruction writes.
+
+        The start of an asynchronous operation returns what it was given beside it.
+        """
+        if instruction.opcode == "copy-start":
+            return instruction.arrays[:1]
+        if instruction.opcode.endswith("-start"):
+            given = [a for x in self.operands(instruction) for a in x.arrays]
+            if instruction.arrays[: len(given)] == tuple(given):
+                return instruction.arrays[len(given) :] or instruction.arrays
+        return instruction.arrays
+
+
+class HloProgram(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      computations: by name.
+      entry: name of the one that is run.
+      aliases: which argument each result reuses, by the number of the result.
+      sources: lines of code, `file:line (function)`, by the number of a stack frame;
+        the innermost is the last.
+    """
+
+    computations: Mapping[str, Computation]
+    entry: str
+    aliases: Mapping[int, int]
+    sources: Mapping[int, tuple[str, ...]]
+
+    def source(
+        self, instruction: Instruction, computation: Computation | None = None
+    ) -> tuple[str, ...]:
+        """Lines of code that an instruction comes from, the innermost last.
+
+        Args:
+          instruction: what the compiler made itself, such as a copy, has the lines of
+            what it is made of.
+          computation: where it stands, to look for those.
+
+        Returns:
+          Lines; none where nothing is known.
+        """
+        frame = int(instruction.attribute("stack_frame_id") or 0)
+        if frame in self.sources:
+            return self.sources[frame]
+        if file := instruction.attribute("source_file"):
+            return (f"{file}:{instruction.attribute('source_line')}",)
+        for name in instruction.called:
+            for inner in reversed(self.computations[name].instructions):
+                if inner.opcode != "parameter" and (found := self.source(inner)):
+                    return found
+        for operand in computation.operands(instruction) if computation else ():
+            if operand.opcode != "parameter":
+                return self.source(operand, computation)
+        return ()
+
+
+class Step(NamedTuple):
+    """An instruction where it runs.
+
+    Attributes:
+      instruction: what runs.
+      computation: where it stands.
+      times: how often.
+      is_fused: whether it is part of a fusion, whose inner values are never stored.
+    """
+
+    instruction: Instruction
+    computation: Computation
+    times: int
+    is_fused: bool
+
+
+def walk(program: HloProgram) -> Iterator[Step]:
+    """Iterates over everything that a program runs, loops and fusions included."""
+    yield from _walk(program, program.entry, 1, False)
+
+
+def _walk(program: HloProgram, name: str, times: int, is_fused: bool) -> Iterator[Step]:
+    computation = program.computations[name]
+    for instruction in computation.instructions:
+        yield Step(instruction, computation, times, is_fused)
+        is_fusion = is_fused or instruction.opcode == "fusion"
+        for called in instruction.called:
+            yield from _walk(program, called, times * instruction.trip_count, is_fusion)
+
+
+@functools.lru_cache(maxsize=8)
+def read_hlo(text: str) -> HloProgram:
+    """Reads a program.
+
+    Args:
+      text: what `compiled.as_text()` returned.
+    """
+    tables: dict[str, dict[int, str]] = {}
+    table: dict[int, str] = {}
+    computations: dict[str, Computation] = {}
+    entry, name, instructions, root = "", "", [], ""
+    for line in text.splitlines():
+        if line.startswith("  "):
+            instruction, is_root = _read_instruction(line)
+            if instruction is not None:
+                instructions.append(instruction)
+                root = instruction.name if is_root else root
+        elif line == "}":
+            computations[name] = Computation(name, tuple(instructions), root)
+        elif line.endswith("{") and not line.startswith("HloModule"):
+            is_entry = line.startswith("ENTRY ")
+            name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+            entry = name if is_entry else entry
+            instructions = []
+        elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            table = tables.setdefault(line, {})
+        elif match := _TABLE_ROW.match(line):
+            table[int(match[1])] = match[2] if match[2] is not None else match[3]
+    return HloProgram(computations, entry, _aliases(text), _sources(tables))
+
+
+def _read_instruction(line: str) -> tuple[Instruction | None, bool]:
+    line = line.strip()
+    is_root = line.startswith("ROOT ")
+    name, equals, rest = line.removeprefix("ROOT ").partition(" = ")
+    if not equals:
+        return None, False
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.find("(")
+    closing = _closing(rest, opening)
+    return (
+        Instruction(
+            name.lstrip("%"),
+            rest[:opening],
+            tuple(_read_arrays(shape)),
+            rest[opening + 1 : closing],
+            rest[closing + 1 :],
+        ),
+        is_root,
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.start()
+    return len(text)
+
+
+def _read_arrays(shape: str) -> Iterator[HloArray]:
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        sizes = tuple(int(n.strip("<=")) for n in dims.split(",") if n)
+        yield HloArray(dtype, sizes, layout)
+
+
+def _aliases(text: str) -> dict[int, int]:
+    head = text.partition("\n")[0]
+    start = head.find("input_output_alias={")
+    if start < 0:
+        return {}
+    # Up to the next attribute of the module, which is the layout of the entry.
+    told = head[start:].partition("entry_computation_layout")[0]
+    return {
+        int(output.split(",")[0] or 0): int(argument)
+        for output, argument in _ALIAS.findall(told)
+    }
+
+
+def _sources(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str, ...]]:
+    files, functions = tables.get("FileNames", {}), tables.get("FunctionNames", {})
+    locations = {}
+    for key, row in tables.get("FileLocations", {}).items():
+        told = _fields(row)
+        file = files.get(told.get("file_name_id", 0), "?")
+        function = functions.get(told.get("function_name_id", 0), "?")
+        locations[key] = f"{file}:{told.get('line', 0)} ({function})"
+    frames = {key: _fields(row) for key, row in tables.get("StackFrames", {}).items()}
+    return {key: tuple(_stack(frames, locations, key)) for key in frames}
+
+
+def _stack(
+    frames: Mapping[int, Mapping[str, int]], locations: Mapping[int, str], key: int
+) -> Sequence[str]:
+    found: list[str] = []
+    while key in frames:
+        frame = frames[key]
+        found.append(locations.get(frame.get("file_location_id", 0), "?"))
+        # The number of the parent is written one too high.
+        parent = frame.get("parent_frame_id", 0) - 1
+        if parent >= key:
+            break
+        key = parent
+    return found[::-1]
+
+
+def _fields(row: str) -> dict[str, int]:
+    return {name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", row)}

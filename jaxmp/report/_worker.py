@@ -1,0 +1,107 @@
+"""The process that compiles: `python -m jaxmp.report._worker`.
+
+It reads names of files from its input, one per line. Each holds a pickled `Request`;
+the answer, a pickled `Answer`, is written beside it, and the name is printed.
+"""
+
+import os
+import pickle
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import export
+
+from jaxmp.report._targets import target_devices
+
+MEMORY = ("argument", "output", "alias", "temp", "generated_code")
+
+
+class Request(NamedTuple):
+    """A program, and what to compile it for.
+
+    Attributes:
+      target: name of the target, with the number of devices if that is not one.
+      exported: what `jax.export` wrote.
+      donated: whether each argument is.
+      mesh: names and sizes of the axes that the program is sharded over.
+    """
+
+    target: str
+    exported: bytes
+    donated: tuple[bool, ...]
+    mesh: tuple[tuple[str, int], ...]
+
+
+class Answer(NamedTuple):
+    """What a compiler said.
+
+    Attributes:
+      memory: bytes by kind: `argument`, `output`, `alias`, `temp`, `generated_code`.
+      costs: `flops` and `bytes accessed`, if the compiler tells them.
+      text: the compiled program.
+      seconds: how long the compiler took.
+      error: what it said where it failed; else empty.
+    """
+
+    memory: dict[str, int]
+    costs: dict[str, float]
+    text: str
+    seconds: float
+    error: str = ""
+
+
+def compile_request(request: Request) -> Answer:
+    """Compiles one program in this process."""
+    exported = export.deserialize(bytearray(request.exported))
+    devices = target_devices(request.target)
+    if exported.nr_devices == 1:
+        sharding: Any = jax.sharding.SingleDeviceSharding(devices[0])
+        in_shardings, out_shardings = sharding, sharding
+    else:
+        axes = dict(request.mesh or (("devices", exported.nr_devices),))
+        grid = np.array(devices).reshape(tuple(axes.values()))
+        mesh = jax.sharding.Mesh(grid, tuple(axes))
+        in_shardings, out_shardings = exported.in_shardings_jax(mesh), None
+    # Traced under an abstract mesh of nothing: a constant is otherwise put on the CPU.
+    lowered = jax.jit(
+        exported.call,
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+        donate_argnums=tuple(i for i, x in enumerate(request.donated) if x),
+        keep_unused=True,
+    ).lower(*exported.in_avals)
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return Answer({}, {}, "", time.perf_counter() - start, str(error))
+    seconds = time.perf_counter() - start
+    stats = compiled.memory_analysis()
+    memory = {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in MEMORY}
+    told = compiled.cost_analysis() or {}
+    costs = {k: told[k] for k in ("flops", "bytes accessed") if told.get(k, -1) > 0}
+    return Answer(memory, costs, compiled.as_text() or "", seconds)
+
+
+def main() -> None:
+    """Answers requests until there are no more."""
+    # The compilers write to the standard output too; answers go where it was.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        path = Path(line.strip())
+        try:
+            answer = compile_request(Request(*pickle.loads(path.read_bytes())))
+        except Exception:
+            answer = Answer({}, {}, "", 0.0, traceback.format_exc())
+        path.with_suffix(".answer").write_bytes(pickle.dumps(tuple(answer)))
+        print(path, file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
