@@ -132,7 +132,7 @@ def flatten_arguments(
     for leaf in leaves:
         if is_leaf is not None and is_leaf(leaf):
             statics.append(_MODULE)
-        elif _tree.is_array(leaf):
+        elif _tree.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
             arrays.append(leaf)
             statics.append(_SLOT)
         else:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp import _html, _table, _tree
+from jaxmp._flops import MATMULS, matmul_shape
+from jaxmp._residuals import residual_jaxpr
 from jaxmp.casting._arguments import flatten_arguments
 from jaxmp.casting._autocast import autocast, check_rules, plan_jaxpr, read_settings
 from jaxmp.casting._cancellation import NOTE, cancelling
@@ -164,9 +165,9 @@ def explain(
         noted = set().union(*(cancelling(p.jaxpr) for p in _plans(plan)))
         flops = collections.Counter[bool]()
         for eqn, _, times in told:
-            if eqn.eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            if eqn.eqn.primitive.name in MATMULS:
                 is_half = castable_dtype(eqn.eqn.invars[0]) and _half(eqn.in_dtypes[0])
-                flops[bool(is_half)] += times * _flops(eqn.eqn)
+                flops[bool(is_half)] += times * matmul_shape(eqn.eqn).flops
         cast_fn = autocast(fn, policy, rules=rules, half_residuals=half_residuals)
         return Explanation(
             rows=tuple(_row(eqn, path, noted) for eqn, path, _ in told),
@@ -248,16 +249,6 @@ def _half(dtype: Any) -> bool:
     return dtype in _tree.HALF
 
 
-def _flops(eqn: Any) -> int:
-    lhs, rhs = (v.aval for v in eqn.invars[:2])
-    out = math.prod(eqn.outvars[0].aval.shape)
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2 * out * math.prod(lhs.shape[i] for i in contracted)
-    features = rhs.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * out * math.prod(rhs.shape) // features
-
-
 def _casts(plan: JaxprPlan) -> int:
     """How many operands are read in another dtype than they are stored in."""
     states = dict(zip(plan.jaxpr.invars, plan.in_states, strict=True))
@@ -271,26 +262,8 @@ def _casts(plan: JaxprPlan) -> int:
 
 
 def _residual_bytes(fn: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, int]:
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    floats = [i for i, x in enumerate(leaves) if _tree.is_inexact(x)]
-
-    def residuals(*values):
-        def outputs(*values):
-            filled = list(leaves)
-            for i, value in zip(floats, values, strict=True):
-                filled[i] = value
-            args, kwargs = jax.tree.unflatten(tree, filled)
-            outs = jax.tree.leaves(fn(*args, **kwargs))
-            return [x for x in outs if _tree.is_inexact(x)]
-
-        return jax.tree.leaves(jax.vjp(outputs, *values)[1])
-
-    try:
-        found = jax.eval_shape(residuals, *(leaves[i] for i in floats))
-    except (TypeError, ValueError, NotImplementedError):
-        return {}
+    jaxpr = residual_jaxpr(fn, args, kwargs)
     sizes = collections.Counter[str]()
-    for x in found:
-        if hasattr(x, "dtype") and x.dtype != jax.dtypes.float0:
-            sizes[str(x.dtype)] += x.size * x.dtype.itemsize
+    for x in () if jaxpr is None else jaxpr.out_avals:
+        sizes[str(x.dtype)] += x.size * x.dtype.itemsize
     return dict(sizes)

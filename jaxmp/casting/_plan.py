@@ -35,6 +35,7 @@ from jaxmp.casting._states import State, castable_dtype, traced_state
 
 FULL_PRECISION_SCOPE = "jaxmp.full_precision"
 AUTOCAST_SCOPE = "jaxmp.autocast"
+_OWN_SCOPES = frozenset((AUTOCAST_SCOPE, FULL_PRECISION_SCOPE))
 
 
 @dataclasses.dataclass(slots=True)
@@ -131,10 +132,10 @@ def scope_names(eqn: Any) -> tuple[str, ...]:
 
 
 def scopes(eqn: Any) -> tuple[str, ...]:
-    """The name scopes around an equation, normalised, without transformations."""
+    """The user's name scopes around an equation, normalised, without jaxmp's own."""
     stack = eqn.source_info.name_stack.stack
-    names = tuple(part.name for part in stack if type(part).__name__ == "Scope")
-    return _rules.normalise(names)
+    names = (part.name for part in stack if type(part).__name__ == "Scope")
+    return _rules.normalise(tuple(n for n in names if n not in _OWN_SCOPES))
 
 
 def is_backward(eqn: Any) -> bool:

@@ -1,7 +1,8 @@
 """Programs as XLA's own TPU and H100 compilers see them, without the machine."""
 
 from jaxmp.report._audit import audit
-from jaxmp.report._audit_result import Audit, Finding
+from jaxmp.report._audit_findings import Finding
+from jaxmp.report._audit_result import Audit
 from jaxmp.report._audit_widenings import Widening
 from jaxmp.report._batch import BatchSearch, max_batch_size
 from jaxmp.report._chips import Chip, chips
