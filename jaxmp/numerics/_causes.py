@@ -8,7 +8,7 @@ the rule that keeps a layer in float32.
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -25,25 +25,26 @@ class Cause(NamedTuple):
     repair: str
 
 
-def explain(made: Origin, written_as: str, only_in_gradient: bool) -> Cause:
+def explain(
+    made: Origin, derivative_of: str | None, is_hidden: bool, given: Any
+) -> Cause:
     """The cause of an origin of kind `"made"` or `"undefined"`, and its repair.
 
     Args:
       made: the origin.
-      written_as: the primitive that the user's code stands for there; another one than
-        the origin's in the derivative of an operation.
-      only_in_gradient: whether the value that the function returns does not show it.
+      derivative_of: the primitive that it is part of the derivative of, or None.
+      is_hidden: whether the value of the function has it too, but does not show it.
+      given: the equation that made its first operand, or None.
     """
-    site = made.site
-    name = site.primitive
-    is_derivative = name != written_as and written_as in _DERIVATIVES
     if made.kind == "undefined":
         cause, repair = _undefined(made)
-    elif is_derivative and not _is_overflow(made):
-        cause, repair = _derivative(made, written_as)
+    elif derivative_of in _DERIVATIVES and not _is_overflow(made):
+        cause, repair = _derivative(made, derivative_of)
+    elif made.site.primitive == "convert_element_type" and given is not None:
+        cause, repair = _cast_of(made, given)
     else:
-        cause, repair = _OPERATIONS.get(name, _other)(made)
-    if only_in_gradient and name == written_as and not site.is_backward:
+        cause, repair = _OPERATIONS.get(made.site.primitive, _other)(made)
+    if is_hidden and derivative_of is None:
         cause += (
             ". What the function returns does not show it, because a `where`, a `clip` "
             "or a product with zero leaves it out; its gradient is multiplied by 0, "
@@ -53,8 +54,7 @@ def explain(made: Origin, written_as: str, only_in_gradient: bool) -> Cause:
             "Keep the dangerous value out of the operation as well: "
             "safe = jnp.where(ok, x, 1.0); y = jnp.where(ok, f(safe), 0.0). " + repair
         )
-    rule = _rule(made)
-    return Cause(cause, f"{repair} {rule}".strip())
+    return Cause(cause, f"{repair} {_rule(made)}".strip())
 
 
 def layer_path(site: Site) -> str:
@@ -290,6 +290,23 @@ def _cast(made: Origin) -> Cause:
     )
 
 
+def _cast_of(made: Origin, given: Any) -> Cause:
+    """A cast, knowing what made its operand: JAX sums float16 in float32."""
+    if given.primitive.name != "reduce_sum":
+        return _cast(made)
+    (x,), total = given.invars, given.outvars[0]
+    count = math.prod(x.aval.shape) // max(math.prod(total.aval.shape), 1)
+    value = made.operands[0].at
+    typical = made.operands[0].typical if value is None else abs(value)
+    return Cause(
+        _overflows(
+            made, f"the sum of {count} values of about {_number(typical / count)}"
+        ),
+        "Keep the sum in float32: jnp.sum(x, dtype=jnp.float32); for a mean, divide "
+        "before it is cast.",
+    )
+
+
 def _scatter(made: Origin) -> Cause:
     x = made.operands[-1]
     return Cause(
@@ -404,16 +421,15 @@ _DERIVATIVES = {
 }
 
 
-def _derivative(made: Origin, written_as: str) -> Cause:
+def _derivative(made: Origin, derivative_of: str) -> Cause:
     given = ", ".join(map(_at, made.operands[:2]))
+    safe = 0.5 if derivative_of in ("acos", "asin", "atanh") else 1.0
+    norm = " A norm has no gradient at zeros." if "sqrt" in derivative_of else ""
     return Cause(
-        f"the derivative of {written_as} at {_DERIVATIVES[written_as]}: "
+        f"the derivative of {derivative_of} at {_DERIVATIVES[derivative_of]}: "
         f"{made.site.primitive} of {given}. A `where` behind it does not help, since "
         "the gradient is then 0 * inf, which is NaN",
-        "Keep the argument away from there, by an eps inside or by a where before it: "
-        "safe = jnp.where(ok, x, 1.0); y = jnp.where(ok, f(safe), 0.0). A norm has no "
-        "gradient at zeros."
-        if written_as in ("sqrt", "rsqrt", "pow")
-        else "Keep the argument away from there, by a clip to the inside or by a where "
-        "before it: safe = jnp.where(ok, x, 0.5); y = jnp.where(ok, f(safe), 0.0).",
+        "Keep the argument away from there, by an eps inside, a clip, or a where "
+        f"before it: safe = jnp.where(ok, x, {safe}); "
+        f"y = jnp.where(ok, f(safe), 0.0).{norm}",
     )

@@ -1,37 +1,39 @@
 """Runs a program one operation at a time, and lets others look at every result.
 
     class Names(Interpreter):
-        def equation(self, site, operands):
-            results = super().equation(site, operands)
+        def observe(self, site, operands, results):
             print(self.iterations, site.path, site.primitive, site.line, results)
-            return results
 
     program = read_program(fn, args, kwargs, policy="mixed_float16", loss_scale=1024)
     outputs = Names().run_program(program)
 
-`equation` is called for each operation that is carried out, in order, with the values
-of its operands as arrays; calls (`jit`, `checkpoint`, custom rules) and loops are
-entered and never seen themselves. What it returns is what the rest of the program
-gets, so that a subclass may round, replace or wrap the results. `site` is one object
-per place in the program: a dictionary keyed by it sums over the iterations of a loop,
-whose numbers, outermost loop first, are in `self.iterations`. `site.is_backward`,
-`site.path` and `site.line` say where it stands.
+`observe` is called for each operation that was carried out, in order, with the arrays
+that it took and gave; calls (`jit`, `checkpoint`, custom rules) and loops are entered
+and never seen themselves. A subclass that overrides `equation` may round, replace or
+wrap the results: what it returns is what the rest of the program gets.
+
+`site` is one object per place in the program: a dictionary keyed by it sums over the
+iterations of a loop, whose numbers, outermost loop first, are in `self.iterations`.
+`site.is_backward`, `site.path` and `site.line` say where it stands. `program.outputs`
+names the outputs: loss, other outputs, gradients.
 
 Operations are bound eagerly: JAX compiles each once per shape, every result is rounded
 to its dtype, and no rewriting by XLA hides a value. The cost is linear in the number
 of operations that are carried out.
 
-A subclass that wraps values overrides `constant`, `take` and `stack` as well, and
-`concrete` to unwrap the numbers that decide on branches.
+A subclass that wraps values overrides `constant`, `take` and `stack` as well,
+`concrete` to unwrap the numbers that decide on branches, and `shards`.
 
 Sharp edges
 - Effects (`debug.print`, callbacks) happen as often as the program is run.
+- Inside of `shard_map`, floating values have a first axis for the devices, loops and
+  branches are one operation each, and `equation` is not asked.
 - Primitives that hold jaxprs and are not listed in `_ENTER`, such as `pallas_call` and
-  `custom_linear_solve`, are one operation. So is `shard_map`.
+  `custom_linear_solve`, are one operation.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +43,7 @@ import numpy as np
 from jaxmp._jax_internals import jaxpr_consts, open_jaxpr, scan_arity
 from jaxmp.casting._states import is_literal
 from jaxmp.numerics._program import Program
+from jaxmp.numerics._shards import Record, run_shards
 from jaxmp.numerics._site import Site
 
 
@@ -61,7 +64,14 @@ class Interpreter:
 
     def equation(self, site: Site, operands: Sequence[Any]) -> list[Any]:
         """Carries out one operation."""
-        return bind(site.eqn, operands)
+        results = bind(site.eqn, operands)
+        self.observe(site, operands, results)
+        return results
+
+    def observe(
+        self, site: Site, operands: Sequence[Any], results: Sequence[Any]
+    ) -> None:
+        """Looks at an operation that was carried out."""
 
     def constant(self, value: jax.Array, site: Site | None) -> Any:
         """A literal of the equation at `site`, or a constant of the program."""
@@ -89,6 +99,13 @@ class Interpreter:
     def call(self, site: Site, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         """Runs the body of a call, of a branch, or of one iteration."""
         return self.run(jaxpr, operands, site)
+
+    def shards(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+        """Runs a `shard_map` and looks at every operation inside."""
+        outs, records = self.look_into_shards(site, operands)
+        for record in records:
+            self.observe(*record)
+        return outs
 
     # How programs are run
 
@@ -140,9 +157,16 @@ class Interpreter:
             index = int(self.concrete(operands[0]))
             branch = branches[min(max(index, 0), len(branches) - 1)]
             return self.call(site, branch, operands[1:])
+        if name == "shard_map":
+            return self.shards(site, operands)
         if name in _ENTER:
             return self.call(site, params[_ENTER[name]], operands)
         return self.equation(site, operands)
+
+    @property
+    def sites(self) -> Iterable[Site]:
+        """All sites that were met so far."""
+        return self._sites.values()
 
     def site(self, eqn: Any, parent: Site | None) -> Site:
         """The one object that stands for an equation at its place."""
@@ -150,6 +174,18 @@ class Interpreter:
         if key not in self._sites:
             self._sites[key] = Site(eqn, parent)
         return self._sites[key]
+
+    def look_into_shards(
+        self, site: Site, operands: Sequence[Any]
+    ) -> tuple[list[Any], list[Record]]:
+        """Runs a `shard_map`; returns its results and a record of each operation."""
+
+        def run(body, args, record):
+            inside = _Recorder(record)
+            inside._sites = self._sites
+            return inside.run(body, args, site)
+
+        return run_shards(site, operands, run)
 
     def _read(self, env: dict[Any, Any], atom: Any, site: Site | None) -> Any:
         if not is_literal(atom):
@@ -202,6 +238,19 @@ class Interpreter:
                 inside = [*body_consts, *carry]
                 carry = self.call(site, params["body_jaxpr"], inside)
             number += 1
+
+
+class _Recorder(Interpreter):
+    """Runs on tracers: what decides on branches and loops is not known."""
+
+    def __init__(self, record: Callable[..., None]):
+        super().__init__()
+        self.observe = record
+
+    def run_eqn(self, site, operands):
+        if site.primitive in ("scan", "while", "cond", "shard_map"):
+            return self.equation(site, operands)
+        return super().run_eqn(site, operands)
 
 
 # Primitives that call a jaxpr of their own operands, and where they keep it.

@@ -9,8 +9,8 @@ to the operations that made a NaN or an infinity out of finite numbers; the firs
 them in the order of execution is the one.
 
 An infinity that reaches no output is nobody's concern: `-inf` in a mask, `exp` that
-overflows in 1 / (1 + exp(x)), `log(0)` behind a `where`. Nor is an infinite constant of
-the program that comes out as it went in, unless as the loss or a gradient.
+overflows in 1 / (1 + exp(x)), `log(0)` behind a `where`. Nor is an infinite constant or
+argument that comes out as it went in, unless as the loss or a gradient.
 
 Sharp edges
 - Operations are carried out one at a time, in the dtypes that they have; only loops are
@@ -38,7 +38,7 @@ from jaxmp.numerics._provenance import (
     ancestors,
     nonfinite,
 )
-from jaxmp.numerics._walk import first_primitives
+from jaxmp.numerics._walk import first_equations, producer
 
 LOWEST_EXPONENT = -24
 
@@ -189,20 +189,39 @@ def find_nonfinite(
     )
     tracker = Tracker()
     count = sum(output.kind != "gradient" for output in program.outputs)
-    found = _alarm(program, tracker.track(program, count), is_backward=False)
+    found = _alarm(program, tracker.track(program, count))
     if found is None and count < len(program.outputs):
-        found = _alarm(program, tracker.track(program), is_backward=True)
+        in_forward = frozenset(tracker.sites)
+        found = _alarm(program, tracker.track(program), in_forward)
         if found is not None:
-            scale = _finite_scale(program)
-            kind = "divergence" if scale is None else "handled overflow"
-            found = dataclasses.replace(found, kind=kind, finite_at_scale=scale)
+            found = _at_lower_scale(found, program)
     return found or NonfiniteReport(loss_scale=program.loss_scale)
 
 
+def _at_lower_scale(found: NonfiniteReport, program: Program) -> NonfiniteReport:
+    """Tells an overflow of scaled gradients from one that no scale mends."""
+    scale = _finite_scale(program)
+    if scale is None:
+        return found
+    return dataclasses.replace(
+        found,
+        kind="handled overflow",
+        finite_at_scale=scale,
+        cause=f"{found.cause}, under the loss scale {program.loss_scale:g}",
+        repair="Nothing, if it is rare: jaxmp.loss_scaling skips the step and lowers "
+        f"the scale. If the scale gets too low for small gradients: {found.repair}",
+    )
+
+
 def _alarm(
-    program: Program, outs: Sequence[Tracked], is_backward: bool
+    program: Program,
+    outs: Sequence[Tracked],
+    in_forward: frozenset[Any] | None = None,
 ) -> NonfiniteReport | None:
-    """The report on what is not finite among outputs, or None."""
+    """The report on what is not finite among outputs, or None.
+
+    `in_forward` are the sites of the function's value, once gradients are asked about.
+    """
     reached = [
         (output, x.origin)
         for output, x in zip(program.outputs, outs, strict=False)
@@ -211,18 +230,16 @@ def _alarm(
     if not reached:
         return None
     origin = _first(ancestors(origin for _, origin in reached))
-    report = _report(program, origin, is_backward)
+    report = _report(program, origin, in_forward)
     names = tuple(output.name for output, _ in reached)
     return dataclasses.replace(report, reached=names)
 
 
 def _matters(kind: str, origin: Origin) -> bool:
-    """Whether an output may not be what it is: any NaN, and any Inf that was made."""
+    """Whether an output may not be as it is: any NaN, and any Inf that was made."""
     if kind in ("loss", "gradient") or origin.what == "NaN":
         return True
-    return any(source.kind != "passed" for source in ancestors([origin])) and not all(
-        source.kind in ("constant", "passed") for source in ancestors([origin])
-    )
+    return any(source.kind in ("made", "undefined") for source in ancestors([origin]))
 
 
 def _first(origins: Sequence[Origin]) -> Origin:
@@ -233,7 +250,9 @@ def _first(origins: Sequence[Origin]) -> Origin:
     return origins[0]
 
 
-def _report(program: Program, origin: Origin, is_backward: bool) -> NonfiniteReport:
+def _report(
+    program: Program, origin: Origin, in_forward: frozenset[Any] | None
+) -> NonfiniteReport:
     site = origin.site
     line = None if site is None else site.line
     if origin.kind == "input":
@@ -243,10 +262,16 @@ def _report(program: Program, origin: Origin, is_backward: bool) -> NonfiniteRep
             "(jaxmp.loss_scaling does), or a batch with a missing value."
         )
     elif origin.kind in ("made", "undefined") and site is not None:
-        first: dict[Any, str] = first_primitives(program.jaxpr)
-        traceback = site.eqn.source_info.traceback
-        written_as: str = first.get(traceback, site.primitive)
-        cause, repair = explain(origin, written_as, is_backward)
+        is_hidden = in_forward is not None and site.root in in_forward
+        is_later = in_forward is not None and not is_hidden
+        first = first_equations(program.jaxpr)
+        written = first.get(site.eqn.source_info.traceback, site.eqn)
+        cause, repair = explain(
+            origin,
+            derivative_of=_derivative_of(site, written, is_later),
+            is_hidden=is_hidden,
+            given=producer(program.jaxpr, site.eqn),
+        )
     else:
         cause = f"a constant of the program is {origin.what}"
         repair = (
@@ -264,7 +289,7 @@ def _report(program: Program, origin: Origin, is_backward: bool) -> NonfiniteRep
         file=None if line is None else line.file,
         line=None if line is None else line.number,
         function=None if line is None else line.function,
-        is_backward=is_backward,
+        is_backward=in_forward is not None or (site is not None and site.is_backward),
         iterations=origin.iterations,
         operands=origin.operands,
         result=origin.result,
@@ -272,6 +297,18 @@ def _report(program: Program, origin: Origin, is_backward: bool) -> NonfiniteRep
         repair=repair,
         loss_scale=program.loss_scale,
     )
+
+
+def _derivative_of(site: Any, written: Any, is_later: bool) -> str | None:
+    """The primitive whose derivative an operation is part of, or None.
+
+    `written` is the first operation with its traceback. Another one in the same place
+    is of the derivative, unless a Python loop has written the same again.
+    """
+    name = written.primitive.name
+    if written is site.eqn or (name == site.primitive and not is_later):
+        return None
+    return name
 
 
 class _CompiledLoops(Interpreter):

@@ -136,9 +136,7 @@ class Tracker(Interpreter):
         at = _first_nonfinite(result)
         return dataclasses.replace(
             origin,
-            operands=tuple(
-                describe(x, at if x.shape == result.shape else None) for x in values
-            ),
+            operands=tuple(describe(x, _index_in(x.shape, at)) for x in values),
             result=describe(result, at),
         )
 
@@ -183,6 +181,29 @@ class Tracker(Interpreter):
             if outs is not None:
                 return outs
         return super().call(site, jaxpr, operands)
+
+    def shards(self, site, operands):
+        def whole(*values):
+            return bind(site.eqn, values)
+
+        outs = self._finite_results(id(site.eqn), whole, operands)
+        if outs is not None:
+            return outs
+        outs, records = self.look_into_shards(site, [x.value for x in operands])
+        parents = [x.origin for x in operands if x.origin is not None]
+        for inside in records:
+            self._count += 1
+            found = nonfinite(inside.results)
+            if any(found) and not any(nonfinite(inside.operands)):
+                parents += [
+                    self._origin(inside.site, inside.operands, x, what, [], True)
+                    for x, what in zip(inside.results, found, strict=True)
+                    if what
+                ]
+        return [
+            Tracked(x, Origin("passed", what, tuple(parents)) if what else None)
+            for x, what in zip(outs, nonfinite(outs), strict=True)
+        ]
 
     def _finite_results(self, key, run, operands) -> list[Tracked] | None:
         """The results of a compiled run; None unless all is finite, before and after."""
@@ -296,6 +317,14 @@ def _to_blame(site, operands, results) -> tuple[list[Origin], bool]:
 def _first_nonfinite(x: Any) -> tuple[int, ...]:
     mask = np.asarray(~jnp.isfinite(x))
     return tuple(map(int, np.unravel_index(int(np.argmax(mask)), mask.shape)))
+
+
+def _index_in(shape: tuple[int, ...], at: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where an operand of elementwise operations has the element; it may broadcast."""
+    if len(shape) != len(at):
+        return None
+    index = tuple(0 if n == 1 else i for i, n in zip(at, shape, strict=True))
+    return index if all(i < n for i, n in zip(index, shape, strict=True)) else None
 
 
 def describe(x: Any, at: tuple[int, ...] | None = None) -> Operand:

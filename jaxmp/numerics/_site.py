@@ -1,6 +1,7 @@
 """Where an operation stands: its module path, the user's line, its direction."""
 
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
 from jaxmp.casting._plan import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, is_backward
@@ -10,10 +11,13 @@ _OWN_SCOPES = frozenset(
     (AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, "checkpoint", "rematted_computation")
 )
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex", "equinox", "haiku", "jaxmp")
-_PACKAGES = tuple(
-    f"/{folder}/{name}/"
-    for folder in ("site-packages", "dist-packages")
-    for name in _LIBRARIES
+_FOLDERS = (
+    f"{pathlib.Path(__file__).parents[1].as_posix()}/",
+    *(
+        f"/{folder}/{name}/"
+        for folder in ("site-packages", "dist-packages")
+        for name in _LIBRARIES
+    ),
 )
 
 
@@ -45,6 +49,11 @@ class Site:
     def primitive(self) -> str:
         """Name of the primitive."""
         return self.eqn.primitive.name
+
+    @property
+    def root(self) -> "Site":
+        """The outermost call or loop that it is in, or itself."""
+        return self if self.parent is None else self.parent.root
 
     @functools.cached_property
     def scopes(self) -> tuple[str, ...]:
@@ -98,4 +107,4 @@ def _in_jax(file: str) -> bool:
 @functools.cache
 def _in_library(file: str) -> bool:
     file = file.replace("\\", "/")
-    return file.startswith("<frozen") or any(name in file for name in _PACKAGES)
+    return file.startswith("<frozen") or any(name in file for name in _FOLDERS)

@@ -16,15 +16,20 @@ def walk(jaxpr: Any) -> Iterator[Any]:
                     yield from walk(inner)
 
 
-def first_primitives(jaxpr: Any) -> dict[Any, str]:
-    """The first primitive that was traced in each place of the source.
+def first_equations(jaxpr: Any) -> dict[Any, Any]:
+    """The first equation that was traced in each place of the source.
 
     JAX gives the operations of a derivative the traceback of the operation that they
     are the derivative of, which comes before them.
     """
-    found: dict[Any, str] = {}
+    found: dict[Any, Any] = {}
     for eqn in walk(jaxpr):
         traceback = eqn.source_info.traceback
         if traceback is not None:
-            found.setdefault(traceback, eqn.primitive.name)
+            found.setdefault(traceback, eqn)
     return found
+
+
+def producer(jaxpr: Any, eqn: Any) -> Any:
+    """The equation that made the first operand of another, or None."""
+    return next((e for e in walk(jaxpr) if eqn.invars[0] in e.outvars), None)
