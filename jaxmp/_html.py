@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 90em;
@@ -41,6 +41,16 @@ def page(title: str, *parts: str) -> str:
         f"<h1>{html.escape(title)}</h1>{''.join(parts)}"
         f"<script>{_FILTER}</script></body></html>\n"
     )
+
+
+def writer(title: str, *parts: str) -> Callable[[str], None]:
+    """Returns what writes a page into a file that it is given."""
+
+    def write(path: str) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page(title, *parts))
+
+    return write
 
 
 def heading(text: str) -> str:

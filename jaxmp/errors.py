@@ -169,6 +169,10 @@ class ShardingMismatch(JaxmpError, ValueError):
     """A step is divided over another number of devices than its target has."""
 
 
+class InvalidStep(JaxmpError, ValueError):
+    """What the command line names is no function that makes a step."""
+
+
 class BatchSearchError(JaxmpError, ValueError):
     """A search for the largest batch has no batch to try, or no memory to fill."""
 
@@ -179,6 +183,13 @@ class MissingPackage(JaxmpError, ImportError):
 
 class CompilerFailed(JaxmpError, RuntimeError):
     """The compiler of a target failed, or ended without an answer."""
+
+
+# Assertions
+
+
+class InvalidAssertion(JaxmpError, ValueError):
+    """An assertion of `jaxmp.testing` was asked for what it cannot check."""
 
 
 # Numerics

@@ -27,7 +27,7 @@ from jaxmp.report._targets import Target, read_target, target_devices
 from jaxmp.report._views import bar_chart, report_page, report_text
 from jaxmp.report._worker import Answer
 
-_PACKAGE = str(Path(__file__).parent.parent)
+_FOREIGN = (str(Path(__file__).parent.parent), "<")
 _WRAPPERS = re.compile(r"^jit\(call\)/call_exported/")
 
 
@@ -298,7 +298,7 @@ def users_line(
 ) -> str:
     """The innermost line of a user's code that an instruction comes from."""
     lines = program.source(instruction, computation)
-    own = [x for x in lines if "-packages/" not in x and not x.startswith(_PACKAGE)]
+    own = [x for x in lines if "-packages/" not in x and not x.startswith(_FOREIGN)]
     return (own or lines or ("",))[-1]
 
 

@@ -78,8 +78,8 @@ def bar_chart(rows: Sequence["Row"]) -> bytes:
     )
     places = range(len(shown))[::-1]
     left = [0.0] * len(shown)
-    for kind, color in (("arguments", "#9aa5b1"), ("temp", "#2a6fba")):
-        sizes = [(getattr(row, kind) or 0) / GIB for row in shown]
+    for kind, color in _PARTS.items():
+        sizes = [_part(row, kind) / GIB for row in shown]
         axes[0].barh(places, sizes, left=left, label=kind, color=color)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for place, row, end in zip(places, shown, left, strict=True):
@@ -87,7 +87,7 @@ def bar_chart(rows: Sequence["Row"]) -> bytes:
     axes[0].set_yticks(places, labels)
     axes[0].set_xlabel("GiB at the peak")
     axes[0].legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False
     )
     times = [1e3 * row.roofline.seconds if row.roofline else 0.0 for row in shown]
     axes[1].barh(places, times, color="#2a8a3e")
@@ -102,6 +102,16 @@ def bar_chart(rows: Sequence["Row"]) -> bytes:
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
     return buffer.getvalue()
+
+
+_PARTS = {"arguments": "#9aa5b1", "temp": "#2a6fba", "results": "#e0a030"}
+
+
+def _part(row: "Row", kind: str) -> int:
+    """Bytes of a part of the peak; results that reuse an argument are none."""
+    if kind == "results":
+        return (row.peak or 0) - (row.arguments or 0) - (row.temp or 0)
+    return getattr(row, kind) or 0
 
 
 def import_pyplot() -> Any:

@@ -1,0 +1,167 @@
+"""What this machine's devices can do in half precision, and what to use there."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxmp import _html, _table
+from jaxmp.cli._output import Output
+from jaxmp.policy import policy_name_for
+from jaxmp.report import chips, has_target, targets
+from jaxmp.report._chips import Chip, chip_of
+
+KINDS = ("emulated", "no-targets")
+
+_PACKAGES = (
+    "jaxmp",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "jmp",
+    "chex",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+)
+_DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
+WHEN_HALF_DOES_NOT_HELP = (
+    "Half precision saves time where matmuls or memory traffic are what a step waits "
+    "for. It brings little to a small model (launches and the host dominate), to an "
+    "input pipeline that is the bottleneck, to embedding lookups and optimizers that "
+    "stay in float32, and to matmuls whose sizes are not multiples of 8 (GPU) or 128 "
+    "(TPU). `jaxmp audit` shows the sizes, `jaxmp report` how much there is to gain."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command: it has none of its own."""
+
+
+def run(options: argparse.Namespace) -> Output:
+    """Looks at the machine."""
+    versions = _versions()
+    devices = [_device(device) for device in _unlike_devices()]
+    notes = [*_notes(devices), WHEN_HALF_DOES_NOT_HELP]
+    installed = {name: has_target(name) for name in targets() if name in chips}
+    data = {
+        "versions": versions,
+        "devices": devices,
+        "targets": installed,
+        "notes": notes,
+    }
+    kinds = {"emulated"} if all(device["emulated"] for device in devices) else set()
+    if not all(installed.values()):
+        kinds.add("no-targets")
+    return Output(_text(data), data, _page(data), frozenset(kinds))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _unlike_devices() -> list[Any]:
+    return list({device.device_kind: device for device in jax.local_devices()}.values())
+
+
+def _device(device: Any) -> dict[str, Any]:
+    chip = chip_of(device.device_kind)
+    is_emulated = device.platform == "cpu"
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "count": sum(d.device_kind == device.device_kind for d in jax.local_devices()),
+        "emulated": is_emulated,
+        "rates": {} if chip is None else _rates(chip),
+        "source": "" if chip is None else chip.source,
+        "policy": policy_name_for(device),
+    }
+
+
+def _rates(chip: Chip) -> dict[str, float]:
+    """Rates of matmuls relative to float32 as JAX multiplies it by default."""
+    whole = chip.matmul_rate("float32")
+    strict = chip.matmul_rate("float32", "highest")
+    rates = {dtype: chip.matmul_rate(dtype) / whole for dtype in _DTYPES}
+    return rates | {"float32 at precision highest": strict / whole}
+
+
+def _notes(devices: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    if all(device["emulated"] for device in devices):
+        notes.append(
+            "The CPU emulates half precision: it saves no time here. Results are those "
+            "of a GPU or TPU but for the order of sums, so programs can be tested."
+        )
+    for device in devices:
+        if device["platform"] == "tpu":
+            notes.append(
+                "A TPU multiplies float32 matrices in bfloat16 unless "
+                "jax_default_matmul_precision says otherwise: bfloat16 saves memory "
+                "and traffic here, not FLOPs."
+            )
+    config: Any = jax.config
+    if config.jax_enable_x64:
+        notes.append("jax_enable_x64 is on: float64 arrays of JAX are never cast.")
+    if config.jax_default_matmul_precision:
+        notes.append(
+            f"jax_default_matmul_precision={config.jax_default_matmul_precision!r}: "
+            "it sets how float32 matmuls are computed, whatever the policy."
+        )
+    if flags := os.environ.get("XLA_FLAGS"):
+        notes.append(f"XLA_FLAGS={flags!r} is set and changes what XLA compiles.")
+    return notes
+
+
+def _text(data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {x}" for name, x in data["versions"].items())
+    installed = [name for name, there in data["targets"].items() if there]
+    missing = [name for name, there in data["targets"].items() if not there]
+    lines = [versions, "", _table.text_table(*_device_table(data))]
+    lines += ["", f"Compile targets installed: {', '.join(installed) or 'none'}"]
+    if missing:
+        told = f"{', '.join(missing)} (pip install 'jaxmp[targets]')"
+        lines.append(f"Compile targets not installed: {told}")
+    return "\n".join([*lines, *(f"\n{note}" for note in data["notes"])])
+
+
+def _page(data: dict[str, Any]) -> Callable[[str], None]:
+    return _html.writer(
+        "This machine and half precision",
+        _html.table(("package", "version"), data["versions"].items()),
+        _html.table(*_device_table(data)),
+        _html.table(("compile target", "installed"), data["targets"].items()),
+        *map(_html.paragraph, data["notes"]),
+    )
+
+
+def _device_table(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    columns = ["device", "number", *(f"{dtype} x float32" for dtype in _DTYPES)]
+    rows = [
+        [
+            device["device"],
+            str(device["count"]),
+            *(_rate(device, dtype) for dtype in _DTYPES),
+            device["policy"],
+        ]
+        for device in data["devices"]
+    ]
+    return [*columns, "recommended policy"], rows
+
+
+def _rate(device: dict[str, Any], dtype: str) -> str:
+    if device["emulated"]:
+        return "emulated"
+    rate = device["rates"].get(dtype)
+    return "unknown" if rate is None else f"{rate:.3g}"

@@ -1,0 +1,116 @@
+"""Finds the step that `module:function` names."""
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from jaxmp.errors import InvalidStep
+
+HELP = (
+    "MODULE:FUNCTION or FILE.py:FUNCTION; the function takes a policy, or nothing, and "
+    "returns (step, *args): arrays or jax.ShapeDtypeStructs will do"
+)
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """Imports a function.
+
+    Args:
+      spec: such as `"examples.train:make_step"` or `"examples/train.py:make_step"`.
+
+    Raises:
+      InvalidStep: if there is no such module or function.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise InvalidStep(
+            f"{spec!r} names no function. Write MODULE:FUNCTION, such as "
+            "train:make_step, or FILE.py:FUNCTION."
+        )
+    module = _import(module_name)
+    function = module
+    for part in name.split("."):
+        if not hasattr(function, part):
+            names = [n for n in vars(module) if callable(getattr(module, n))]
+            near = difflib.get_close_matches(part, names, n=3)
+            meant = f" Did you mean {', '.join(near)}?" if near else ""
+            raise InvalidStep(f"{module_name} has no {part!r}.{meant}")
+        function = getattr(function, part)
+    if not callable(function):
+        raise InvalidStep(f"{spec} is {function!r}, which cannot be called.")
+    return function
+
+
+def takes_policy(function: Callable[..., Any]) -> bool:
+    """Whether a function that makes a step is to be given a policy."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.name == "policy" or p.default is p.empty for p in parameters)
+
+
+def make_step(function: Callable[..., Any], *policy: Any) -> tuple[Any, ...]:
+    """Calls a function that makes a step, and checks what it returned.
+
+    Raises:
+      InvalidStep: if it raises, or returns anything but `(step, *args)`.
+    """
+    name = getattr(function, "__name__", function)
+    try:
+        made = function(*policy)
+    except Exception as error:
+        raise InvalidStep(
+            f"{name}({', '.join(map(repr, policy))}) raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, tuple) or not made or not callable(made[0]):
+        raise InvalidStep(
+            f"{name} returned {type(made).__name__}, not a tuple of the step and its "
+            "arguments. Write: return step, params, opt_state, batch"
+        )
+    return made
+
+
+def stay_on_cpu() -> None:
+    """Keeps accelerators free where nothing is run; a user's choice comes first."""
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _import(name: str) -> ModuleType:
+    # What lies in the folder that the command is called in can be imported.
+    sys.path.insert(0, os.getcwd())
+    try:
+        if name.endswith(".py"):
+            return _import_file(name)
+        return importlib.import_module(name)
+    except Exception as error:
+        raise InvalidStep(
+            f"{name!r} cannot be imported: {type(error).__name__}: {error}. The folder "
+            f"{os.getcwd()} was searched first."
+        ) from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(os.getcwd())
+
+
+def _import_file(path: str) -> ModuleType:
+    name = os.path.splitext(os.path.basename(path))[0]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

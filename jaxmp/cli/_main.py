@@ -1,0 +1,73 @@
+"""Reads the command line, runs a command, and shows its result."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from jaxmp.cli import _audit, _doctor, _policy, _report
+from jaxmp.errors import JaxmpError
+
+_COMMANDS = {
+    "doctor": _doctor,
+    "policy": _policy,
+    "report": _report,
+    "audit": _audit,
+}
+_FOUND, _FAILED = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: of the command line, without the program's name; by default those of
+        this process.
+
+    Returns:
+      The exit status: 0, 1 if something was found that `--fail-on` names, 2 if the
+      command could not run.
+
+    Example:
+      >>> from jaxmp.cli import main
+      >>> main(["policy", "float32", "--json"])  # doctest: +ELLIPSIS
+      {
+      ...
+      }
+      0
+    """
+    options = _parser().parse_args(arguments)
+    command = _COMMANDS[options.command]
+    try:
+        output = command.run(options)
+        if options.html:
+            output.to_html(options.html)
+    except (JaxmpError, OSError) as error:
+        print(f"jaxmp {options.command}: {error}", file=sys.stderr)
+        return _FAILED
+    print(json.dumps(output.data, indent=2) if options.json else output.text)
+    found = sorted(output.kinds.intersection(options.fail_on))
+    if found:
+        print(f"jaxmp {options.command}: found {', '.join(found)}", file=sys.stderr)
+    return _FOUND if found else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxmp", description="Mixed precision for JAX, looked at."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        first = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(name, help=first, description=module.__doc__)
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--html", metavar="FILE", help="write a page, too")
+        command.add_argument(
+            "--fail-on",
+            action="append",
+            default=[],
+            choices=module.KINDS,
+            help="exit with status 1 if this was found; may be repeated",
+        )
+    return parser

@@ -1,0 +1,77 @@
+"""What a policy means: its dtypes, its loss scale, and what is spelled the same."""
+
+import argparse
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmp import _html, _table
+from jaxmp.cli._output import Output
+from jaxmp.policy import Policy, get_policy
+
+KINDS = ("loss-scaling", "half-params")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument(
+        "policy",
+        help='such as mixed_float16, bf16-mixed or "params=float32,compute=bfloat16"',
+    )
+
+
+def run(options: argparse.Namespace) -> Output:
+    """Explains the policy."""
+    policy = get_policy(options.policy)
+    data = describe(policy)
+    rows = [(name, str(value)) for name, value in data.items()]
+    kinds = set()
+    if data["loss scale"] != "none":
+        kinds.add("loss-scaling")
+    if _is_half(policy.param_dtype):
+        kinds.add("half-params")
+    return Output(
+        _table.text_table(("", "policy"), rows),
+        data,
+        _html.writer(f"Policy {options.policy}", _html.table(("", "policy"), rows)),
+        frozenset(kinds),
+    )
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """What a policy means, by what is asked of it."""
+    compute = jnp.finfo(policy.compute_dtype)
+    half = _is_half(policy.param_dtype)
+    return {
+        "written out": str(policy),
+        "parameters": jnp.dtype(policy.param_dtype).name,
+        "compute": jnp.dtype(policy.compute_dtype).name,
+        "outputs": jnp.dtype(policy.output_dtype).name,
+        "matmul precision": str(policy.matmul_precision or "the device's default"),
+        "largest number": f"{float(compute.max):.6g}",
+        "smallest normal number": f"{float(compute.tiny):.6g}",
+        "relative rounding": f"{float(compute.eps) / 2:.3g}",
+        "bytes per parameter": jnp.dtype(policy.param_dtype).itemsize,
+        "loss scale": _loss_scale(policy),
+        "master weights": (
+            "needed: jaxmp.master_weights(optimizer)" if half else "not needed"
+        ),
+    }
+
+
+def _loss_scale(policy: Policy) -> str:
+    if jnp.dtype(policy.compute_dtype) != jnp.float16:
+        return "none"
+    import inspect
+
+    from jaxmp.loss_scale import dynamic_loss_scaling
+
+    defaults = inspect.signature(dynamic_loss_scaling).parameters
+    first, interval = (
+        defaults[name].default for name in ("init_scale", "growth_interval")
+    )
+    return f"dynamic: starts at {first:g}, doubles after {interval} good steps"
+
+
+def _is_half(dtype: Any) -> bool:
+    return jnp.dtype(dtype).itemsize < 4

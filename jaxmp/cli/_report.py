@@ -1,0 +1,64 @@
+"""What a step costs on machines that are not there, under each policy.
+
+XLA's own compilers for the H100 and for TPUs are run; nothing is executed. They come
+with: pip install 'jaxmp[targets]'.
+"""
+
+import argparse
+from pathlib import Path
+
+from jaxmp.cli._load import HELP, load_function, make_step, stay_on_cpu, takes_policy
+from jaxmp.cli._output import Output
+from jaxmp.report import StepReport, compile_step, compile_step_of
+
+KINDS = ("does-not-fit",)
+_LOCAL = ("gpu", "tpu")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("step", help=HELP)
+    parser.add_argument(
+        "--target",
+        action="append",
+        help="such as h100, tpu-v5e, tpu-v5e:16; may be repeated (h100 and tpu-v5e)",
+    )
+    parser.add_argument(
+        "--policy",
+        action="append",
+        help="may be repeated (float32, mixed_bfloat16 and mixed_float16)",
+    )
+    parser.add_argument(
+        "--donate",
+        type=int,
+        nargs="*",
+        help="positions of arguments that the step may overwrite",
+    )
+    parser.add_argument("--png", metavar="FILE", help="write a bar chart, too")
+    parser.add_argument("--no-cache", action="store_true", help="compile everything")
+
+
+def run(options: argparse.Namespace) -> Output:
+    """Compiles the step."""
+    chosen = options.target or ["h100", "tpu-v5e"]
+    if not any(target.partition(":")[0] in _LOCAL for target in chosen):
+        stay_on_cpu()
+    told = _compile(options, chosen)
+    if options.png:
+        told.to_png(Path(options.png))
+    too_large = any(row.fits is False for row in told.rows)
+    kinds = frozenset(KINDS if too_large else ())
+    return Output(str(told), told.to_rows(), told.to_html, kinds)
+
+
+def _compile(options: argparse.Namespace, chosen: list[str]) -> StepReport:
+    function = load_function(options.step)
+    settings = {
+        "policies": options.policy or ["float32", "mixed_bfloat16", "mixed_float16"],
+        "targets": chosen,
+        "donate_argnums": options.donate,
+        "cache": not options.no_cache,
+    }
+    if takes_policy(function):
+        return compile_step_of(lambda policy: make_step(function, policy), **settings)
+    return compile_step(*make_step(function), **settings)
