@@ -1,13 +1,29 @@
-"""What tests of mixed precision need: a zoo of networks, and a look into jaxprs."""
+"""What tests of mixed precision need: assertions, networks, a look into jaxprs."""
 
 from typing import TYPE_CHECKING, Any
 
+from jaxmp.testing._assertions import (
+    assert_matmuls_in,
+    assert_max_traces,
+    assert_no_upcast,
+    assert_precision_close,
+)
 from jaxmp.testing._jaxpr import Matmul, equations, matmuls
 
 if TYPE_CHECKING:
     from jaxmp.testing._zoo import ZooModel, zoo
 
-__all__ = ["ZooModel", "zoo", "Matmul", "equations", "matmuls"]
+__all__ = [
+    "assert_no_upcast",
+    "assert_matmuls_in",
+    "assert_max_traces",
+    "assert_precision_close",
+    "ZooModel",
+    "zoo",
+    "Matmul",
+    "equations",
+    "matmuls",
+]
 
 
 # The zoo imports Flax.

@@ -1,0 +1,283 @@
+"""Assertions about precision, for people's own tests, in the manner of chex.
+
+Each raises an `AssertionError` that begins with `[jaxmp] Assertion <name> failed:` and
+names the line, or the leaf, that is at fault.
+"""
+
+import collections
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.errors import InvalidAssertion
+from jaxmp.policy._dtypes import read_dtype
+from jaxmp.report import audit
+
+_MOST = 5
+
+
+def assert_no_upcast(
+    fn: Callable[..., Any], *args: Any, policy: Any = None, **kwargs: Any
+) -> None:
+    """Checks that no half value of a program silently becomes float32.
+
+    Casts that are written down are none of these; `jaxmp.report.audit` tells more.
+
+    Args:
+      fn: a loss, a training step, or any other function that can be jitted.
+      *args: what it is called with: trees of arrays, `jax.ShapeDtypeStruct`s, Python
+        numbers and nnx modules. Nothing is computed.
+      policy: what the program is meant to compute in; as for `audit`.
+      **kwargs: as `args`.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: with every upcast, its line, its culprit and its repair.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from jaxmp.testing import assert_no_upcast
+      >>> x = jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)
+      >>> assert_no_upcast(lambda x: x * 0.5 @ x, x)
+      >>> assert_no_upcast(lambda x: x * np.float32(0.5) @ x, x)
+      Traceback (most recent call last):
+      AssertionError: [jaxmp] Assertion assert_no_upcast failed: ...
+    """
+    found = audit(fn, *args, policy=policy, **kwargs).findings
+    upcasts = [finding for finding in found if finding.kind == "upcast"]
+    if upcasts:
+        count = "1 upcast" if len(upcasts) == 1 else f"{len(upcasts)} upcasts"
+        _fail("assert_no_upcast", f"{count} in the program.{_list(upcasts)}")
+
+
+def assert_matmuls_in(
+    dtype: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    """Checks that every floating matmul and convolution of a program is in one dtype.
+
+    Args:
+      dtype: that of both operands of each; in what dtype they accumulate is free.
+      fn: a loss, a training step, or any other function that can be jitted.
+      *args: what it is called with; as for `assert_no_upcast`.
+      **kwargs: as `args`.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: with the lines of those in another dtype, or if there are no
+        matmuls at all.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> from jaxmp.testing import assert_matmuls_in
+      >>> w = jnp.ones((8, 8))
+      >>> assert_matmuls_in("float32", jnp.matmul, w, w)
+      >>> assert_matmuls_in("bfloat16", jaxmp.autocast(jnp.matmul), w, w)
+    """
+    name = str(_dtype(dtype))
+    matmuls = [
+        m
+        for m in audit(fn, *args, **kwargs).matmuls
+        if all(jnp.issubdtype(d, jnp.floating) for d in m.operands)
+    ]
+    if not matmuls:
+        _fail("assert_matmuls_in", "the program has no floating matmul.")
+    wrong = collections.Counter[str]()
+    for m in matmuls:
+        if m.operands != (name, name):
+            dtypes = " and ".join(dict.fromkeys(m.operands))
+            inside = f" in {m.path}" if m.path else ""
+            wrong[f"{m.source}: {m.operation} of {dtypes}{inside}"] += m.times
+    if wrong:
+        lines = [f"{line} ({times} x)" for line, times in wrong.items()]
+        share = f"{wrong.total()} of {sum(m.times for m in matmuls)}"
+        _fail("assert_matmuls_in", f"{share} matmuls are not in {name}.{_list(lines)}")
+
+
+def assert_max_traces(
+    fn: Callable[..., Any] | int | None = None, n: int | None = None
+) -> Callable[..., Any]:
+    """Makes a function fail when JAX traces it more than `n` times.
+
+    It goes inside of `jax.jit`, around the function itself. Calls without tracers, as
+    with `jax.disable_jit()`, do not count.
+
+    Args:
+      fn: the function; left out in a decorator, `@assert_max_traces(n=1)`.
+      n: how many traces are allowed.
+
+    Returns:
+      The function, which counts its traces; or a decorator.
+
+    Raises:
+      InvalidAssertion: if `n` is no count, or `fn` is jitted already.
+      AssertionError: when called: with the shapes and dtypes of the trace too many.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxmp.testing import assert_max_traces
+      >>> double = jax.jit(assert_max_traces(lambda x: 2 * x, n=1))
+      >>> double(jnp.ones(2)).shape, double(jnp.zeros(2)).shape
+      ((2,), (2,))
+      >>> double(jnp.ones(3))
+      Traceback (most recent call last):
+      AssertionError: [jaxmp] Assertion assert_max_traces failed: ...
+    """
+    if isinstance(fn, int) and n is None:
+        fn, n = None, fn
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise InvalidAssertion(
+            f"assert_max_traces() takes a count of traces, and n={n!r} is none. "
+            "Write assert_max_traces(fn, n=1)."
+        )
+    if fn is None:
+        return functools.partial(assert_max_traces, n=n)
+    if not callable(fn) or hasattr(fn, "lower"):
+        raise InvalidAssertion(
+            f"assert_max_traces() goes inside of jax.jit, and {fn!r} is "
+            f"{'jitted already' if callable(fn) else 'no function'}. "
+            "Write jax.jit(assert_max_traces(fn, n=1))."
+        )
+    return _counting(fn, n)
+
+
+def _counting(fn: Callable[..., Any], n: int) -> Callable[..., Any]:
+    traces: list[str] = []
+
+    @functools.wraps(fn)
+    def counted(*args, **kwargs):
+        leaves = jax.tree.leaves((args, kwargs))
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            traces.append(", ".join(map(_typed, leaves)))
+        if len(traces) > n:
+            name = getattr(fn, "__name__", repr(fn))
+            _fail(
+                "assert_max_traces",
+                f"{name!r} is traced {len(traces)} times, and {n} allowed. What "
+                f"differs from one line to the next causes it:{_list(traces)}",
+            )
+        return fn(*args, **kwargs)
+
+    return counted
+
+
+def assert_precision_close(
+    actual: Any,
+    expected: Any,
+    *,
+    dtype: Any = "bfloat16",
+    roundings: float = 4.0,
+    atol: float = 0.0,
+) -> None:
+    """Checks that two trees are equal but for the rounding of a half dtype.
+
+    The Euclidean distance of each floating leaf is compared with the norm of what is
+    expected, for single elements that are close to zero have no digits in common. Other
+    leaves have to be equal.
+
+    Args:
+      actual: a tree of arrays, computed in `dtype`; stored in any floating dtype.
+      expected: the same tree, computed in float32.
+      dtype: the dtype whose rounding is allowed for.
+      roundings: how many times the distance from 1 to the next number in `dtype` is
+        allowed, relative to the norm of each leaf: 0.8 % in bfloat16, 0.1 % in float16.
+        An operation rounds by half of that at most; a network of some layers needs
+        about four.
+      atol: what is allowed to each element besides.
+
+    Returns:
+      None.
+
+    Raises:
+      InvalidAssertion: if `dtype` is no floating dtype.
+      AssertionError: with the path of each leaf that is too far off, and by how much.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmp.testing import assert_precision_close
+      >>> x = {"w": jnp.linspace(1.0, 2.0, 5)}
+      >>> assert_precision_close({"w": x["w"].astype(jnp.bfloat16)}, x)
+      >>> assert_precision_close({"w": x["w"] * 1.1}, x)
+      Traceback (most recent call last):
+      AssertionError: [jaxmp] Assertion assert_precision_close failed: ...
+    """
+    name = "assert_precision_close"
+    dtype = _dtype(dtype)
+    allowed = roundings * float(jnp.finfo(dtype).eps)
+    structures = jax.tree.structure(actual), jax.tree.structure(expected)
+    if structures[0] != structures[1]:
+        _fail(name, f"the trees differ: {structures[0]} and {structures[1]}.")
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(actual),
+        jax.tree.leaves(expected),
+        strict=True,
+    )
+    off = [
+        f"{_tree.path_string(path) or 'the array'} {told}"
+        for (path, x), y in pairs
+        if (told := _difference(np.asarray(x), np.asarray(y), allowed, atol))
+    ]
+    if off:
+        limit = f"{roundings:g} roundings of {dtype}, {allowed:.2%} of the norm"
+        count = f"{len(off)} of {structures[1].num_leaves}"
+        _fail(name, f"{count} leaves are not within {limit}.{_list(off)}")
+
+
+def _difference(x: Any, y: Any, allowed: float, atol: float) -> str:
+    """How a leaf differs by more than is allowed; empty if it does not."""
+    if x.shape != y.shape:
+        return f"has the shape {x.shape}, and {y.shape} is expected"
+    if not all(jnp.issubdtype(z.dtype, jnp.inexact) for z in (x, y)):
+        return "" if np.array_equal(x, y) else "differs, and is no floating array"
+    kind = complex if jnp.issubdtype(x.dtype, jnp.complexfloating) else float
+    x, y = x.astype(kind), y.astype(kind)
+    finite = np.isfinite(y)
+    if not np.array_equal(x[~finite], y[~finite], equal_nan=True):
+        return "is not NaN or infinite where that is expected"
+    if not np.isfinite(x[finite]).all():
+        count = np.count_nonzero(~np.isfinite(x[finite]))
+        return f"has {count} elements that are NaN or infinite"
+    x, y = np.where(finite, x, 0), np.where(finite, y, 0)
+    far, size = float(np.linalg.norm(x - y)), float(np.linalg.norm(y))
+    if far <= allowed * size + atol * x.size**0.5:
+        return ""
+    place = np.unravel_index(np.argmax(abs(x - y)), x.shape)
+    at = f" at {list(map(int, place))}" if x.shape else ""
+    relative = f"{far / size:.2%} off" if size else f"{far:.3g} from zero"
+    found, wanted = x[place], y[place]
+    return f"is {relative}; the furthest element{at} is {found:.6g}, not {wanted:.6g}"
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    found = read_dtype(dtype)
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise InvalidAssertion(
+            f"{dtype!r} is no floating dtype. Write 'bfloat16', 'float16', 'float32', "
+            "or a dtype such as jnp.bfloat16."
+        )
+    return found
+
+
+def _typed(leaf: Any) -> str:
+    is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    return f"{leaf.dtype}{list(leaf.shape)}" if is_array else repr(leaf)
+
+
+def _list(items: Iterable[Any]) -> str:
+    """The first of some items, a line each."""
+    lines = list(map(str, items))
+    more = [f"and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
+    return "".join(f"\n  {line}" for line in [*lines[:_MOST], *more])
+
+
+def _fail(name: str, message: str) -> NoReturn:
+    raise AssertionError(f"[jaxmp] Assertion {name} failed: {message}")
