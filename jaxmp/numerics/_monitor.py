@@ -23,7 +23,8 @@ Sharp edges
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,13 @@ import optax
 from jaxmp import _composition, _tree
 from jaxmp.errors import MissingState, NumericsError
 from jaxmp.numerics._formats import format_range
-from jaxmp.numerics._statistics import Statistics, has_range, leaf_statistics
+from jaxmp.numerics._statistics import (
+    Statistics,
+    has_range,
+    leaf_path,
+    row,
+    stacked_statistics,
+)
 from jaxmp.optimizers._rounding import round_to_nearest
 from jaxmp.optimizers._wrapping import (
     pinned,
@@ -42,6 +49,7 @@ from jaxmp.optimizers._wrapping import (
     with_extra_args,
 )
 
+T = TypeVar("T")
 PyTree = Any
 
 
@@ -83,8 +91,9 @@ class MonitorState(NamedTuple):
           member: of an ensemble under `vmap`.
         """
         names = _names(self.leaves)
-        counts = np.asarray(jax.tree.leaves(self.nonfinite)[0]).reshape(-1, len(names))
-        counts = counts[member if len(counts) > 1 else 0]
+        counts = np.asarray(jax.tree.leaves(self.nonfinite)[0])
+        if counts.ndim > 1:
+            counts = counts.reshape(-1, len(names))[member]
         return {n: int(k) for n, k in zip(names, counts, strict=True) if k}
 
 
@@ -147,7 +156,7 @@ def monitor(
             f"every={every!r} is no number of steps. Use an integer from 1, such as "
             "monitor(tx, every=100)."
         )
-    format_range(dtype)
+    dtype = format_range(dtype).name
     inner = with_extra_args(inner)
 
     def init_fn(params):
@@ -178,7 +187,7 @@ def monitor(
         state = state._replace(steps=state.steps + np.int32(1))
         if names:
             is_due = state.steps % np.int32(every) == 0
-            measured = jax.lax.cond(is_due, measure, lambda: before.measured)
+            measured = _cond(is_due, measure, lambda: before.measured)
             state = state._replace(measured=measured)
             state = _with_nonfinite(state, names, grads)
         updates, inner_state = update()
@@ -219,11 +228,11 @@ def get_statistics(opt_state: Any) -> Measurement:
     def by_name(of_leaf, stacked):
         return {name: of_leaf(stacked, i) for i, name in enumerate(names)}
 
-    updates = by_name(_statistics_of, measured.updates)
-    params = by_name(_statistics_of, measured.params)
+    updates = by_name(row, measured.updates)
+    params = by_name(row, measured.params)
     return Measurement(
         step=measured.step,
-        gradients=by_name(_statistics_of, measured.gradients),
+        gradients=by_name(row, measured.gradients),
         updates=updates,
         params=params,
         update_ratios={n: _ratio(updates[n].mean, params[n].mean) for n in names},
@@ -251,6 +260,13 @@ def find_monitor(tree: Any) -> MonitorState:
 # One update
 
 
+def _cond(pred: jax.Array, on_true: Callable[[], T], on_false: Callable[[], T]) -> T:
+    """`jax.lax.cond`, which outside of a compiled function would compile every time."""
+    if isinstance(pred, jax.core.Tracer):
+        return jax.lax.cond(pred, on_true, on_false)
+    return on_true() if pred else on_false()
+
+
 def _measure(
     names: list[str],
     step: jax.Array,
@@ -263,11 +279,18 @@ def _measure(
         _leaves(names, tree) for tree in (grads, updates, params)
     )
     lost = [_lost(p, u) for p, u in zip(of_params, of_updates, strict=True)]
+    everything = stacked_statistics([*of_grads, *of_updates, *of_params], dtype)
+    gradients, updates, params = (
+        jax.tree.map(
+            lambda x, i=i: x[i * len(names) : (i + 1) * len(names)], everything
+        )
+        for i in range(3)
+    )
     return MeasuredArrays(
         step=step,
-        gradients=_stacked(of_grads, dtype),
-        updates=_stacked(of_updates, dtype),
-        params=_stacked(of_params, dtype),
+        gradients=gradients,
+        updates=updates,
+        params=params,
         lost_updates=jnp.stack(lost),
     )
 
@@ -322,27 +345,22 @@ def _fast(params: PyTree) -> PyTree:
 def _names(leaves: PyTree) -> list[str]:
     """The paths of the leaves that are watched, in the order of the state's arrays."""
     nodes = jax.tree_util.tree_leaves_with_path(leaves, is_leaf=_is_name)
-    return [_tree.path_string(path) for path, x in nodes if _is_name(x)]
+    return [leaf_path(path) for path, x in nodes if _is_name(x)]
 
 
 def _leaves(names: list[str], tree: PyTree) -> list[jax.Array]:
     """The arrays of a tree in the order of the state's; an empty one for a missing."""
     nothing = jnp.zeros(0, jnp.float32)
     leaves = jax.tree_util.tree_leaves_with_path(_fast(tree))
-    found = {_tree.path_string(path): x for path, x in leaves if has_range(x)}
+    found = {leaf_path(path): x for path, x in leaves if has_range(x)}
     return [jnp.asarray(found.get(name, nothing)) for name in names]
-
-
-def _stacked(arrays: list[jax.Array], dtype: Any) -> Statistics:
-    each = [leaf_statistics(x, dtype) for x in arrays]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *each)
 
 
 def _nothing_measured(count: int) -> MeasuredArrays:
     def zeros(x):
         return jnp.zeros((count, *x.shape), x.dtype)
 
-    nothing = leaf_statistics(jnp.zeros(0, jnp.float32))
+    nothing = jax.eval_shape(lambda: row(stacked_statistics([jnp.zeros(0)]), 0))
     return MeasuredArrays(
         step=jnp.zeros((), jnp.int32),
         gradients=jax.tree.map(zeros, nothing),
@@ -350,11 +368,6 @@ def _nothing_measured(count: int) -> MeasuredArrays:
         params=jax.tree.map(zeros, nothing),
         lost_updates=jnp.zeros(count, jnp.int32),
     )
-
-
-def _statistics_of(stacked: Statistics, i: int) -> Statistics:
-    scalars = {name: x[..., i] for name, x in stacked._asdict().items()}
-    return Statistics(**{**scalars, "exponents": stacked.exponents[..., i, :]})
 
 
 def _count_of(stacked: jax.Array, i: int) -> jax.Array:
