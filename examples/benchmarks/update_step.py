@@ -14,139 +14,80 @@ The CPU emulates half precision: ratios of overhead, not a speed claim.
 """
 
 import argparse
+import functools
 import os
 import platform
 import time
 from importlib.metadata import version
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jmp
-import mpx
 import numpy as np
 import optax
-from flax.training.dynamic_scale import DynamicScale
-
-import jaxmp
+import ways
+from models import Job
 
 # mpx holds its scale in float16, so that all four start at one that fits.
 INIT_SCALE = 2.0**10
-POLICY = jaxmp.get_policy("mixed_float16")
 PACKAGES = ("jax", "flax", "optax", "jmp", "mixed-precision-for-jax", "jaxmp")
 
 
-def half_loss(weights, x, y):
-    """Multiplies in the dtype of its arguments and returns a float32 loss."""
-    for w in weights:
-        x = jnp.tanh(x @ w)
-    return jnp.mean(jnp.square((x - y).astype(jnp.float32)))
+class Mlp(nn.Module):
+    """Square weights and nothing else."""
+
+    depth: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.depth):
+            x = jnp.tanh(nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype)(x))
+        return x
 
 
-def loss_fn(weights, x, y):
-    return half_loss(*POLICY.cast_to_compute((weights, x, y)))
+def make_job(width: int, depth: int, batch: int) -> Job:
+    """Large weights and a small batch, so that the update is much of the step."""
 
+    def make_batch(key):
+        x, y = jax.random.normal(key, (2, batch, width))
+        return (x,), y
 
-def optimizer():
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    def loss(outputs, y):
+        return jnp.mean(jnp.square(outputs.astype(jnp.float32) - y))
 
-
-def flax_dynamic_scale(weights):
-    tx = optimizer()
-
-    def step(state, x, y):
-        weights, opt_state, scale = state
-        scale, finite, loss, grads = scale.value_and_grad(loss_fn)(weights, x, y)
-        updates, new_opt_state = tx.update(grads, opt_state, weights)
-        new_weights = optax.apply_updates(weights, updates)
-        weights, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (new_weights, new_opt_state),
-            (weights, opt_state),
-        )
-        return (weights, opt_state, scale), loss
-
-    # As arrays: with its own Python numbers it compiles twice.
-    scale = DynamicScale(scale=jnp.float32(INIT_SCALE), fin_steps=jnp.int32(0))
-    return step, (weights, tx.init(weights), scale)
-
-
-def jmp_by_hand(weights):
-    tx = optimizer()
-
-    def step(state, x, y):
-        weights, opt_state, scale = state
-
-        def scaled_loss_fn(weights):
-            loss = loss_fn(weights, x, y)
-            return scale.scale(loss), loss
-
-        grads, loss = jax.grad(scaled_loss_fn, has_aux=True)(weights)
-        grads = scale.unscale(grads)
-        finite = jmp.all_finite(grads)
-        updates, new_opt_state = tx.update(grads, opt_state, weights)
-        new_weights = optax.apply_updates(weights, updates)
-        weights, opt_state = jmp.select_tree(
-            finite, (new_weights, new_opt_state), (weights, opt_state)
-        )
-        return (weights, opt_state, scale.adjust(finite)), loss
-
-    scale = jmp.DynamicLossScale(jnp.float32(INIT_SCALE))
-    return step, (weights, tx.init(weights), scale)
-
-
-def mpx_functions(weights):
-    tx = optimizer()
-
-    def step(state, x, y):
-        weights, opt_state, scale = state
-        differentiated = mpx.filter_value_and_grad(half_loss, scale)
-        loss, scale, finite, grads = differentiated(weights, x, y)
-        weights, opt_state = mpx.optimizer_update(weights, tx, opt_state, grads, finite)
-        return (weights, opt_state, scale), loss
-
-    scale = mpx.DynamicLossScaling(jnp.float32(INIT_SCALE), jnp.float32(1))
-    return step, (weights, tx.init(weights), scale)
-
-
-def jaxmp_transformation(weights):
-    tx = jaxmp.loss_scaling(optimizer(), POLICY, init_scale=INIT_SCALE)
-
-    def step(state, x, y):
-        weights, opt_state = state
-        differentiated = jaxmp.value_and_grad(loss_fn)
-        loss, grads = differentiated(weights, x, y, loss_scale=opt_state)
-        updates, opt_state = tx.update(grads, opt_state, weights)
-        return (optax.apply_updates(weights, updates), opt_state), loss
-
-    return step, (weights, tx.init(weights))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    shape = f"{depth} weights of {width} x {width}, batch {batch}"
+    return Job(functools.partial(Mlp, depth), make_batch, loss, optimizer, shape)
 
 
 SCALERS = {
-    "Flax DynamicScale": flax_dynamic_scale,
-    "jmp by hand": jmp_by_hand,
-    "mpx": mpx_functions,
-    "jaxmp": jaxmp_transformation,
+    "Flax DynamicScale": functools.partial(ways.by_hand, dtype=jnp.float16),
+    "jmp by hand": functools.partial(ways.with_jmp, dtype=jnp.float16),
+    "mpx": ways.with_mpx,
+    "jaxmp": functools.partial(ways.with_jaxmp, dtype=jnp.float16, autocast=False),
 }
 
 
 def measure(width: int, depth: int, batch: int, rounds: int):
     """Returns seconds of shape [scaler, round], and the last loss of each scaler."""
-    x, y = jax.random.normal(jax.random.key(0), (2, batch, width))
+    job = make_job(width, depth, batch)
+    data = job.batch(jax.random.key(0))
     runs = []
     for scaler in SCALERS.values():
-        weights = jax.random.normal(jax.random.key(1), (depth, width, width))
-        step, state = scaler(list(weights / width**0.5))
-        step = jax.jit(step, donate_argnums=0)
-        state, _ = step(state, x, y)
+        training = scaler(job, init_scale=INIT_SCALE)
+        step = jax.jit(training.step, donate_argnums=0)
+        state, _ = step(training.init(jax.random.key(1)), data)
         runs.append((step, state))
     seconds = np.zeros((len(runs), rounds))
     losses = [None] * len(runs)
     for i in range(rounds):
         for j, (step, state) in enumerate(runs):
             start = time.perf_counter()
-            state, loss = jax.block_until_ready(step(state, x, y))
+            state, loss = jax.block_until_ready(step(state, data))
             seconds[j, i] = time.perf_counter() - start
             runs[j], losses[j] = (step, state), float(loss)
     return seconds, losses
@@ -167,7 +108,7 @@ def main():
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     print(f"Python {platform.python_version()}, {versions}")
     print(
-        f"{args.depth} weights of {args.width} x {args.width}, batch {args.batch}, "
+        f"{make_job(args.width, args.depth, args.batch).shape}, "
         f"{args.rounds} rounds, device {jax.devices()[0].platform}"
     )
     print("The CPU emulates half precision: ratios of overhead, not a speed claim.\n")

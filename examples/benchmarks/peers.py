@@ -1,0 +1,211 @@
+"""One float16 training step with each library that JAX users have for it.
+
+Flax's `DynamicScale`, `optax.apply_if_finite`, jmp, mpx and jaxmp train the same GPT.
+On the CPU they take turns, one step each, and every step is compared with the others of
+its round, so that a busy machine slows all alike. Then XLA's own compilers say what two
+layers of GPT-2 small need on an H100 and a TPU v5e.
+
+    pip install 'jaxmp[test,targets]'
+    python examples/benchmarks/peers.py --write docs/benchmarks.md
+
+The CPU emulates half precision: its times are ratios of overhead, not a speed claim.
+"""
+
+import argparse
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ways
+from models import Job, gpt2
+from page import write_section
+from update_step import INIT_SCALE
+
+from jaxmp._table import markdown_table
+from jaxmp.errors import CompilerFailed
+from jaxmp.report import compile_step_of
+
+GIB = 2.0**30
+TARGETS = ("h100", "tpu-v5e")
+HALF = {"dtype": jnp.float16, "init_scale": INIT_SCALE}
+PEERS = {
+    "Flax `DynamicScale`": functools.partial(ways.by_hand, **HALF),
+    "`optax.apply_if_finite`": functools.partial(
+        ways.with_apply_if_finite, dtype=jnp.float16
+    ),
+    "jmp": functools.partial(ways.with_jmp, **HALF),
+    "mpx": functools.partial(ways.with_mpx, init_scale=INIT_SCALE),
+    "jaxmp, `apply_policy`": functools.partial(ways.with_jaxmp, autocast=False, **HALF),
+    "jaxmp, `autocast`": functools.partial(ways.with_jaxmp, autocast=True, **HALF),
+}
+
+
+def make_job(size: int, length: int, **options: Any) -> Job:
+    """Trains a GPT-2 with some of its sizes changed."""
+    model = functools.partial(gpt2.GPT2, length=length, **options)
+    vocabulary = model().vocabulary
+    batch = functools.partial(
+        gpt2.batch, size=size, length=length, vocabulary=vocabulary
+    )
+    shape = f"{size} x {length} tokens"
+    return gpt2.JOB._replace(model=model, batch=batch, shape=shape)
+
+
+def abstract_arguments(training: ways.Training, job: Job) -> tuple[Any, Any]:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(training.init, key), jax.eval_shape(job.batch, key)
+
+
+def attempt(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns, or what it raised, in one line."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+
+
+def start(peer: str, job: Job) -> tuple[Any, Any]:
+    """A compiled step and the state after two steps."""
+    training = PEERS[peer](job)
+    step = jax.jit(training.step, donate_argnums=0)
+    state = training.init(jax.random.key(0))
+    for _ in range(2):  # some compile again for the second
+        state, _ = step(state, job.batch(jax.random.key(1)))
+    return step, state
+
+
+def seconds_per_step(job: Job, rounds: int) -> dict[str, Any]:
+    """Seconds of every round and how often it was compiled, or an error."""
+    batch = job.batch(jax.random.key(1))
+    runs = {peer: attempt(start, peer, job) for peer in PEERS}
+    seconds = {peer: [] for peer in runs}
+    for _ in range(rounds):
+        for peer, run in runs.items():
+            if isinstance(run, str):
+                continue
+            step, state = run
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, batch))
+            seconds[peer].append(time.perf_counter() - began)
+            runs[peer] = step, state
+    return {
+        peer: run
+        if isinstance(run, str)
+        else (np.array(seconds[peer]), run[0]._cache_size())
+        for peer, run in runs.items()
+    }
+
+
+def seconds_to_lower(job: Job, rounds: int) -> dict[str, Any]:
+    """Least seconds of CPU to trace and lower a step, or an error."""
+
+    def lower(peer):
+        training = PEERS[peer](job)
+        arguments = abstract_arguments(training, job)
+        began = time.process_time()
+        # A new function, so that nothing is remembered.
+        jax.jit(lambda *args: training.step(*args), donate_argnums=0).lower(*arguments)
+        return time.process_time() - began
+
+    times = [{peer: attempt(lower, peer) for peer in PEERS} for _ in range(rounds)]
+    return {peer: min(told[peer] for told in times) for peer in PEERS}
+
+
+def compiled(peer: str, target: str, job: Job) -> Any:
+    """The report's row of a peer's step on a target."""
+
+    def step_of(_):
+        training = PEERS[peer](job)
+        return training.step, *abstract_arguments(training, job)
+
+    report = compile_step_of(
+        step_of, policies=[peer], targets=[target], donate_argnums=(0,)
+    )
+    return report.rows[0]
+
+
+def ratios(values: Iterable[Any], unit: str = "", scale: float = 1) -> list[str]:
+    """Each value with its ratio to the least of them; errors stay."""
+    values = list(values)
+    best = min((x for x in values if not isinstance(x, str)), default=1)
+    return [
+        x if isinstance(x, str) else f"{x / best:.2f} ({x * scale:.3g} {unit})".strip()
+        for x in values
+    ]
+
+
+def cpu_columns(job: Job, rounds: int) -> dict[str, list[str]]:
+    told = seconds_per_step(job, rounds)
+    medians = {p: np.median(x[0]) for p, x in told.items() if not isinstance(x, str)}
+    reference = told[min(medians, key=medians.get)][0]
+    cells, compilations = [], []
+    for value in told.values():
+        if isinstance(value, str):
+            cells.append(value)
+            compilations.append("")
+            continue
+        seconds, count = value
+        low, middle, high = np.quantile(seconds / reference, (0.25, 0.5, 0.75))
+        cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        compilations.append(str(count))
+    return {"CPU time per step (quartiles)": cells, "compilations": compilations}
+
+
+def target_columns(job: Job, target: str) -> dict[str, list[str]]:
+    rows = []
+    for peer in PEERS:
+        try:
+            rows.append(compiled(peer, target, job))
+        except CompilerFailed as error:
+            rows.append(f"CompilerFailed: {str(error).splitlines()[-1][:150]}")
+    read = {
+        "memory": lambda row: row.peak / GIB,
+        "traffic": lambda row: (row.accessed or row.roofline.bytes) / GIB,
+    }
+    return {
+        f"{target} {name}": ratios(
+            [row if isinstance(row, str) else value(row) for row in rows], "GiB"
+        )
+        for name, value in read.items()
+    }
+
+
+def tables(rounds: int, targets: Iterable[str]) -> str:
+    """Measures everything; returns Markdown."""
+    small = make_job(8, 64, vocabulary=512, width=128, layers=2, heads=4)
+    large = make_job(8, 1024, layers=2)
+    cpu = cpu_columns(small, rounds)
+    trace = ratios(seconds_to_lower(large, 5).values(), "s")
+    cpu["CPU time to trace and lower"] = trace
+    programs = {}
+    for target in targets:
+        programs |= target_columns(large, target)
+    return "\n\n".join(
+        markdown_table(["", *columns], list(zip(PEERS, *columns.values(), strict=True)))
+        for columns in (cpu, programs)
+        if columns
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--write", metavar="PAGE", help="put the tables there too")
+    arguments = parser.parse_args()
+    text = tables(arguments.rounds, arguments.target or TARGETS)
+    print(text)
+    if arguments.write:
+        write_section(arguments.write, "peers", text)
+
+
+if __name__ == "__main__":
+    main()
