@@ -122,8 +122,8 @@ class _Worker:
             print(path, file=self.process.stdin, flush=True)
         told = self.process.stdout.readline()
         if not told:
-            status = self.process.wait()
-            self.process = None
+            self.process.communicate()
+            status, self.process = self.process.returncode, None
             last = "\n".join(log.read_text(errors="replace").split("\n")[-_TAIL_LINES:])
             error = f"The process ended with status {status}. Its last words:\n{last}"
             return Answer({}, {}, "", 0.0, error)
@@ -140,14 +140,15 @@ def _start(log: Path) -> subprocess.Popen[str]:
     }
     # Neither profiling flags nor virtual devices of this process belong there.
     environment.pop("XLA_FLAGS", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxmp.report._worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log.open("w"),
-        text=True,
-        env=environment,
-    )
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "jaxmp.report._worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            env=environment,
+        )
 
 
 @contextlib.contextmanager

@@ -259,7 +259,7 @@ def _has_count(name: str, count: int) -> bool:
     if name in _TPUS:
         return count == 1 or count in _TPUS[name].topologies()
     if name == "h100":
-        return 1 <= count <= 8 or (count % _H100S_PER_HOST == 0 and count <= 1024)
+        return count in range(1, 9) or count in range(8, 1025, _H100S_PER_HOST)
     return 1 <= count <= len(jax.devices(name))
 
 
