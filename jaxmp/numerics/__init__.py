@@ -8,8 +8,12 @@ from jaxmp.numerics._monitor import (
 )
 from jaxmp.numerics._nonfinite import NonfiniteReport, find_nonfinite
 from jaxmp.numerics._statistics import EXPONENTS, Statistics, statistics
+from jaxmp.numerics._trace import Trace, TraceRow, trace
 
 __all__ = [
+    "trace",
+    "Trace",
+    "TraceRow",
     "find_nonfinite",
     "NonfiniteReport",
     "statistics",

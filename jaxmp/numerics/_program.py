@@ -143,7 +143,8 @@ def _differentiate(jaxpr, loss, wanted, scale, arrays) -> Any:
         outs = run(*arrays)
         if outs[loss].dtype == jnp.float16:
             scale = jnp.minimum(scale, LARGEST_FLOAT16_SCALE)
-        return scale_tree(outs[loss], scale), outs
+        with jax.named_scope("loss_scale"):
+            return scale_tree(outs[loss], scale), outs
 
     def program(scale, *arrays):
         varied = [arrays[i] for i in wanted]

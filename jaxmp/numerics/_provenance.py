@@ -206,7 +206,7 @@ class Tracker(Interpreter):
         ]
 
     def _finite_results(self, key, run, operands) -> list[Tracked] | None:
-        """The results of a compiled run; None unless all is finite, before and after."""
+        """The results of a compiled run, or None unless all in and out is finite."""
         if any(x.origin is not None for x in operands):
             return None
         if key not in self._compiled:

@@ -10,6 +10,7 @@ from jaxmp.casting._rules import normalise
 _OWN_SCOPES = frozenset(
     (AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, "checkpoint", "rematted_computation")
 )
+_CHECKPOINTS = ("remat2", "checkpoint", "remat")
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex", "equinox", "haiku", "jaxmp")
 _FOLDERS = (
     f"{pathlib.Path(__file__).parents[1].as_posix()}/",
@@ -61,7 +62,14 @@ class Site:
         stack = self.eqn.source_info.name_stack.stack
         names = (part.name for part in stack if type(part).__name__ == "Scope")
         own = normalise(tuple(name for name in names if name not in _OWN_SCOPES))
-        return own if self.parent is None else self.parent.scopes + own
+        if self.parent is None:
+            return own
+        around = self.parent.scopes
+        # The backward pass of `jax.checkpoint` repeats the scopes around it inside.
+        is_repeated = self.parent.primitive in _CHECKPOINTS
+        if is_repeated and own[: len(around)] == around:
+            return own
+        return around + own
 
     @property
     def path(self) -> str:
