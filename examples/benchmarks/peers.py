@@ -76,7 +76,7 @@ def start(peer: str, job: Job) -> tuple[Any, Any]:
     """A compiled step and the state after two steps."""
     training = PEERS[peer](job)
     step = jax.jit(training.step, donate_argnums=0)
-    state = training.init(jax.random.key(0))
+    state = jax.jit(training.init)(jax.random.key(0))
     for _ in range(2):  # some compile again for the second
         state, _ = step(state, job.batch(jax.random.key(1)))
     return step, state

@@ -20,6 +20,7 @@ def job():
     return peers.make_job(4, 8, vocabulary=32, width=16, layers=1, heads=2)
 
 
+@pytest.mark.slow
 def test_the_peers_train_alike(job):
     losses = {}
     for peer in peers.PEERS:
