@@ -25,7 +25,8 @@ A subclass that wraps values overrides `constant`, `take` and `stack` as well,
 `concrete` to unwrap the numbers that decide on branches, and `shards`.
 
 Sharp edges
-- Effects (`debug.print`, callbacks) happen as often as the program is run.
+- Effects (`debug.print`, callbacks) happen as often as the program is run, but not
+  where only some of its outputs are asked for.
 - Inside of `shard_map`, floating values have a first axis for the devices, loops and
   branches are one operation each, and `equation` is not asked.
 - Primitives that hold jaxprs and are not listed in `_ENTER`, such as `pallas_call` and
@@ -120,7 +121,8 @@ class Interpreter:
           num_outputs: only what the first outputs need; None: all.
         """
         inputs = program.inputs if inputs is None else inputs
-        return self.run(program.jaxpr, list(inputs), None, num_outputs)
+        with jax.debug_nans(False), jax.debug_infs(False):
+            return self.run(program.jaxpr, list(inputs), None, num_outputs)
 
     def run(
         self,

@@ -16,7 +16,7 @@ Sharp edges
 - Operations are carried out one at a time, in the dtypes that they have; only loops are
   compiled, until they show something. What XLA makes of the whole program may round
   less, and overflow less, than this.
-- The function is run several times, and so are its callbacks.
+- The function is run several times, its callbacks never or several times.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from jaxmp.numerics._causes import explain
@@ -36,6 +35,7 @@ from jaxmp.numerics._provenance import (
     Tracked,
     Tracker,
     ancestors,
+    jit_exactly,
     nonfinite,
 )
 from jaxmp.numerics._walk import first_equations, producer
@@ -321,7 +321,7 @@ class _CompiledLoops(Interpreter):
     def loop(self, site, operands):
         if id(site.eqn) not in self._loops:
             eqn = site.eqn
-            self._loops[id(eqn)] = jax.jit(lambda *values: bind(eqn, values))
+            self._loops[id(eqn)] = jit_exactly(lambda *values: bind(eqn, values))
         return self._loops[id(site.eqn)](*operands)
 
 

@@ -97,8 +97,8 @@ def read_program(
     arguments, arrays = flatten_arguments(fn, args, kwargs)
     arrays = [jnp.asarray(x) for x in arrays]
     jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=True)
-    outputs = _outputs(jaxpr, out_tree)
-    names, argument_of = _inputs(fn, args, kwargs, arguments, arrays)
+    names, argument_of, modules = _inputs(fn, args, kwargs, arguments, arrays)
+    outputs = _outputs(jaxpr, out_tree, modules)
     if policy is not None:
         flat = autocast(_function(jaxpr), policy, rules=rules)
         jaxpr = jax.make_jaxpr(flat)(*arrays)
@@ -163,7 +163,7 @@ def _read_scale(loss_scale: Any) -> float:
     return float(get_loss_scale(loss_scale))
 
 
-def _outputs(jaxpr: Any, out_tree: Any) -> list[Output]:
+def _outputs(jaxpr: Any, out_tree: Any, modules: Sequence[str]) -> list[Output]:
     """Kinds and names of the outputs of `(output of the function, state)`."""
     avals = [v.aval for v in jaxpr.jaxpr.outvars]
     result, _ = jax.tree.unflatten(out_tree, range(len(avals)))
@@ -182,14 +182,18 @@ def _outputs(jaxpr: Any, out_tree: Any) -> list[Output]:
             where = jax.tree_util.keystr(path[1:])
             found.append(Output("output", f"the output{where}"))
         else:
-            found.append(Output("state", f"the new {_state_name(path[1:])}"))
+            name = f"{modules[path[1].key]}.{_state_name(path[2:])}"
+            found.append(Output("state", f"the new {name}"))
     return found
 
 
 def _inputs(
     fn: Any, args: Any, kwargs: Any, arguments: Arguments, arrays: Sequence[Any]
-) -> tuple[list[str], list[int | None]]:
-    """Name of each input, and the position of the argument to differentiate it in."""
+) -> tuple[list[str], list[int | None], list[str]]:
+    """Of each input, its name and the position of the argument that it is varied in.
+
+    And the names of the nnx modules. An input that has no gradient is in no argument.
+    """
     nnx: Any = sys.modules.get("flax.nnx")
     parameters = _parameter_names(fn, len(args))
     modules, names, argument_of = [], [], []
@@ -209,7 +213,7 @@ def _inputs(
             names.append(name)
             argument_of.append(position if _is_differentiable(x) else None)
     if arguments.graph is None:
-        return names, argument_of
+        return names, argument_of, []
     state = jax.tree.unflatten(arguments.graph[1], arrays[: arguments.num_state])
     of_state, argument_of_state = [], []
     for path, variable in jax.tree_util.tree_leaves_with_path(
@@ -222,7 +226,8 @@ def _inputs(
             of_state[-1] += jax.tree_util.keystr(inner[1:])
             is_varied = is_parameter and _is_differentiable(x)
             argument_of_state.append(position if is_varied else None)
-    return of_state + names, argument_of_state + argument_of
+    module_names = [name for name, _ in modules]
+    return of_state + names, argument_of_state + argument_of, module_names
 
 
 def _is_differentiable(x: Any) -> bool:

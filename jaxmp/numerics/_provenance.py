@@ -11,7 +11,7 @@ by operation. The compiled loops keep every rounding to half precision.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,10 @@ import numpy as np
 from jaxmp.numerics._interpreter import Interpreter, bind
 from jaxmp.numerics._program import Program
 
-_EXACT = {"xla_allow_excess_precision": False}
+
+def jit_exactly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function with every rounding to half precision that it asks for."""
+    return jax.jit(run, compiler_options={"xla_allow_excess_precision": False})
 
 
 class Operand(NamedTuple):
@@ -210,7 +213,7 @@ class Tracker(Interpreter):
         if any(x.origin is not None for x in operands):
             return None
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(run, compiler_options=_EXACT)
+            self._compiled[key] = jit_exactly(run)
         outs = self._compiled[key](*(x.value for x in operands))
         return None if any(nonfinite(outs)) else list(map(Tracked, outs))
 
