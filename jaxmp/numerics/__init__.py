@@ -1,5 +1,11 @@
 """Values of a training run: what underflows, what overflows, where a NaN comes from."""
 
+from jaxmp.numerics._bad_batch import (
+    BadBatch,
+    load_bad_batch,
+    no_bad_batch,
+    record_bad_batch,
+)
 from jaxmp.numerics._monitor import (
     Measurement,
     MonitorState,
@@ -23,4 +29,8 @@ __all__ = [
     "get_statistics",
     "Measurement",
     "MonitorState",
+    "record_bad_batch",
+    "no_bad_batch",
+    "load_bad_batch",
+    "BadBatch",
 ]

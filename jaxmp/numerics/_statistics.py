@@ -37,7 +37,7 @@ _INTEGERS = {4: np.int32, 8: np.int64}
 # No sum of 2^31 numbers overflows if they are scaled down by so much.
 _HEADROOM = np.float32(2.0**-32)
 # Arrays of one shape are computed together up to so many numbers, which are copied.
-_MOST_STACKED = 2**24
+_MOST_STACKED = 2**22
 
 
 class Statistics(NamedTuple):
