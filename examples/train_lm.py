@@ -3,6 +3,7 @@
     python examples/train_lm.py
     python examples/train_lm.py --policy mixed_float16 --steps 200
     python examples/train_lm.py --resume        # after Ctrl-C, or a crash
+    python -m jaxmp report examples/train_lm.py:make_step --target h100
 
 The model is plain Flax linen without a dtype in it, and the text is the reference that
 every Python ships with. `apply_policy` and `TrainState` are all there is about
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from runner import Experiment, Training, half_policy, run
+from runner import Experiment, Training, half_policy, read_flags, run
 
 import jaxmp
 
@@ -167,6 +168,14 @@ EXPERIMENT = Experiment(
     steps=600,
     growth_interval=40,
 )
+
+
+def make_step(policy):
+    """The step and its arguments, as `python -m jaxmp` takes them."""
+    training = prepare(jaxmp.get_policy(policy), read_flags(EXPERIMENT, []))
+    step = jax.jit(training.train_step, donate_argnums=0)
+    return step, training.state, training.batch(0)
+
 
 if __name__ == "__main__":
     run(EXPERIMENT)

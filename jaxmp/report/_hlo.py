@@ -13,6 +13,7 @@ from typing import NamedTuple
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _TABLE_ROW = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
 _ALIAS = re.compile(r"\{([\d, ]*)\}: \((\d+), \{[\d, ]*\}")
+_KNOWN_TRIPS = re.compile(r'known_trip_count\\?"?:\s*\{\\?"n\\?":\\?"?(\d+)')
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _KINDS = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
 
@@ -117,14 +118,6 @@ class Instruction(NamedTuple):
         """The name scopes that it was traced in."""
         return self.attribute("op_name")
 
-    @property
-    def trip_count(self) -> int:
-        """How often a loop runs, if the compiler knows; else 1."""
-        match = re.search(
-            r'known_trip_count\\?"?:\s*\{\\?"n\\?":\\?"?(\d+)', self.attributes
-        )
-        return int(match[1]) if match else 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
@@ -144,6 +137,11 @@ class Computation:
     def by_name(self) -> Mapping[str, Instruction]:
         """Its instructions by name."""
         return {i.name: i for i in self.instructions}
+
+    @property
+    def result(self) -> Instruction:
+        """The instruction that is its result."""
+        return self.by_name[self.root]
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """The instructions whose results one of its own reads."""
@@ -206,6 +204,39 @@ class HloProgram(NamedTuple):
                 return self.source(operand, computation)
         return ()
 
+    def trips(self, loop: Instruction, computation: Computation) -> int:
+        """How often a `while` runs.
+
+        Args:
+          loop: the loop.
+          computation: where it stands.
+
+        Returns:
+          What the compiler found out; else what its condition says, if that compares a
+          counter with a constant, as a scan's does; else 1.
+        """
+        told = re.search(_KNOWN_TRIPS, loop.attributes)
+        if told:
+            return int(told[1])
+        condition = self.computations.get(loop.attribute("condition").lstrip("%"))
+        if condition is None or "direction=LT" not in condition.result.attributes:
+            return 1
+        counter, *limits = condition.operands(condition.result)
+        if counter.opcode != "get-tuple-element" or not limits:
+            return 1
+        limit, start = _constant(limits[0]), 0
+        for carry in computation.operands(loop):
+            index = int(counter.attribute("index") or 0)
+            if carry.opcode == "tuple":
+                first = computation.operands(carry)[index : index + 1]
+                start = (_constant(first[0]) if first else 0) or 0
+        return 1 if limit is None else max(limit - start, 0)
+
+
+def _constant(instruction: Instruction) -> int | None:
+    is_number = instruction.opcode == "constant" and instruction.arguments.isdigit()
+    return int(instruction.arguments) if is_number else None
+
 
 class Step(NamedTuple):
     """An instruction where it runs.
@@ -233,8 +264,11 @@ def _walk(program: HloProgram, name: str, times: int, is_fused: bool) -> Iterato
     for instruction in computation.instructions:
         yield Step(instruction, computation, times, is_fused)
         is_fusion = is_fused or instruction.opcode == "fusion"
+        trips = 1
+        if instruction.opcode == "while":
+            trips = program.trips(instruction, computation)
         for called in instruction.called:
-            yield from _walk(program, called, times * instruction.trip_count, is_fusion)
+            yield from _walk(program, called, times * trips, is_fusion)
 
 
 @functools.lru_cache(maxsize=8)

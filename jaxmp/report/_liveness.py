@@ -229,7 +229,7 @@ def _writes_in_place(state: _State, instruction: Instruction) -> bool:
     if instruction.opcode != "fusion":
         return False
     body = state.program.computations[instruction.called[0]]
-    if body.by_name[body.root].opcode in _UPDATES:
+    if body.result.opcode in _UPDATES:
         return True
     is_elementwise = re.search(r"kind=k(Loop|Input)", instruction.attributes)
     return state.reuse is not Reuse.NONE and bool(is_elementwise)

@@ -87,7 +87,10 @@ def _operation(
             for name in instruction.called
         ]
         longest = max(inner, default=Roofline(*[0.0] * 5), key=lambda r: r.seconds)
-        return Roofline(*(instruction.trip_count * x for x in longest))
+        trips = 1
+        if instruction.opcode == "while":
+            trips = program.trips(instruction, computation)
+        return Roofline(*(trips * x for x in longest))
     moved = _moved(program, computation, instruction)
     size = sum(n for _, n in moved)
     half_size = sum(n / 2 if a.dtype == "f32" else n for a, n in moved)
@@ -182,7 +185,7 @@ def _written(
     body, root = computation, instruction
     if instruction.opcode == "fusion" and instruction.called:
         body = program.computations[instruction.called[0]]
-        root = body.by_name[body.root]
+        root = body.result
     if root.opcode == "dynamic-update-slice":
         return body.operands(root)[1].arrays
     return computation.results(instruction)
