@@ -1,0 +1,162 @@
+"""Training steps as XLA's compilers made them, kept on disk.
+
+Some take ten minutes to compile, so that every answer is written down when it arrives.
+"""
+
+import contextlib
+import functools
+import gzip
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import ways
+from models import JOBS
+
+import jaxmp
+from jaxmp.errors import CompilerFailed
+from jaxmp.report import Row, chips, compile_for
+from jaxmp.report._compiler import is_out_of_memory
+from jaxmp.report._programs import Program
+from jaxmp.report._step import read_answer
+from jaxmp.report._targets import read_target
+from jaxmp.report._worker import MEMORY, Answer
+
+STORE = pathlib.Path("out", "memory_table")
+TARGETS = ("h100", "tpu-v5e", "tpu-v6e")
+
+# Without a GPU to try on, XLA 0.10's Triton path takes tiles that do not fit
+# Transformer-XL's heads of 41, and fails. The library of matmuls takes any.
+COMPILER_OPTIONS = {
+    ("Transformer-XL base", "h100"): {"xla_gpu_enable_triton_gemm": False}
+}
+
+
+def moments_in_half(inner):
+    """The optimizer with moments in bfloat16, rounded at random."""
+    return jaxmp.cast_state(inner, "bfloat16", rounding="stochastic")
+
+
+def all_state_in_half(inner):
+    """The same, and master weights in two halves: no float32 is stored."""
+    return jaxmp.master_weights(moments_in_half(inner), split=True)
+
+
+AUTOCAST = functools.partial(ways.with_jaxmp, autocast=True)
+APPLY_POLICY = functools.partial(ways.with_jaxmp, autocast=False)
+FLOAT32 = "float32"
+IN_HALF = {
+    f"{dtype} {name}": functools.partial(way, dtype=jnp.dtype(dtype))
+    for dtype in ("bfloat16", "float16")
+    for name, way in {
+        "by hand": ways.by_hand,
+        "jmp": ways.with_jmp,
+        "apply_policy": APPLY_POLICY,
+        "autocast": AUTOCAST,
+    }.items()
+}
+SAVING_MORE = {
+    "bfloat16 autocast, half moments": functools.partial(
+        AUTOCAST, dtype=jnp.bfloat16, optimizer=moments_in_half
+    ),
+    "bfloat16 autocast, 8 bytes per parameter": functools.partial(
+        AUTOCAST,
+        dtype=jnp.bfloat16,
+        optimizer=all_state_in_half,
+        param_dtype=jnp.bfloat16,
+    ),
+}
+WAYS = {FLOAT32: ways.plain, **IN_HALF, **SAVING_MORE}
+
+
+def ways_for(target: str) -> list[str]:
+    """What the table shows: on TPUs nobody trains in float16."""
+    if target == "h100":
+        return list(WAYS)
+    return [FLOAT32, *(way for way in IN_HALF if way.startswith("bfloat16"))]
+
+
+def row(model: str, way: str, target: str, *, only_stored: bool = False) -> Row | None:
+    """Compiles a step, unless that was done, and reads what the compiler said.
+
+    Returns:
+      The report's row; None if it is not stored and nothing shall be compiled.
+    """
+    path = STORE / f"{target} {model} {way}.json.gz".replace(",", "").replace(" ", "_")
+    if path.exists():
+        told = json.loads(gzip.decompress(path.read_bytes()))
+        told.pop("jax", None)
+        answer = Answer(**told)
+    elif only_stored:
+        return None
+    else:
+        answer = compile_step(model, way, target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(json.dumps(answer._asdict()).encode()))
+    if answer.error and not is_out_of_memory(answer):
+        raise CompilerFailed(f"{model}, {way}, {target}: {answer.error}")
+    if not (answer.text or answer.error):
+        return row_without_text(way, target, answer)
+    program = Program(read_target(target), b"", argument_names(model, way), (), ())
+    return read_answer(way, program, answer)
+
+
+def row_without_text(way: str, target: str, answer: Answer) -> Row:
+    """The row of a program that its compiler could not write down."""
+    sizes, memory = answer.memory, chips[target].memory
+    peak = sizes["argument"] + sizes["temp"] + sizes["output"] - sizes["alias"]
+    return Row(
+        way,
+        target,
+        peak <= memory,
+        memory,
+        sizes["argument"],
+        sizes["temp"],
+        sizes["output"],
+        peak,
+        answer.costs.get("flops"),
+        answer.costs.get("bytes accessed"),
+        seconds_to_compile=answer.seconds,
+    )
+
+
+def abstract_step(model: str, way: str):
+    """The step of a model, and the shapes of its arguments."""
+    job = JOBS[model]
+    training = WAYS[way](job)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(training.init, key)
+    return training.step, state, jax.eval_shape(job.batch, key)
+
+
+def argument_names(model: str, way: str) -> tuple[str, ...]:
+    _, state, batch = abstract_step(model, way)
+    leaves = jax.tree_util.tree_leaves_with_path((state, batch))
+    return tuple(
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
+    )
+
+
+def compile_step(model: str, way: str, target: str) -> Answer:
+    """Compiles a step; that it is refused is an answer too."""
+    step, state, batch = abstract_step(model, way)
+    options = COMPILER_OPTIONS.get((model, target))
+    start = time.perf_counter()
+    try:
+        compiled = compile_for(
+            target, step, state, batch, donate_argnums=0, compiler_options=options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        return Answer({}, {}, "", time.perf_counter() - start, str(error))
+    seconds = time.perf_counter() - start
+    stats = compiled.memory_analysis()
+    memory = {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in MEMORY}
+    told = compiled.cost_analysis() or {}
+    costs = {name: told[name] for name in ("flops", "bytes accessed") if name in told}
+    text = ""
+    # libtpu cannot write some of its asynchronous programs down.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        text = compiled.as_text()
+    return Answer(memory, costs, text, seconds)
