@@ -201,50 +201,53 @@ def draw(rows, path, name, title):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams["svg.hashsalt"] = "jaxmp"
-    found = {
-        (model, way, target): 1 - saved(row, rows.get((model, FLOAT32, target)), name)
-        for (model, way, target), row in rows.items()
-        if way in COLORS
-        and saved(row, rows.get((model, FLOAT32, target)), name) is not None
+    shares = {
+        key: 100 * (1 - part)
+        for key, row in rows.items()
+        if key[1] in COLORS
+        and (part := saved(row, rows.get((key[0], FLOAT32, key[2])), name)) is not None
     }
-    targets = list(dict.fromkeys(target for _, _, target in found))
-    if not targets:
+    targets = list(dict.fromkeys(target for _, _, target in shares))
+    models = [model for model in CLAIMS if any(key[0] == model for key in shares)]
+    if not shares:
         return False
+    pyplot.rcParams["svg.hashsalt"] = "jaxmp"
     figure, panels = pyplot.subplots(
         1,
         len(targets),
-        figsize=(4.2 * len(targets), 4.4),
+        figsize=(1.5 + 3.4 * max(len(targets), 2), 1.2 + 0.9 * len(models)),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    height = 0.8 / len(COLORS)
     for panel, target in zip(panels[0], targets, strict=True):
-        for i, model in enumerate(CLAIMS):
-            for j, (way, color) in enumerate(COLORS.items()):
-                if (model, way, target) not in found:
-                    continue
-                value = 100 * found[model, way, target]
-                place = i - 0.4 + (j + 0.5) * height
-                panel.barh(place, value, height, color=color)
-                panel.text(value + 1, place, f"{value:.0f}", va="center", fontsize=7)
-            if name == "peak":
+        for place, model in enumerate(models):
+            found = {w: shares.get((model, w, target)) for w in COLORS}
+            draw_bars(panel, place, {w: x for w, x in found.items() if x is not None})
+            if name == "peak" and any(found.values()):
                 quoted = 100 * (1 - CLAIMS[model][0])
-                panel.plot([quoted] * 2, [i - 0.45, i + 0.45], "k:", linewidth=1.2)
+                panel.plot([quoted] * 2, [place - 0.45, place + 0.45], "k:")
         panel.set(title=chips[target].name, xlabel=f"{title}, % of float32")
-        panel.set_xlim(0, 112)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_yticks(range(len(CLAIMS)), CLAIMS)
+    panels[0][0].set_yticks(range(len(models)), models)
     panels[0][0].invert_yaxis()
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
     labels = list(COLORS)
     if name == "peak":
         handles.append(pyplot.Line2D([], [], color="k", linestyle=":"))
         labels.append("quoted")
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False
-    )
-    figure.savefig(path, metadata={"Date": None})
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, metadata={"Date": None} if str(path).endswith("svg") else {})
     pyplot.close(figure)
     return True
+
+
+def draw_bars(panel, place, shares):
+    """Draws the bars of a model, packed around its place."""
+    height = 0.8 / len(COLORS)
+    top = place - height * len(shares) / 2
+    for i, (way, share) in enumerate(shares.items()):
+        y = top + (i + 0.5) * height
+        panel.barh(y, share, height, color=COLORS[way])
+        ink = "black" if way in (FLOAT32, "bfloat16 by hand") else "white"
+        panel.text(2, y, f"{share:.0f}", va="center", fontsize=7, color=ink)
