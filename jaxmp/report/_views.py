@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxmp import _html, _table
 from jaxmp.errors import MissingPackage
@@ -19,11 +19,11 @@ _COLUMNS = (
     "arguments",
     "temp",
     "output",
-    "peak GiB",
+    "peak",
     "saved",
     "fits",
     "GFLOP",
-    "accessed GiB",
+    "accessed",
     "matmuls",
     "converts",
     "ms at least*",
@@ -32,14 +32,16 @@ _COLUMNS = (
 )
 _NOTE = (
     "* An estimate, not a measurement: for every operation the larger of matmul FLOPs "
-    "over the chip's published peak and bytes over its bandwidth. Sizes in GiB."
+    "over the chip's published peak and bytes over its bandwidth. What stays in a TPU's "
+    "own memory is free, so compare policies on a target, not targets. Sizes in "
 )
 _BUFFER_COLUMNS = ("MiB", "count", "array", "made at", "name")
 
 
 def report_text(rows: Sequence["Row"]) -> str:
     """Writes a report for a terminal."""
-    parts = [_table.text_table(_COLUMNS, _cells(rows)), "", _NOTE]
+    note = _NOTE + _unit(rows).name + "."
+    parts = [_table.text_table(_COLUMNS, _cells(rows)), "", note]
     for row in rows:
         parts += ["", f"{row.policy} on {row.target}: {_verdict(row)}"]
         if row.buffers:
@@ -52,7 +54,10 @@ def report_text(rows: Sequence["Row"]) -> str:
 def report_page(rows: Sequence["Row"], chart: bytes | None) -> str:
     """Writes a report as one self-contained page."""
     styles = ["bad" if row.fits is False else "good" for row in rows]
-    parts = [_html.table(_COLUMNS, _cells(rows), styles=styles), _html.paragraph(_NOTE)]
+    parts = [
+        _html.table(_COLUMNS, _cells(rows), styles=styles),
+        _html.paragraph(_NOTE + _unit(rows).name + "."),
+    ]
     if chart is not None:
         parts.insert(0, _html.image(chart, "memory and estimated time"))
     for row in rows:
@@ -68,10 +73,21 @@ def report_page(rows: Sequence["Row"], chart: bytes | None) -> str:
     return _html.page("A training step, as its compilers see it", *parts)
 
 
+class _Unit(NamedTuple):
+    name: str
+    bytes: float
+
+
+def _unit(rows: Iterable["Row"]) -> _Unit:
+    largest = max((row.peak or 0 for row in rows), default=0)
+    return _Unit("GiB", GIB) if largest >= GIB else _Unit("MiB", MIB)
+
+
 def bar_chart(rows: Sequence["Row"]) -> bytes:
     """Draws memory and estimated time as bars; returns a PNG."""
     pyplot = import_pyplot()
     shown = [row for row in rows if row.peak is not None]
+    unit = _unit(shown)
     labels = [f"{row.policy}\n{row.target}" for row in shown]
     figure, axes = pyplot.subplots(
         1, 2, figsize=(11, 0.9 + 0.5 * max(len(shown), 2)), layout="constrained"
@@ -79,13 +95,14 @@ def bar_chart(rows: Sequence["Row"]) -> bytes:
     places = range(len(shown))[::-1]
     left = [0.0] * len(shown)
     for kind, color in _PARTS.items():
-        sizes = [_part(row, kind) / GIB for row in shown]
+        sizes = [_part(row, kind) / unit.bytes for row in shown]
         axes[0].barh(places, sizes, left=left, label=kind, color=color)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for place, row, end in zip(places, shown, left, strict=True):
-        axes[0].text(end, place, f" {(row.peak or 0) / GIB:.2f}", va="center")
+        size = (row.peak or 0) / unit.bytes
+        axes[0].text(end, place, f" {size:.2f}", va="center")
     axes[0].set_yticks(places, labels)
-    axes[0].set_xlabel("GiB at the peak")
+    axes[0].set_xlabel(f"{unit.name} at the peak")
     axes[0].legend(
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False
     )
@@ -134,7 +151,7 @@ def import_pyplot() -> Any:
 
 
 def _cells(rows: Sequence["Row"]) -> Iterable[list[str]]:
-    first = {}
+    first, unit = {}, _unit(rows).bytes
     for row in rows:
         whole = first.setdefault(row.target, row.peak)
         saved = "" if not whole or row.peak is None else f"{1 - row.peak / whole:.0%}"
@@ -142,12 +159,12 @@ def _cells(rows: Sequence["Row"]) -> Iterable[list[str]]:
         yield [
             row.target,
             row.policy,
-            *(_number(size, GIB) for size in (row.arguments, row.temp, row.output)),
-            _number(row.peak, GIB),
+            *(_number(size, unit) for size in (row.arguments, row.temp, row.output)),
+            _number(row.peak, unit),
             saved,
             {None: "?", True: "yes", False: "NO"}[row.fits],
             _number(row.flops, 1e9, 0),
-            _number(row.accessed, GIB),
+            _number(row.accessed, unit),
             _shares(row),
             str(sum(x.times for x in row.contents.converts.values()))
             if row.contents
@@ -173,7 +190,8 @@ def _shares(row: "Row") -> str:
 def _verdict(row: "Row") -> str:
     if row.message:
         return f"does not fit. {row.message}"
-    size = f"{(row.peak or 0) / GIB:.2f} GiB at the peak"
+    unit = _unit([row])
+    size = f"{(row.peak or 0) / unit.bytes:.2f} {unit.name} at the peak"
     if row.memory is None:
         return f"{size}."
     verb = "fits" if row.fits else "does not fit"
