@@ -53,7 +53,7 @@ def page_section(rows, charts):
 def rows_of(rows, model, target):
     return {
         way: rows[model, way, target]
-        for way in ways_for(target)
+        for way in ways_for(model, target)
         if (model, way, target) in rows
     }
 
@@ -151,7 +151,7 @@ def notes(model, target, found):
     reference = found.get(FLOAT32)
     if reference is not None and reference.peak is None:
         told.append("Nothing can be compared with float32, which does not fit.")
-    if missing := [way for way in ways_for(target) if way not in found]:
+    if missing := [way for way in ways_for(model, target) if way not in found]:
         told.append(f"Not compiled for this page: {', '.join(missing)}.")
     return [" ".join(told)] if told else []
 

@@ -43,7 +43,7 @@ def main() -> None:
     rows = {}
     for target in arguments.target or TARGETS:
         for model in arguments.model or JOBS:
-            for way in arguments.way or ways_for(target):
+            for way in arguments.way or ways_for(model, target):
                 found = row(model, way, target, only_stored=arguments.stored)
                 if found is None:
                     continue

@@ -8,7 +8,6 @@ compiled by XLA's own H100 and TPU v5e compilers, which need neither machine:
 """
 
 import argparse
-import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,82 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from models.gpt2 import GPT2
+from models.resnet import ResNet
 
 import jaxmp
 from jaxmp.report import compile_for
 
 GIB = 2.0**30
-
-
-class GPT2Block(nn.Module):
-    """A pre-norm transformer block; `dtype` is None or written by hand."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x, mask):
-        h = nn.LayerNorm(dtype=self.dtype)(x)
-        h = nn.MultiHeadDotProductAttention(num_heads=12, dtype=self.dtype)(
-            h, mask=mask
-        )
-        x = x + h
-        h = nn.LayerNorm(dtype=self.dtype)(x)
-        h = nn.gelu(nn.Dense(4 * x.shape[-1], dtype=self.dtype)(h))
-        return x + nn.Dense(x.shape[-1], dtype=self.dtype)(h)
-
-
-class GPT2(nn.Module):
-    """GPT-2 small, with tied embeddings."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, tokens):
-        table = nn.Embed(50257, 768, dtype=self.dtype, name="wte")
-        positions = nn.Embed(1024, 768, dtype=self.dtype, name="wpe")
-        x = table(tokens) + positions(jnp.arange(tokens.shape[1]))[None]
-        mask = nn.make_causal_mask(tokens, dtype=bool)
-        for i in range(12):
-            x = GPT2Block(self.dtype, name=f"block_{i}")(x, mask)
-        return table.attend(nn.LayerNorm(dtype=self.dtype, name="ln")(x))
-
-
-class Bottleneck(nn.Module):
-    """A bottleneck block of ResNet-50."""
-
-    filters: int
-    strides: int = 1
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x):
-        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=False, momentum=0.9, dtype=self.dtype
-        )
-        h = nn.relu(norm()(conv(self.filters, (1, 1))(x)))
-        h = nn.relu(norm()(conv(self.filters, (3, 3), (self.strides,) * 2)(h)))
-        h = norm(scale_init=nn.initializers.zeros)(conv(4 * self.filters, (1, 1))(h))
-        if x.shape != h.shape:
-            x = norm()(conv(4 * self.filters, (1, 1), (self.strides,) * 2)(x))
-        return nn.relu(x + h)
-
-
-class ResNet50(nn.Module):
-    """ResNet-50 for images of 224 x 224."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(64, (7, 7), (2, 2), use_bias=False, dtype=self.dtype)(x)
-        x = nn.BatchNorm(use_running_average=False, momentum=0.9, dtype=self.dtype)(x)
-        x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), "SAME")
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            for block in range(blocks):
-                strides = 2 if stage > 0 and block == 0 else 1
-                x = Bottleneck(64 * 2**stage, strides, self.dtype)(x)
-        return nn.Dense(1000, dtype=self.dtype)(jnp.mean(x, axis=(1, 2)))
 
 
 class Job(NamedTuple):
@@ -111,7 +41,7 @@ def jobs() -> dict[str, Job]:
     classes = jax.ShapeDtypeStruct((64,), jnp.int32)
     return {
         "GPT-2 small": Job(GPT2, tokens, tokens, optax.adamw(1e-4)),
-        "ResNet-50": Job(ResNet50, images, classes, optax.sgd(0.1, momentum=0.9)),
+        "ResNet-50": Job(ResNet, images, classes, optax.sgd(0.1, momentum=0.9)),
     }
 
 
@@ -119,7 +49,7 @@ def models(job: Job) -> dict[str, nn.Module]:
     """The same model without any dtype, by hand and under a policy."""
     return {
         "float32": job.model(),
-        "bfloat16 by hand": job.model(jnp.bfloat16),
+        "bfloat16 by hand": job.model(dtype=jnp.bfloat16),
         "apply_policy": jaxmp.apply_policy(job.model(), "mixed_bfloat16"),
     }
 

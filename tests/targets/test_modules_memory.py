@@ -5,6 +5,7 @@ Prints the table of `examples/benchmarks/modules_memory.py`, which it runs.
 
 import pathlib
 import runpy
+import sys
 
 import pytest
 
@@ -17,6 +18,7 @@ SCRIPT = (
 
 @pytest.fixture(scope="module")
 def benchmark():
+    sys.path.append(str(SCRIPT.parent))
     return runpy.run_path(str(SCRIPT))
 
 
