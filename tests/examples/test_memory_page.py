@@ -1,0 +1,139 @@
+"""The page of the memory table, written from rows that are known."""
+
+import compiled_steps
+import memory_page
+import memory_table
+import pytest
+
+from jaxmp.report import LiveBuffers, Roofline, Row
+
+GIB = 2**30
+
+
+def row(way, target="h100", *, peak, accessed=None, seconds=0.01, buffers=()):
+    roofline = Roofline(seconds, 0.0, 1e12, 1e9, seconds / 2)
+    return Row(
+        way,
+        target,
+        fits=peak is not None,
+        memory=80 * GIB,
+        peak=peak and int(peak * GIB),
+        accessed=accessed and accessed * GIB,
+        roofline=roofline if peak else None,
+        buffers=buffers,
+    )
+
+
+BUFFER = LiveBuffers(
+    2**21, 3, "bf16[8,8]", "jit(step)/block_0/dot", "/a/model.py:7 (f)"
+)
+
+
+@pytest.fixture
+def rows():
+    xl, bert = "Transformer-XL base", "BERT-Base"
+    autocast = "bfloat16 autocast"
+    return {
+        (bert, "float32", "h100"): row("float32", peak=20, seconds=0.02),
+        (bert, autocast, "h100"): row(autocast, peak=10),
+        (bert, "bfloat16 apply_policy", "h100"): row("", peak=12),
+        (xl, "float32", "h100"): row("float32", peak=10),
+        (xl, autocast, "h100"): row(autocast, peak=6, buffers=(BUFFER,)),
+        (bert, "float32", "tpu-v5e"): row("float32", "tpu-v5e", peak=None),
+        (bert, autocast, "tpu-v5e"): row(autocast, "tpu-v5e", peak=9, accessed=7),
+        (xl, "float32", "tpu-v5e"): row("float32", "tpu-v5e", peak=8, accessed=40),
+        (xl, autocast, "tpu-v5e"): row(autocast, "tpu-v5e", peak=6, accessed=10),
+    }
+
+
+def lines_with(text, *words):
+    return [line for line in text.splitlines() if all(word in line for word in words)]
+
+
+def test_the_headline_says_what_is_reached_and_by_how_much_not(rows):
+    table = memory_page.headline(rows)
+    (bert,) = lines_with(table, "BERT-Base")
+    assert [cell.strip() for cell in bert.strip("|").split("|")] == [
+        "BERT-Base",
+        "47.0 %",
+        "",
+        "50.0 % (autocast)",
+        "yes",
+        "1.6",
+        "",
+        "2.00",
+    ]
+    (xl,) = lines_with(table, "Transformer-XL base")
+    assert "40.0 % (autocast)" in xl
+    assert "no, by 12.0 points" in xl
+
+
+def test_the_buffers_of_what_is_not_reached_are_shown(rows):
+    assert memory_page.shortfall(rows, "BERT-Base") == []
+    _, table = memory_page.shortfall(rows, "Transformer-XL base")
+    (line,) = lines_with(table, "bf16[8,8]")
+    assert "`block_0/dot` (model.py:7)" in line
+    assert line.startswith("|   2 |")
+
+
+def test_what_does_not_fit_or_was_not_compiled_is_said(rows):
+    text = memory_page.page_section(rows, {"memory": "a.svg", "traffic": "b.svg"})
+    assert lines_with(text, "float32", "does not fit")
+    assert "Nothing can be compared with float32, which does not fit." in text
+    assert "Not compiled for this page: bfloat16 by hand" in text
+    assert "xla_gpu_enable_triton_gemm=False" in text
+    (traffic,) = lines_with(text, "bfloat16 autocast", "10.0", "75.0 %")
+    assert "25.0 %" in traffic
+
+
+def test_the_page_and_its_charts_are_the_same_each_time(rows, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- memory -->\n<!-- end of memory -->\n")
+    written = []
+    for _ in range(2):
+        memory_table.write(rows, page)
+        written.append({p.name: p.read_bytes() for p in tmp_path.iterdir()})
+    assert written[0] == written[1]
+    assert set(written[0]) == {"page.md", "page_memory.svg", "page_traffic.svg"}
+    assert b"<svg" in written[0]["page_memory.svg"]
+
+
+# What is compiled
+
+
+def test_padding_is_switched_off_where_the_table_says_so():
+    options = compiled_steps.compiler_options
+    model = "Transformer-XL base"
+    assert options("BERT-Base", "float32", "h100") == {}
+    assert options(model, "float32", "tpu-v5e") == {}
+    assert options(model, "float32", "h100") == {"xla_gpu_enable_triton_gemm": False}
+    way = "bfloat16 autocast, not padded"
+    assert set(options(model, way, "h100")) == {
+        "xla_gpu_enable_triton_gemm",
+        "xla_disable_hlo_passes",
+    }
+
+
+def test_an_answer_is_kept_and_read_again(tmp_path, monkeypatch):
+    answer = compiled_steps.Answer(
+        {"argument": 4, "temp": 3, "output": 5, "alias": 4, "generated_code": 0},
+        {"bytes accessed": 9.0},
+        "",
+        1.5,
+    )
+    monkeypatch.setattr(compiled_steps, "STORE", tmp_path)
+    case = ("BERT-Base", "float32", "tpu-v6e")
+    assert compiled_steps.row(*case, only_stored=True) is None
+    monkeypatch.setattr(compiled_steps, "compile_step", lambda *case: answer)
+    first = compiled_steps.row(*case)
+    assert (first.peak, first.accessed, first.roofline) == (8, 9.0, None)
+    assert first.fits
+    assert compiled_steps.row(*case, only_stored=True) == first
+
+
+def test_a_compiler_that_fails_is_no_row(tmp_path, monkeypatch):
+    broken = compiled_steps.Answer({}, {}, "", 0.1, "INTERNAL: no tile fits")
+    monkeypatch.setattr(compiled_steps, "STORE", tmp_path)
+    monkeypatch.setattr(compiled_steps, "compile_step", lambda *case: broken)
+    with pytest.raises(compiled_steps.CompilerFailed, match=r"BERT-Base.*no tile fits"):
+        compiled_steps.row("BERT-Base", "float32", "h100")
