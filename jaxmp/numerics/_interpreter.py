@@ -14,8 +14,10 @@ wrap the results: what it returns is what the rest of the program gets.
 
 `site` is one object per place in the program: a dictionary keyed by it sums over the
 iterations of a loop, whose numbers, outermost loop first, are in `self.iterations`.
-`site.is_backward`, `site.path` and `site.line` say where it stands. `program.outputs`
-names the outputs: loss, other outputs, gradients.
+`site.path` and `site.line` say where it stands, `site.is_backward` whether it is part
+of a backward pass or needed by gradients alone. `program.outputs` names the outputs:
+loss, other outputs, gradients; `program.at_scale(scale)` is the same program under
+another loss scale.
 
 Operations are bound eagerly: JAX compiles each once per shape, every result is rounded
 to its dtype, and no rewriting by XLA hides a value. The cost is linear in the number
@@ -25,8 +27,8 @@ A subclass that wraps values overrides `constant`, `take` and `stack` as well,
 `concrete` to unwrap the numbers that decide on branches, and `shards`.
 
 Sharp edges
-- Effects (`debug.print`, callbacks) happen as often as the program is run, but not
-  where only some of its outputs are asked for.
+- Effects (`debug.print`, callbacks) happen as often as the program is run, and with
+  `value_only` only where a result is needed.
 - Inside of `shard_map`, floating values have a first axis for the devices, loops and
   branches are one operation each, and `equation` is not asked.
 - Primitives that hold jaxprs and are not listed in `_ENTER`, such as `pallas_call` and
@@ -34,6 +36,7 @@ Sharp edges
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -58,7 +61,7 @@ class Interpreter:
     def __init__(self):
         self.iterations: tuple[int, ...] = ()
         self._sites: dict[tuple[Any, int], Site] = {}
-        self._steps: dict[tuple[int, int | None], _Steps] = {}
+        self._steps: dict[tuple[int, tuple[bool, ...]], _Steps] = {}
         self._literals: dict[int, Any] = {}
 
     # What subclasses override
@@ -99,7 +102,14 @@ class Interpreter:
 
     def call(self, site: Site, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         """Runs the body of a call, of a branch, or of one iteration."""
-        return self.run(jaxpr, operands, site)
+        needed = site.needed
+        if site.primitive in ("scan", "while"):
+            num_carry = len(site.eqn.outvars)
+            if site.primitive == "scan":
+                num_carry = scan_arity(site.eqn.params)[1]
+            count = len(open_jaxpr(jaxpr).outvars)
+            needed = ((True,) * num_carry + needed[num_carry:])[:count]
+        return self.run(jaxpr, operands, site, needed)
 
     def shards(self, site: Site, operands: Sequence[Any]) -> list[Any]:
         """Runs a `shard_map` and looks at every operation inside."""
@@ -111,43 +121,62 @@ class Interpreter:
     # How programs are run
 
     def run_program(
-        self, program: Program, inputs: Sequence[Any] | None = None, *, num_outputs=None
+        self,
+        program: Program,
+        inputs: Sequence[Any] | None = None,
+        *,
+        value_only: bool = False,
     ) -> list[Any]:
         """Runs a program and returns its outputs.
 
         Args:
           program: the program.
           inputs: values to run it on, other than its own.
-          num_outputs: only what the first outputs need; None: all.
+          value_only: carry out no more than the function's value needs, and return its
+            outputs without the gradients.
         """
         inputs = program.inputs if inputs is None else inputs
+        is_value = [output.kind != "gradient" for output in program.outputs]
         with jax.debug_nans(False), jax.debug_infs(False):
-            return self.run(program.jaxpr, list(inputs), None, num_outputs)
+            outs = self.run(
+                program.jaxpr, inputs, None, tuple(is_value), value_only=value_only
+            )
+        return list(itertools.compress(outs, is_value)) if value_only else outs
 
     def run(
         self,
         jaxpr: Any,
         args: Sequence[Any],
         parent: Site | None,
-        num_outputs: int | None = None,
+        needed: tuple[bool, ...],
+        value_only: bool = False,
     ) -> list[Any]:
-        """Runs a jaxpr; a value is dropped after its last use."""
-        key = (id(jaxpr), num_outputs)
-        if key not in self._steps:
-            self._steps[key] = _Steps(jaxpr, num_outputs)
-        steps = self._steps[key]
+        """Runs a jaxpr; a value is dropped after its last use.
+
+        `needed` tells which of its outputs the value of the function needs. With
+        `value_only`, the others are None.
+        """
+        if (id(jaxpr), needed) not in self._steps:
+            self._steps[id(jaxpr), needed] = _Steps(jaxpr, needed)
+        steps = self._steps[id(jaxpr), needed]
         env = {
             v: self.constant(x, parent)
             for v, x in zip(steps.constvars, steps.consts, strict=True)
         }
         env.update(zip(steps.invars, args, strict=True))
-        for eqn, done in zip(steps.eqns, steps.done, strict=True):
-            site = self.site(eqn, parent)
-            operands = [self._read(env, atom, site) for atom in eqn.invars]
-            env.update(zip(eqn.outvars, self.run_eqn(site, operands), strict=True))
+        for eqn, of_results, is_later, done in zip(
+            steps.eqns, steps.needed, steps.is_later, steps.done, strict=True
+        ):
+            if not value_only or any(of_results):
+                site = self.site(eqn, parent, of_results, is_later)
+                operands = [self._read(env, atom, site) for atom in eqn.invars]
+                env.update(zip(eqn.outvars, self.run_eqn(site, operands), strict=True))
             for v in done:
-                del env[v]
-        return [self._read(env, atom, parent) for atom in steps.outvars]
+                env.pop(v, None)
+        return [
+            self._read(env, atom, parent) if is_needed or not value_only else None
+            for atom, is_needed in zip(steps.outvars, needed, strict=True)
+        ]
 
     def run_eqn(self, site: Site, operands: Sequence[Any]) -> list[Any]:
         """Runs one equation: an operation, a call or a loop."""
@@ -165,16 +194,13 @@ class Interpreter:
             return self.call(site, params[_ENTER[name]], operands)
         return self.equation(site, operands)
 
-    @property
-    def sites(self) -> Iterable[Site]:
-        """All sites that were met so far."""
-        return self._sites.values()
-
-    def site(self, eqn: Any, parent: Site | None) -> Site:
+    def site(
+        self, eqn: Any, parent: Site | None, needed: tuple[bool, ...], is_later: bool
+    ) -> Site:
         """The one object that stands for an equation at its place."""
         key = (parent, id(eqn))
         if key not in self._sites:
-            self._sites[key] = Site(eqn, parent)
+            self._sites[key] = Site(eqn, parent, needed, is_later)
         return self._sites[key]
 
     def look_into_shards(
@@ -185,7 +211,7 @@ class Interpreter:
         def run(body, args, record):
             inside = _Recorder(record)
             inside._sites = self._sites
-            return inside.run(body, args, site)
+            return inside.run(body, args, site, site.needed)
 
         return run_shards(site, operands, run)
 
@@ -281,28 +307,42 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 class _Steps:
-    """The equations of a jaxpr that its first outputs need, and when values are done.
+    """The equations of a jaxpr, what they are for, and when values are done.
 
     Attributes:
-      done: for each equation, the variables that nothing reads after it.
+      eqns: all equations.
+      needed: for each, which of its results the value of the function needs.
+      is_later: for each, whether only gradients need it.
+      done: for each, the variables that nothing reads after it.
     """
 
-    def __init__(self, jaxpr: Any, num_outputs: int | None):
+    def __init__(self, jaxpr: Any, needed: tuple[bool, ...]):
         self.jaxpr = jaxpr  # whose id is the key of this object: kept alive
         self.consts = [jnp.asarray(x) for x in jaxpr_consts(jaxpr)]
         opened = open_jaxpr(jaxpr)
         self.constvars, self.invars = opened.constvars, opened.invars
-        self.outvars = opened.outvars[:num_outputs]
-        later = {v for v in self.outvars if not is_literal(v)}
-        eqns, done = [], []
-        for eqn in reversed(opened.eqns):
-            if num_outputs is not None and later.isdisjoint(eqn.outvars):
-                continue
-            used = {v for v in (*eqn.invars, *eqn.outvars) if not is_literal(v)}
-            eqns.append(eqn)
-            done.append(used - later)
+        self.outvars, self.eqns = opened.outvars, opened.eqns
+        later = set(_variables(self.outvars))
+        of_value = set(_variables(itertools.compress(self.outvars, needed)))
+        live = set(later)
+        rows: list[tuple[Any, bool, set[Any]]] = []
+        for eqn in reversed(self.eqns):
+            inputs = set(_variables(eqn.invars))
+            of_results = tuple(v in of_value for v in eqn.outvars)
+            is_live = not live.isdisjoint(eqn.outvars)
+            used = inputs.union(eqn.outvars)
+            rows.append((of_results, is_live and not any(of_results), used - later))
             later |= used
-        self.eqns, self.done = eqns[::-1], done[::-1]
+            of_value |= inputs if any(of_results) else set()
+            live |= inputs if is_live else set()
+        rows.reverse()
+        self.needed = [row[0] for row in rows]
+        self.is_later = [row[1] for row in rows]
+        self.done = [row[2] for row in rows]
+
+
+def _variables(atoms: Iterable[Any]) -> Iterator[Any]:
+    return (atom for atom in atoms if not is_literal(atom))
 
 
 @jax.jit

@@ -24,8 +24,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
 from jaxmp.numerics._causes import explain
 from jaxmp.numerics._interpreter import Interpreter, bind
 from jaxmp.numerics._program import Program, read_program
@@ -188,11 +186,10 @@ def find_nonfinite(
         loss_scale=loss_scale,
     )
     tracker = Tracker()
-    count = sum(output.kind != "gradient" for output in program.outputs)
-    found = _alarm(program, tracker.track(program, count))
-    if found is None and count < len(program.outputs):
-        in_forward = frozenset(tracker.sites)
-        found = _alarm(program, tracker.track(program), in_forward)
+    found = _alarm(program, tracker.track(program, value_only=True))
+    if found is None and program.loss_scale is not None:
+        outs = tracker.track(program, value_only=False)
+        found = _alarm(program, outs, in_gradient=True)
         if found is not None:
             found = _at_lower_scale(found, program)
     return found or NonfiniteReport(loss_scale=program.loss_scale)
@@ -214,14 +211,9 @@ def _at_lower_scale(found: NonfiniteReport, program: Program) -> NonfiniteReport
 
 
 def _alarm(
-    program: Program,
-    outs: Sequence[Tracked],
-    in_forward: frozenset[Any] | None = None,
+    program: Program, outs: Sequence[Tracked], in_gradient: bool = False
 ) -> NonfiniteReport | None:
-    """The report on what is not finite among outputs, or None.
-
-    `in_forward` are the sites of the function's value, once gradients are asked about.
-    """
+    """The report on what is not finite among the first outputs, or None."""
     reached = [
         (output, x.origin)
         for output, x in zip(program.outputs, outs, strict=False)
@@ -230,7 +222,7 @@ def _alarm(
     if not reached:
         return None
     origin = _first(ancestors(origin for _, origin in reached))
-    report = _report(program, origin, in_forward)
+    report = _report(program, origin, in_gradient)
     names = tuple(output.name for output, _ in reached)
     return dataclasses.replace(report, reached=names)
 
@@ -243,16 +235,22 @@ def _matters(kind: str, origin: Origin) -> bool:
 
 
 def _first(origins: Sequence[Origin]) -> Origin:
-    for kind in ("made", "undefined", "input", "constant"):
-        for origin in origins:
-            if origin.kind == kind:
-                return origin
-    return origins[0]
+    """The origin to report, among all in the order of execution."""
+
+    def is_source(origin):
+        is_given = origin.kind in ("input", "constant")
+        return origin.kind == "made" or (is_given and origin.what == "NaN")
+
+    ranked = (
+        is_source,
+        lambda origin: origin.kind == "undefined",
+        lambda origin: origin.kind in ("input", "constant"),
+        lambda origin: True,
+    )
+    return next(o for matches in ranked for o in origins if matches(o))
 
 
-def _report(
-    program: Program, origin: Origin, in_forward: frozenset[Any] | None
-) -> NonfiniteReport:
+def _report(program: Program, origin: Origin, in_gradient: bool) -> NonfiniteReport:
     site = origin.site
     line = None if site is None else site.line
     if origin.kind == "input":
@@ -262,14 +260,12 @@ def _report(
             "(jaxmp.loss_scaling does), or a batch with a missing value."
         )
     elif origin.kind in ("made", "undefined") and site is not None:
-        is_hidden = in_forward is not None and site.root in in_forward
-        is_later = in_forward is not None and not is_hidden
         first = first_equations(program.jaxpr)
         written = first.get(site.eqn.source_info.traceback, site.eqn)
         cause, repair = explain(
             origin,
-            derivative_of=_derivative_of(site, written, is_later),
-            is_hidden=is_hidden,
+            derivative_of=_derivative_of(site, written),
+            is_hidden=in_gradient and not site.is_later,
             given=producer(program.jaxpr, site.eqn),
         )
     else:
@@ -289,7 +285,7 @@ def _report(
         file=None if line is None else line.file,
         line=None if line is None else line.number,
         function=None if line is None else line.function,
-        is_backward=in_forward is not None or (site is not None and site.is_backward),
+        is_backward=in_gradient or (site is not None and site.is_backward),
         iterations=origin.iterations,
         operands=origin.operands,
         result=origin.result,
@@ -299,14 +295,14 @@ def _report(
     )
 
 
-def _derivative_of(site: Any, written: Any, is_later: bool) -> str | None:
+def _derivative_of(site: Any, written: Any) -> str | None:
     """The primitive whose derivative an operation is part of, or None.
 
     `written` is the first operation with its traceback. Another one in the same place
     is of the derivative, unless a Python loop has written the same again.
     """
     name = written.primitive.name
-    if written is site.eqn or (name == site.primitive and not is_later):
+    if written is site.eqn or (name == site.primitive and not site.is_later):
         return None
     return name
 
@@ -330,8 +326,13 @@ def _finite_scale(program: Program) -> float | None:
     run = _CompiledLoops()
 
     def is_finite(exponent):
-        scaled = program.at_scale(2.0**exponent)
-        return not any(nonfinite([jnp.asarray(x) for x in run.run_program(scaled)]))
+        outs = run.run_program(program.at_scale(2.0**exponent))
+        gradients = [
+            x
+            for x, output in zip(outs, program.outputs, strict=True)
+            if output.kind == "gradient"
+        ]
+        return not any(nonfinite(gradients))
 
     assert program.loss_scale is not None
     high = math.ceil(math.log2(program.loss_scale))

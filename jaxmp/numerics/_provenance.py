@@ -101,8 +101,8 @@ class Tracker(Interpreter):
         self._count = 0
         self._compiled: dict[int, Any] = {}
 
-    def track(self, program: Program, num_outputs: int | None = None) -> list[Tracked]:
-        """Runs a program on its inputs."""
+    def track(self, program: Program, *, value_only: bool) -> list[Tracked]:
+        """Runs a program on its inputs; see `run_program`."""
         inputs = [
             Tracked(x, Origin("input", what, name=name) if what else None)
             for x, what, name in zip(
@@ -112,7 +112,7 @@ class Tracker(Interpreter):
                 strict=True,
             )
         ]
-        return self.run_program(program, inputs, num_outputs=num_outputs)
+        return self.run_program(program, inputs, value_only=value_only)
 
     def equation(self, site, operands):
         self._count += 1

@@ -40,21 +40,26 @@ class Site:
     Attributes:
       eqn: the equation of the jaxpr.
       parent: the call or loop that it is in, or None.
+      needed: which of its results the value of the function needs.
+      is_later: whether only gradients need it.
     """
 
-    def __init__(self, eqn: Any, parent: "Site | None"):
+    def __init__(
+        self,
+        eqn: Any,
+        parent: "Site | None",
+        needed: tuple[bool, ...],
+        is_later: bool,
+    ):
         self.eqn = eqn
         self.parent = parent
+        self.needed = needed
+        self.is_later = is_later or (parent is not None and parent.is_later)
 
     @property
     def primitive(self) -> str:
         """Name of the primitive."""
         return self.eqn.primitive.name
-
-    @property
-    def root(self) -> "Site":
-        """The outermost call or loop that it is in, or itself."""
-        return self if self.parent is None else self.parent.root
 
     @functools.cached_property
     def scopes(self) -> tuple[str, ...]:
@@ -78,9 +83,9 @@ class Site:
 
     @functools.cached_property
     def is_backward(self) -> bool:
-        """Whether it is part of a backward pass."""
+        """Whether it is part of a backward pass, also of one inside the function."""
         inherited = self.parent is not None and self.parent.is_backward
-        return inherited or is_backward(self.eqn)
+        return self.is_later or inherited or is_backward(self.eqn)
 
     @functools.cached_property
     def line(self) -> Line | None:

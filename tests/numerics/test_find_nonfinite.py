@@ -82,6 +82,14 @@ def test_finite_scale_is_the_largest_power_of_two():
     assert f"finite at loss scale 2^{exponent}, and dynamic loss scaling" in str(found)
 
 
+def test_infinite_metric_hides_no_handled_overflow():
+    def loss(w, x):
+        return scaled_loss(w, x), {"best": jnp.inf}
+
+    found = find_nonfinite(loss, *ARGS, loss_scale=2.0**22)
+    assert found.kind == "handled overflow"
+
+
 def test_scale_below_one_is_said_to_need_a_lower_minimum():
     def loss(w):
         return jnp.mean(w.astype(jnp.float32) * 1e6)
@@ -217,6 +225,25 @@ def test_roundings_inside_of_loops_are_kept():
 
     found = find_nonfinite(loss, jnp.float16(300), backward=False)
     assert (found.primitive, found.iterations) == ("mul", (0,))
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "plain"])
+def test_derivative_is_told_from_what_it_is_the_derivative_of(wrap):
+    @wrap
+    def loss(w):
+        for _ in range(2):
+            w = w**0.5
+        return w.sum()
+
+    found = find_nonfinite(loss, jnp.array([0.0, 1.0]))
+    assert found.cause.startswith("the derivative of pow at 0"), str(found)
+
+
+def test_nan_argument_comes_before_what_else_is_made():
+    found = find_nonfinite(
+        lambda w, x: (jnp.log(x) * w).sum(), jnp.array([1.0, jnp.nan]), jnp.zeros(2)
+    )
+    assert found.primitive == "input"
 
 
 # What is told

@@ -150,10 +150,25 @@ def test_backward_rows_have_the_line_and_path_of_the_forward():
 
     traced = trace(loss)(jnp.ones(3))
     backward = [row for row in traced.rows if row.is_backward]
-    assert {row.operation for row in backward} == {"mul"}
-    (row,) = (row for row in backward if row.path == "head")
-    assert row.line == row_of(traced, "sin").line
+    assert {row.operation for row in backward if row.path == "head"} == {"mul", "cos"}
     assert {row.path for row in backward} == {"head", "loss_scale"}
+    lines = {row.line for row in backward if row.path == "head"}
+    assert lines == {row_of(traced, "sin").line}
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "plain"])
+def test_what_only_the_gradient_needs_is_backward(wrap):
+    def loss(w):
+        return lax.scan(lambda h, x: (h + jnp.sin(x), None), 0.0, w)[0]
+
+    traced = trace(wrap(loss))(jnp.ones(3))
+    way = {
+        row.operation: row.is_backward
+        for row in traced.rows
+        if row.path != "loss_scale"
+    }
+    way.pop("convert_element_type", None)  # of the loop's start, to float32
+    assert way == {"sin": False, "cos": True, "add": False, "mul": True}
 
 
 def test_loss_scale_moves_the_backward_only():
