@@ -199,6 +199,10 @@ class NumericsError(JaxmpError, ValueError):
     """An argument of `jaxmp.numerics` that has no meaning there."""
 
 
+class MissingPlotPackage(JaxmpError, ImportError):
+    """Something is to be drawn, and Matplotlib is not installed."""
+
+
 # Warnings
 
 

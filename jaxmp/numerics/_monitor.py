@@ -23,8 +23,7 @@ Sharp edges
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,7 @@ import optax
 
 from jaxmp import _composition, _tree
 from jaxmp.errors import MissingState, NumericsError
+from jaxmp.numerics._branch import branch
 from jaxmp.numerics._formats import format_range
 from jaxmp.numerics._statistics import (
     Statistics,
@@ -49,7 +49,6 @@ from jaxmp.optimizers._wrapping import (
     with_extra_args,
 )
 
-T = TypeVar("T")
 PyTree = Any
 
 
@@ -187,7 +186,7 @@ def monitor(
         state = state._replace(steps=state.steps + np.int32(1))
         if names:
             is_due = state.steps % np.int32(every) == 0
-            measured = _cond(is_due, measure, lambda: before.measured)
+            measured = branch(is_due, measure, lambda: before.measured)
             state = state._replace(measured=measured)
             state = _with_nonfinite(state, names, grads)
         updates, inner_state = update()
@@ -258,13 +257,6 @@ def find_monitor(tree: Any) -> MonitorState:
 
 
 # One update
-
-
-def _cond(pred: jax.Array, on_true: Callable[[], T], on_false: Callable[[], T]) -> T:
-    """`jax.lax.cond`, which outside of a compiled function would compile every time."""
-    if isinstance(pred, jax.core.Tracer):
-        return jax.lax.cond(pred, on_true, on_false)
-    return on_true() if pred else on_false()
 
 
 def _measure(

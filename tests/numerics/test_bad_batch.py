@@ -201,6 +201,17 @@ def test_another_structure(tmp_path):
         load_bad_batch(tmp_path / "bad.npz", params={"w": jnp.ones(5)})
 
 
+def test_batches_of_another_shape():
+    tx = jaxmp.loss_scaling(optax.sgd(0.1), "float32")
+    record, state = no_bad_batch(batch=jnp.ones((8, 2))), tx.init(jnp.ones(2))
+    with pytest.raises(NumericsError, match=r"batch of shape \(8, 2\).* \(5, 2\)"):
+        record_bad_batch(record, state, batch=jnp.ones((5, 2)), loss_scale=1.0)
+    with pytest.raises(NumericsError, match=r"params of shape None.* \(2,\)"):
+        record_bad_batch(
+            record, state, batch=jnp.ones((8, 2)), params=jnp.ones(2), loss_scale=1.0
+        )
+
+
 def test_a_state_without_a_scale():
     with pytest.raises(MissingLossScale):
         record_bad_batch(ODD, optax.adam(0.1).init(PARAMS), batch=1, loss_scale=1.0)
