@@ -32,8 +32,8 @@ _COLUMNS = (
 )
 _NOTE = (
     "* An estimate, not a measurement: for every operation the larger of matmul FLOPs "
-    "over the chip's published peak and bytes over its bandwidth. What stays in a TPU's "
-    "own memory is free, so compare policies on a target, not targets. Sizes in "
+    "over the chip's published peak and bytes over its bandwidth. What stays in a "
+    "TPU's own memory is free, so compare policies on a target, not targets. Sizes in "
 )
 _BUFFER_COLUMNS = ("MiB", "count", "array", "made at", "name")
 
