@@ -82,8 +82,11 @@ def make_step(mode, model_args=()):
         ).mean()
 
     if mode.startswith("autocast"):
-        half = mode == "autocast"
-        loss_fn = jaxmp.autocast(loss_fn, "mixed_bfloat16", half_residuals=half)
+        half = mode != "autocast-float32-residuals"
+        named = mode != "autocast-unnamed"
+        loss_fn = jaxmp.autocast(
+            loss_fn, "mixed_bfloat16", half_residuals=half, named_scopes=named
+        )
 
     def step(params, opt_state, tokens):
         loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
@@ -120,7 +123,10 @@ def main(argv):
     parser.add_argument(
         "--mode",
         default="autocast",
-        choices=("float32", "by-hand", "autocast", "autocast-float32-residuals"),
+        choices=(
+            *("float32", "by-hand", "autocast"),
+            *("autocast-float32-residuals", "autocast-unnamed"),
+        ),
     )
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--lower-only", action="store_true", help="time tracing only")

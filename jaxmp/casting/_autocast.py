@@ -39,6 +39,7 @@ def autocast(
     rules: Sequence[Any] = (),
     output_dtype: Any = None,
     half_residuals: bool = True,
+    named_scopes: bool = True,
 ) -> Callable[..., Any]:
     """Makes a function compute its matmuls in half and its delicate parts in float32.
 
@@ -61,6 +62,8 @@ def autocast(
       half_residuals: keep only half-precision inputs of the float32 parts for the
         backward pass, and compute these parts again there. They are elementwise and
         reductions, so this saves memory and traffic; matmuls are never repeated.
+      named_scopes: name what is computed in which dtype, as in
+        `jaxmp/matmul/bfloat16` or `jaxmp/softmax/float32`, for HLO dumps and profiles.
 
     Returns:
       A function like `fn`, with the same outputs in the same dtypes. Without `fn`, a
@@ -91,6 +94,7 @@ def autocast(
             rules=rules,
             output_dtype=output_dtype,
             half_residuals=half_residuals,
+            named_scopes=named_scopes,
         )
     check_function(fn)
     settings = read_settings(policy, rules, half_residuals)
@@ -104,7 +108,7 @@ def autocast(
             args = [
                 cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)
             ]
-            outs = Executor(planner).run(plan, consts, args)
+            outs = Executor(planner, named_scopes).run(plan, consts, args)
             return [
                 cast_output(x, v, dtype)
                 for x, v, dtype in zip(

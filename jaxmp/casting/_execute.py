@@ -14,6 +14,7 @@ from jaxmp.casting._islands import Island
 from jaxmp.casting._pick import bind_with_picks, has_pick
 from jaxmp.casting._plan import EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
+from jaxmp.casting._regions import region_of, region_of_island
 from jaxmp.casting._signature import common_scope, signature
 from jaxmp.casting._softmax import Softmax, run_softmax
 from jaxmp.casting._states import FLOAT32, is_literal
@@ -25,10 +26,13 @@ class Executor:
     Values are kept in the dtype of their state and cast where an equation reads them.
     The cast is made for each reader anew: the cotangents of a float32 value are then
     summed in float32, and XLA merges the casts.
+
+    With `named_scopes`, name stacks tell what is computed in which dtype.
     """
 
-    def __init__(self, planner: Planner):
+    def __init__(self, planner: Planner, named_scopes: bool):
         self.planner = planner
+        self.named_scopes = named_scopes
         self._islands: dict[Any, Callable[..., list[Any]]] = {}
 
     def run(
@@ -73,14 +77,20 @@ class Executor:
 
     def run_eqn(self, plan: EqnPlan, env: "_Values") -> list[Any]:
         """Binds one equation; its results have the dtypes of their states."""
-        outs = self.bind(plan, env)
+        region = region_of(plan) if self.named_scopes else ()
+        outs = self.bind(plan, env, region=region)
         return [
             x if state is None else cast(x, state.dtype)
             for x, state in zip(outs, plan.out_states, strict=True)
         ]
 
     def bind(
-        self, plan: EqnPlan, env: "_Values", in_island: bool = False, depth: int = 0
+        self,
+        plan: EqnPlan,
+        env: "_Values",
+        in_island: bool = False,
+        depth: int = 0,
+        region: tuple[Any, ...] = (),
     ) -> list[Any]:
         """Binds one equation under its name, source line and context.
 
@@ -88,7 +98,7 @@ class Executor:
         """
         eqn = plan.eqn
         scope = eqn.source_info.name_stack
-        scope = type(scope)(scope.stack[depth:])
+        scope = type(scope)(scope.stack[depth:] + region)
         stack = source_info_util.current_name_stack() + scope
         traceback = eqn.source_info.traceback
         with (
@@ -113,22 +123,23 @@ class Executor:
 
     def run_island(self, island: Island, env: "_Values") -> None:
         """Runs the operations of an island as one function of its stored inputs."""
-
-        if island.softmax is not None:
-            self.run_softmax(island, island.softmax, env)
-            return
-
-        args = [env.read(v, _AS_STORED) for v in island.inputs]
-        scope = common_scope(island)
-        run = functools.partial(self._run_members, island, len(scope.stack))
-        if island.recompute:
-            key = signature(island, len(scope.stack), args)
-            # Nothing stops XLA from keeping what it would rather not compute again; a
-            # barrier would also stop it from fusing, which costs more traffic.
-            run = jax.checkpoint(run, prevent_cse=False)
-            run = run if key is None else self._islands.setdefault(key, run)
+        common = common_scope(island)
+        depth = len(common.stack)
+        region = region_of_island(island) if self.named_scopes else ()
+        scope = type(common)(common.stack + region)
         stack = source_info_util.current_name_stack() + scope
         with source_info_util.set_name_stack(stack):
+            if island.softmax is not None:
+                self.run_softmax(island, island.softmax, env, depth)
+                return
+            args = [env.read(v, _AS_STORED) for v in island.inputs]
+            run = functools.partial(self._run_members, island, depth)
+            if island.recompute:
+                key = signature(island, depth, args)
+                # Nothing stops XLA from keeping what it would rather not compute again;
+                # a barrier would also stop it from fusing, which costs more traffic.
+                run = jax.checkpoint(run, prevent_cse=False)
+                run = run if key is None else self._islands.setdefault(key, run)
             outs = run(*args)
         for (v, dtype), value in zip(island.outputs, outs, strict=True):
             env.write_at(v, dtype, value)
@@ -141,7 +152,9 @@ class Executor:
             inside.write(plan.eqn.outvars, outs)
         return [inside.read(v, dtype) for v, dtype in island.outputs]
 
-    def run_softmax(self, island: Island, softmax: Softmax, env: "_Values") -> None:
+    def run_softmax(
+        self, island: Island, softmax: Softmax, env: "_Values", depth: int
+    ) -> None:
         """Runs an island that is one softmax, keeping its half result only."""
         ((result, dtype),) = island.outputs
 
@@ -151,7 +164,8 @@ class Executor:
             if not is_literal(softmax.shift):
                 inside.write([softmax.shift], [shift])
             for plan in softmax.members:
-                inside.write(plan.eqn.outvars, self.bind(plan, inside))
+                outs = self.bind(plan, inside, depth=depth)
+                inside.write(plan.eqn.outvars, outs)
             return inside.read(result, None)
 
         scores = env.read(softmax.scores, FLOAT32)

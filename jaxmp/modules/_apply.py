@@ -15,7 +15,9 @@ from jaxmp.policy._rules import check_rules
 M = TypeVar("M")
 
 
-def apply_policy(module: M, policy: Any, *, rules: Any = default_rules) -> M:
+def apply_policy(
+    module: M, policy: Any, *, rules: Any = default_rules, named_scopes: bool = True
+) -> M:
     """Makes every layer of a Flax module store, compute and return what a policy says.
 
     Parameters are stored in the policy's `param_dtype`. Flax's own layers compute as if
@@ -32,6 +34,8 @@ def apply_policy(module: M, policy: Any, *, rules: Any = default_rules) -> M:
       rules: a sequence of `PolicyRule`, tried in order. The default keeps norms in
         float32 inside. A layer whose author set `dtype=` keeps it unless a rule of
         yours says otherwise.
+      named_scopes: name the layers of Flax by kind and compute dtype, as in
+        `jaxmp/dense/bfloat16` or `jaxmp/norm/float32`, for HLO dumps and profiles.
 
     Returns:
       A module of the same kind, with the same parameter paths. The given one is left as
@@ -51,7 +55,7 @@ def apply_policy(module: M, policy: Any, *, rules: Any = default_rules) -> M:
       >>> variables["params"]["kernel"].dtype, model.apply(variables, jnp.ones(3)).dtype
       (dtype('float32'), dtype('float32'))
     """
-    application = Application(get_policy(policy), check_rules(rules))
+    application = Application(get_policy(policy), check_rules(rules), named_scopes)
     if isinstance(module, nn.Module):
         return apply_to_linen(module, application)
     if isinstance(module, nnx.Module):

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import UnusedRule
@@ -65,10 +66,17 @@ def kind_of(module: Any) -> str | None:
 
 
 class Application(NamedTuple):
-    """A policy and its rules, as applied to one module."""
+    """What is applied to one module: policy, rules, and whether layers are named."""
 
     policy: Policy
     rules: tuple[PolicyRule, ...]
+    named_scopes: bool = True
+
+
+def scope_of(module: Any, dtype: Any) -> str | None:
+    """The name scope of a layer that computes in a dtype; None for one of no kind."""
+    kind = kind_of(module)
+    return None if kind is None else f"jaxmp/{kind}/{jnp.dtype(dtype)}"
 
 
 class LayerDtypes(NamedTuple):

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 from flax.core import Scope, freeze
 
 from jaxmp.modules._layers import (
@@ -36,12 +37,14 @@ from jaxmp.modules._layers import (
     is_flax_layer,
     of_layer,
     of_root,
+    scope_of,
 )
 from jaxmp.modules._linen_layers import (
     LayerCall,
     adapt_flax_layer,
     adapt_transparent_layer,
     adapt_user_layer,
+    authors_dtype,
     is_transparent,
 )
 from jaxmp.policy import PolicyRule
@@ -246,9 +249,9 @@ class _Interceptor:
             adapt = self._adapter(module, dtypes)
             method = context.method_name
             is_entry = from_outside and method != "setup"
-            output = adapt(
-                LayerCall(module, method, dtypes, is_entry, next_fun, args, kwargs)
-            )
+            call = LayerCall(module, method, dtypes, is_entry, next_fun, args, kwargs)
+            with self._named(module, dtypes) if is_entry else contextlib.nullcontext():
+                output = adapt(call)
         if is_entry:
             for watcher in _watchers.get():
                 watcher(Visit(self._path_string(module), module, dtypes, output))
@@ -267,10 +270,16 @@ class _Interceptor:
             return adapt_flax_layer
         return adapt_user_layer
 
+    def _named(self, module: nn.Module, dtypes: LayerDtypes) -> Any:
+        """A name scope for a layer of a known kind."""
+        dtype = authors_dtype(module, dtypes) or dtypes.compute
+        name = scope_of(module, dtype) if self.application.named_scopes else None
+        return contextlib.nullcontext() if name is None else jax.named_scope(name)
+
     def _dtypes_of(self, module: nn.Module) -> LayerDtypes:
         key = (module.path, original_class(type(module)))
         if key not in self.layers:
-            policy, rules = self.application
+            policy, rules, _ = self.application
             if self._path_in_model(module) == () and not self.layers:
                 dtypes = of_root(policy, rules, module)
             else:
@@ -293,7 +302,7 @@ class _Interceptor:
         ]
         if around:
             return self.layers[max(around, key=lambda key: len(key[0]))]
-        policy, rules = self.application
+        policy, rules, _ = self.application
         dtypes = of_root(policy, rules, None)
         for end in range(1, len(self.unbound_from)):
             path = "/".join(self.unbound_from[:end])

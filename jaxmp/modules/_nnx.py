@@ -26,6 +26,7 @@ from jaxmp.modules._layers import (
     check_all_used,
     of_layer,
     of_root,
+    scope_of,
 )
 from jaxmp.modules._nnx_border import (
     Border,
@@ -54,7 +55,8 @@ def apply_to_nnx(module: M, application: Application) -> M:
     used = [dtypes.rule for _, dtypes in layers.values() if dtypes.rule is not None]
     check_all_used(application.rules, used, layers)
     for path, (layer, dtypes) in layers.items():
-        _apply_to_layer(layer, dtypes, application if path == "" else None)
+        scope = scope_of(layer, dtypes.compute) if application.named_scopes else None
+        _apply_to_layer(layer, dtypes, scope, application if path == "" else None)
     return new
 
 
@@ -89,7 +91,10 @@ def own_parameters(layer: nnx.Module) -> dict[str, list[nnx.Param]]:
 
 
 def _apply_to_layer(
-    layer: Any, dtypes: LayerDtypes, application: Application | None
+    layer: Any,
+    dtypes: LayerDtypes,
+    scope: str | None,
+    application: Application | None,
 ) -> None:
     """Applies dtypes to one layer; `application` is given for the outermost one."""
     is_root = application is not None
@@ -103,18 +108,20 @@ def _apply_to_layer(
         layer.dtype = dtypes.params
     if is_transparent(cls) and not (is_root or named):
         return
-    border = Border(dtypes.compute, dtypes.compute, dtypes.output)
+    border = Border(dtypes.compute, dtypes.compute, dtypes.output, scope)
     if has_settings(layer):
         settings = settings_for(layer, dtypes)
         if settings is None:
             return
         for name, value in settings.items():
             setattr(layer, name, value)
-        border = Border(None, None, dtypes.output)
+        border = Border(None, None, dtypes.output, scope)
         is_attention = isinstance(layer, nnx.MultiHeadAttention)
         is_natural = natural_output(layer, settings) == dtypes.output
         if is_natural and not is_attention and not is_root:
-            return
+            if scope is None:
+                return
+            border = Border(None, None, None, scope)
     object.__setattr__(layer, "__class__", with_border(cls, border, application))
 
 

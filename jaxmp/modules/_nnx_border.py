@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,11 +18,12 @@ from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
 
 @dataclasses.dataclass(frozen=True)
 class Border:
-    """The dtypes to cast to; None leaves the inputs, or the parameters, as they are."""
+    """The dtypes to cast to, None leaving things as they are, and a name scope."""
 
     inputs: np.dtype | None
     parameters: np.dtype | None
-    output: np.dtype
+    output: np.dtype | None
+    scope: str | None = None
 
 
 def original_class(cls: type) -> type:
@@ -104,11 +106,15 @@ def _casting(method: Callable[..., Any], border: Border) -> Callable[..., Any]:
         with _entered(self) as from_outside:
             if not from_outside:
                 return method(self, *args, **kwargs)
-            with _cast_variables(self, border):
+            with _named(border.scope), _cast_variables(self, border):
                 bound = functools.partial(method, self)
                 return _call(self, bound, border, args, kwargs)
 
     return casting
+
+
+def _named(scope: str | None) -> Any:
+    return contextlib.nullcontext() if scope is None else jax.named_scope(scope)
 
 
 def _call(
@@ -118,6 +124,8 @@ def _call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    if border.output is None:
+        return method(*args, **kwargs)
     is_cell = isinstance(layer, nnx.RNNCellBase)
     carry = carry_of(args, kwargs) if is_cell else None
     if border.inputs is not None:
