@@ -99,6 +99,13 @@ def make_step(mode, model_args=()):
     return step, (params, jax.eval_shape(optimizer.init, params), tokens)
 
 
+def step_of_policy(policy):
+    """As `python -m jaxmp report` takes it: float32, or autocast."""
+    mode = "float32" if policy == "float32" else "autocast"
+    step, args = make_step(mode)
+    return jax.jit(step, donate_argnums=(0, 1)), *args
+
+
 class Memory(NamedTuple):
     """What a compiled step needs, in GiB; an H100 tells no traffic."""
 

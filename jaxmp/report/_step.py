@@ -50,6 +50,8 @@ class Row(NamedTuple):
       contents: matmuls, converts and collectives by dtype.
       roofline: estimate of the time; None for a device whose peaks are unknown.
       buffers: the ten largest entries of what is alive at the peak.
+      explained: bytes of all buffers that are alive at the peak, the ten and the rest,
+        over `peak`: how well what is worked out meets what the compiler tells.
       seconds_to_compile: by the target's compiler.
       message: what the compiler said, if it refused the step.
     """
@@ -67,6 +69,7 @@ class Row(NamedTuple):
     contents: Contents | None = None
     roofline: Roofline | None = None
     buffers: tuple[LiveBuffers, ...] = ()
+    explained: float | None = None
     seconds_to_compile: float = 0.0
     message: str = ""
 
@@ -271,7 +274,7 @@ def read_answer(policy: str, program: Program, answer: Answer) -> Row:
     sizes = answer.memory
     total = sizes["argument"] + sizes["temp"] + sizes["output"] - sizes["alias"]
     hlo = read_hlo(answer.text)
-    held = peak(hlo, functools.partial(users_line, hlo), total).buffers
+    highest = peak(hlo, functools.partial(users_line, hlo), total)
     return Row(
         policy,
         str(program.target),
@@ -287,8 +290,9 @@ def read_answer(policy: str, program: Program, answer: Answer) -> Row:
         None if chip is None else roofline(hlo, chip),
         tuple(
             buffer._replace(name=_WRAPPERS.sub("", buffer.name))
-            for buffer in largest(held, program.arguments)
+            for buffer in largest(highest.buffers, program.arguments)
         ),
+        highest.size / total if total else None,
         answer.seconds,
     )
 

@@ -192,10 +192,12 @@ def _verdict(row: "Row") -> str:
         return f"does not fit. {row.message}"
     unit = _unit([row])
     size = f"{(row.peak or 0) / unit.bytes:.2f} {unit.name} at the peak"
-    if row.memory is None:
+    if row.memory is not None:
+        verb = "fits" if row.fits else "does not fit"
+        size += f", {verb} into {row.memory / GIB:.2f} GiB"
+    if row.explained is None:
         return f"{size}."
-    verb = "fits" if row.fits else "does not fit"
-    return f"{size}, {verb} into {row.memory / GIB:.2f} GiB."
+    return f"{size}. The largest of the buffers that explain {row.explained:.0%} of it:"
 
 
 def _buffer_cells(row: "Row") -> Iterable[list[str]]:
