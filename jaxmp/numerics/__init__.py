@@ -12,7 +12,13 @@ from jaxmp.numerics._monitor import (
     get_statistics,
     monitor,
 )
+from jaxmp.numerics._monitor_report import (
+    LeafReport,
+    MonitorReport,
+    monitor_report,
+)
 from jaxmp.numerics._nonfinite import NonfiniteReport, find_nonfinite
+from jaxmp.numerics._plots import plot_exponents, plot_loss_scale, plot_underflow
 from jaxmp.numerics._statistics import EXPONENTS, Statistics, statistics
 from jaxmp.numerics._trace import Trace, TraceRow, trace
 
@@ -29,8 +35,14 @@ __all__ = [
     "get_statistics",
     "Measurement",
     "MonitorState",
+    "monitor_report",
+    "MonitorReport",
+    "LeafReport",
     "record_bad_batch",
     "no_bad_batch",
     "load_bad_batch",
     "BadBatch",
+    "plot_exponents",
+    "plot_underflow",
+    "plot_loss_scale",
 ]

@@ -75,7 +75,7 @@ def plot_exponents(
     formats = [_moved(dtype, scale) for dtype in dtypes for scale in (1.0, loss_scale)]
     formats = list(dict.fromkeys(formats))
     main = _moved(dtypes[0], loss_scale)
-    ax = _axes(ax, figsize=(8, 4.4))
+    ax = _axes(ax, figsize=(8, 5))
 
     is_lost = (exponents < main.zero) | (exponents >= main.overflow)
     is_pale = ~is_lost & (exponents < main.normal)
@@ -89,14 +89,16 @@ def plot_exponents(
         ax.bar(exponents[mask], heights, 0.9, align="edge", color=color, label=label)
 
     used = exponents[shares > 0]
-    narrow = [f for f in formats if f.zero > EXPONENTS.start]
-    low = min([used.min(), *(f.zero for f in narrow)]) - 3
-    high = max([used.max(), *(f.overflow for f in narrow)]) + 3
+    narrow = [f for f in formats if not f.has_range_of_float32]
+    low = min([used.min(), *(f.zero for f in narrow)]) - 4
+    high = max([used.max() + 1, *(f.overflow for f in narrow)]) + 4
     smallest, largest = math.log10(shares[shares > 0].min()), math.log10(shares.max())
     bottom = smallest - 0.3
     room = 0.95 - 0.1 * len(formats)
     ax.set_yscale("log")
     ax.set_ylim(10**bottom, 10 ** (bottom + (largest - bottom) / room))
+    ax.set_yticks([10.0**k for k in range(math.ceil(bottom), 3)])
+    ax.minorticks_off()
     ax.set_xlim(low, high)
     for i, format_ in enumerate(formats):
         _draw_format(ax, format_, y=0.91 - 0.1 * i)
@@ -106,7 +108,7 @@ def plot_exponents(
         title=f"{100 * zeros / size:.3g} % are zero, and not drawn",
     )
     ax.title.set_fontsize("medium")
-    _legend_below(ax, columns=3)
+    _legend_below(ax, columns=1)
     return _finished(ax, path)
 
 
@@ -160,21 +162,27 @@ def plot_underflow(
     percent = 100 * np.array(shares).T
     ax = _axes(ax, figsize=(8, 1.4 + 0.2 * len(names)))
     image = ax.imshow(
-        percent, aspect="auto", cmap="magma_r", vmin=0, interpolation="nearest"
+        percent, aspect="auto", cmap="Reds", vmin=0, interpolation="nearest"
     )
-    ticks = np.unique(np.linspace(0, len(measured) - 1, 8).astype(int))
-    ax.set_xticks(ticks, np.array(list(measured))[ticks])
+    ticks = range(0, len(measured), math.ceil(len(measured) / 10))
+    ax.set_xticks(ticks, [list(measured)[i] for i in ticks])
     ax.set_yticks(range(len(names)), names, fontsize="small")
-    ax.set(xlabel="step", title=_QUANTITIES[quantity].format(dtype=first.dtype))
+    ax.set(xlabel="step", title=_title(quantity, list(measured.values())))
     ax.title.set_fontsize("medium")
     ax.figure.colorbar(image, ax=ax, label="%")
     return _finished(ax, path)
 
 
+def _title(quantity: str, reports: Sequence[MonitorReport]) -> str:
+    is_scaled = any(report.loss_scale != 1 for report in reports)
+    scale = "under the loss scale" if is_scaled else "without a loss scale"
+    return _QUANTITIES[quantity].format(dtype=f"{reports[0].dtype} {scale}")
+
+
 _QUANTITIES = {
-    "underflow": "gradients that become zero in {dtype} under the loss scale",
-    "subnormal": "gradients that lose digits in {dtype} under the loss scale",
-    "overflow": "gradients that become infinite in {dtype} under the loss scale",
+    "underflow": "gradients that become zero in {dtype}",
+    "subnormal": "gradients that are subnormal in {dtype}",
+    "overflow": "gradients that become infinite in {dtype}",
     "zero": "gradients that are zero",
     "lost": "updates that were lost to rounding",
 }
@@ -239,6 +247,7 @@ class _Format(NamedTuple):
     """Exponents between which numbers are kept by a format, under a loss scale."""
 
     label: str
+    has_range_of_float32: bool
     zero: float
     normal: float
     overflow: float
@@ -253,6 +262,7 @@ def _moved(dtype: Any, loss_scale: float) -> _Format:
     scaled = f" under the loss scale $2^{{{shift:g}}}$" if shift else ""
     return _Format(
         label=info.name + scaled,
+        has_range_of_float32=has_range_of_float32,
         zero=math.log2(info.smallest_subnormal) - shift,
         normal=math.log2(info.smallest_normal) - shift,
         overflow=math.ceil(math.log2(info.largest)) - shift,
