@@ -6,6 +6,13 @@ from jaxmp.numerics._bad_batch import (
     no_bad_batch,
     record_bad_batch,
 )
+from jaxmp.numerics._compare import compare
+from jaxmp.numerics._compare_result import (
+    ActivationRow,
+    Comparison,
+    GradientRow,
+    PolicyRow,
+)
 from jaxmp.numerics._monitor import (
     Measurement,
     MonitorState,
@@ -26,6 +33,11 @@ __all__ = [
     "trace",
     "Trace",
     "TraceRow",
+    "compare",
+    "Comparison",
+    "PolicyRow",
+    "ActivationRow",
+    "GradientRow",
     "find_nonfinite",
     "NonfiniteReport",
     "statistics",

@@ -1,0 +1,94 @@
+"""How far numbers are from what they should be, summed up over arrays."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass
+class Distance:
+    """Sums over pairs of arrays, in float64 on the host.
+
+    What is not finite in the reference is left out, and so is the largest number of its
+    dtype, which masks are made of.
+
+    Attributes:
+      size: how many numbers were compared.
+      wanted, given, error, product: sums of the squares of the reference, of what came
+        out, and of the difference; sum of the products of the former two.
+      nonfinite: how many came out infinite or NaN.
+      nonzero, zeroed: how many are not zero in the reference; how many of these came
+        out as zero.
+    """
+
+    size: int = 0
+    wanted: float = 0.0
+    given: float = 0.0
+    error: float = 0.0
+    product: float = 0.0
+    nonfinite: int = 0
+    nonzero: int = 0
+    zeroed: int = 0
+
+    def add(self, reference: Any, value: Any, scale: float = 1.0) -> None:
+        """Adds a pair of arrays of one shape; `value` is divided by `scale`."""
+        wide = np.complex128 if jnp.iscomplexobj(reference) else np.float64
+        wanted, given = (np.asarray(x).astype(wide) for x in (reference, value))
+        largest = float(jnp.finfo(reference.dtype).max)
+        counts = np.isfinite(wanted) & (np.abs(wanted) != largest)
+        if not counts.all():
+            wanted, given = wanted[counts], given[counts]
+        given = given / scale
+        self.size += wanted.size
+        self.nonzero += int(np.count_nonzero(wanted))
+        finite = np.isfinite(given)
+        if not finite.all():
+            self.nonfinite += int(wanted.size - finite.sum())
+            wanted, given = wanted[finite], given[finite]
+        self.wanted += _square(wanted)
+        self.given += _square(given)
+        self.error += _square(given - wanted)
+        self.product += float(np.vdot(wanted, given).real)
+        self.zeroed += int(np.count_nonzero((given == 0) & (wanted != 0)))
+
+    def __iadd__(self, other: "Distance") -> "Distance":
+        for field in dataclasses.fields(self):
+            name = field.name
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the difference over norm of the reference."""
+        if self.nonfinite:
+            return math.inf
+        if not self.error:
+            return 0.0
+        return math.sqrt(self.error / self.wanted) if self.wanted else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between the two; NaN if one of them is zero."""
+        if self.nonfinite or not self.wanted or not self.given:
+            return math.nan
+        return self.product / math.sqrt(self.wanted) / math.sqrt(self.given)
+
+    @property
+    def snr(self) -> float:
+        """Power of the reference over power of the difference, in decibels."""
+        error = self.relative_error
+        if error == 0:
+            return math.inf
+        return -math.inf if error == math.inf else -20 * math.log10(error)
+
+    @property
+    def underflow(self) -> float:
+        """Which fraction of what is not zero came out as zero."""
+        return self.zeroed / max(self.nonzero, 1)
+
+
+def _square(x: np.ndarray) -> float:
+    return float(np.vdot(x, x).real)
