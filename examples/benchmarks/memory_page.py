@@ -152,7 +152,7 @@ def notes(model, target, found):
     if reference is not None and reference.peak is None:
         told.append("Nothing can be compared with float32, which does not fit.")
     if missing := [way for way in ways_for(model, target) if way not in found]:
-        told.append(f"Not compiled for this page: {', '.join(missing)}.")
+        told.append(f"Not compiled for this page: {'; '.join(missing)}.")
     return [" ".join(told)] if told else []
 
 
