@@ -64,9 +64,7 @@ def draw(folder, ending, state, reports, metrics):
     gradients = get_statistics(state).gradients
     scale = float(jaxmp.get_loss_scale(state))
     name = "numerics_{}.{}".format
-    plot_exponents(
-        gradients, loss_scale=scale, path=folder / name("exponents", ending)
-    )
+    plot_exponents(gradients, loss_scale=scale, path=folder / name("exponents", ending))
     plot_underflow(reports, path=folder / name("underflow", ending))
     plot_loss_scale(metrics, path=folder / name("loss_scale", ending))
 
