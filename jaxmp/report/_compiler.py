@@ -142,7 +142,7 @@ def _start(log: Path) -> subprocess.Popen[str]:
     environment.pop("XLA_FLAGS", None)
     with log.open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "jaxmp.report._worker"],
+            [sys.executable, "-c", "from jaxmp.report._worker import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,

@@ -1,4 +1,4 @@
-"""The process that compiles: `python -m jaxmp.report._worker`.
+"""The process that compiles.
 
 It reads names of files from its input, one per line. Each holds a pickled `Request`;
 the answer, a pickled `Answer`, is written beside it, and the name is printed.
@@ -101,7 +101,3 @@ def main() -> None:
             answer = Answer({}, {}, "", 0.0, traceback.format_exc())
         path.with_suffix(".answer").write_bytes(pickle.dumps(tuple(answer)))
         print(path, file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
