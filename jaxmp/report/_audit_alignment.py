@@ -95,4 +95,4 @@ def _misaligned(shape: MatmulShape) -> tuple[str, ...]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"

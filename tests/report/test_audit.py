@@ -771,6 +771,7 @@ def test_shapes_that_are_padded_are_named_with_the_waste():
     assert misaligned.tpu_waste == pytest.approx(1 - 12 * 100 / (16 * 128))
     (finding,) = (f for f in found.findings if f.kind == "alignment")
     assert "m=12" in finding.repair
+    assert "28% of the work is padding to multiples of 8, 41% to 128" in finding.message
     assert not audit(jnp.matmul, half(64, 128), half(128, 256)).misalignments
 
 
