@@ -422,7 +422,7 @@ _DERIVATIVES = {
 
 
 def _derivative(made: Origin, derivative_of: str) -> Cause:
-    given = ", ".join(map(_at, made.operands[:2]))
+    given = " and ".join(map(_at, made.operands[:2]))
     safe = 0.5 if derivative_of in ("acos", "asin", "atanh") else 1.0
     norm = " A norm has no gradient at zeros." if "sqrt" in derivative_of else ""
     return Cause(

@@ -87,7 +87,9 @@ class NonfiniteReport:
 
     def __str__(self) -> str:
         if not self:
-            scale = f" at loss scale {self.loss_scale:g}" if self.loss_scale else ""
+            scale = (
+                f" at loss scale {_power(self.loss_scale)}" if self.loss_scale else ""
+            )
             return f"Everything that comes out is finite{scale}."
         lines = [self._headline(), ""]
         lines += [f"  where     {self._where()}"]
@@ -116,17 +118,22 @@ class NonfiniteReport:
             return f"Divergence, {first}: gradients are not finite at any loss scale."
         if self.kind == "divergence":
             return f"Divergence, {first}: no loss scale helps."
-        assert self.finite_at_scale is not None
-        exponent = round(math.log2(self.finite_at_scale))
         low = (
             "; below 1, so give dynamic_loss_scaling a lower min_scale"
-            if exponent < 0
+            if self.finite_at_scale is not None and self.finite_at_scale < 1
             else ", and dynamic loss scaling will get there"
         )
         return (
             f"Handled overflow, {first}: the gradients are finite at loss scale "
-            f"2^{exponent}{low}."
+            f"{_power(self.finite_at_scale)}{low}."
         )
+
+
+def _power(scale: float | None) -> str:
+    """A scale as `"2^15"`, or as the number that it is."""
+    if not scale or scale == 1 or math.frexp(scale)[0] != 0.5:
+        return f"{scale:g}"
+    return f"2^{math.frexp(scale)[1] - 1}"
 
 
 def find_nonfinite(
@@ -204,7 +211,7 @@ def _at_lower_scale(found: NonfiniteReport, program: Program) -> NonfiniteReport
         found,
         kind="handled overflow",
         finite_at_scale=scale,
-        cause=f"{found.cause}, under the loss scale {program.loss_scale:g}",
+        cause=f"{found.cause}, under the loss scale {_power(program.loss_scale)}",
         repair="Nothing, if it is rare: jaxmp.loss_scaling skips the step and lowers "
         f"the scale. If the scale gets too low for small gradients: {found.repair}",
     )
