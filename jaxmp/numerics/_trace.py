@@ -227,10 +227,10 @@ def trace(
       >>> from jaxmp.numerics import trace
       >>> def loss(w, x):
       ...     return jnp.mean(jnp.exp(w * x))
-      >>> traced = trace(loss)(jnp.float32(1.0), jnp.array([1.0, 12.0]))
+      >>> traced = trace(loss)(jnp.float32(1.0), jnp.array([12.0, 13.0]))
       >>> worst = traced.rows[0]
       >>> worst.operation, worst.overflows, worst.is_backward
-      ('exp', 0.5, False)
+      ('exp', 1.0, False)
     """
     if dtype is None:
         compute = None if policy is None else get_policy(policy).compute_dtype
