@@ -60,12 +60,14 @@ class BadBatch(NamedTuple):
           NumericsError: if no step was recorded.
           NotOnHost: if called in a compiled function.
         """
-        if isinstance(self.step, jax.core.Tracer):
+        try:
+            step = int(np.asarray(self.step))
+        except jax.errors.TracerArrayConversionError:
             raise NotOnHost(
                 "BadBatch.save() writes a file and was called in a compiled function. "
                 "Call it outside of jit, on the record that the step returned."
-            )
-        if int(self.step) == 0:
+            ) from None
+        if step == 0:
             raise NumericsError(
                 "There is no bad batch to save: every step so far had finite "
                 "gradients. Look at record.step, which is 0 until one had not."

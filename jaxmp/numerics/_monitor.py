@@ -373,7 +373,7 @@ def _ratio(update: jax.Array, param: jax.Array) -> jax.Array:
 def _without_variables(state: MonitorState) -> MonitorState:
     """Unwraps the arrays that nnx.Optimizer keeps in Variables, each a pytree."""
 
-    def plain(x):
+    def plain(x: Any) -> Any:
         if isinstance(x, (MeasuredArrays, Statistics)):
             return type(x)(*map(plain, x))
         return jax.tree.leaves(x)[0]

@@ -142,18 +142,20 @@ def monitor_report(
             "it outside of jit, on the state that the step returned; within, there is "
             "get_statistics()."
         ) from None
-    if loss_scale is None:
-        scales = find_all(opt_state)
-        loss_scale = jax.tree.leaves(scales[0].loss_scale)[0] if scales else 1.0
-    loss_scale = float(loss_scale)
+    scale = _scale_in(opt_state) if loss_scale is None else float(loss_scale)
     return MonitorReport(
         step=int(found.step),
         dtype=format_range(dtype).name,
-        loss_scale=loss_scale,
-        rows=tuple(_leaf(path, found, dtype, loss_scale) for path in found.gradients),
+        loss_scale=scale,
+        rows=tuple(_leaf(path, found, dtype, scale) for path in found.gradients),
         nonfinite_step=int(found.nonfinite_step),
         measurement=found,
     )
+
+
+def _scale_in(opt_state: Any) -> float:
+    scales = find_all(opt_state)
+    return float(jax.tree.leaves(scales[0].loss_scale)[0]) if scales else 1.0
 
 
 def exponent_shares(
