@@ -26,14 +26,14 @@ class Program(NamedTuple):
       exported: what `jax.export` wrote: its operations, with their source lines.
       arguments: what its arguments are called, such as `"params/dense/kernel"`.
       donated: whether each of them is.
-      mesh: names and sizes of the axes that it is sharded over.
+      mesh: names, sizes and types of the axes that it is sharded over.
     """
 
     target: Target
     exported: bytes
     arguments: tuple[str, ...]
     donated: tuple[bool, ...]
-    mesh: tuple[tuple[str, int], ...]
+    mesh: tuple[tuple[str, int, str], ...]
 
     @property
     def key(self) -> str:
@@ -156,11 +156,12 @@ def _with_devices(target: Target, written_for: int) -> Target:
     )
 
 
-def _mesh_of(args: Sequence[Any]) -> tuple[tuple[str, int], ...]:
+def _mesh_of(args: Sequence[Any]) -> tuple[tuple[str, int, str], ...]:
     for leaf in jax.tree.leaves(args):
         mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
         if mesh is not None and mesh.size > 1:
-            return tuple(mesh.shape.items())
+            types = (axis_type.name for axis_type in mesh.axis_types)
+            return tuple(zip(mesh.axis_names, mesh.axis_sizes, types, strict=True))
     return ()
 
 

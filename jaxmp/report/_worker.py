@@ -28,13 +28,13 @@ class Request(NamedTuple):
       target: name of the target, with the number of devices if that is not one.
       exported: what `jax.export` wrote.
       donated: whether each argument is.
-      mesh: names and sizes of the axes that the program is sharded over.
+      mesh: names, sizes and types of the axes that the program is sharded over.
     """
 
     target: str
     exported: bytes
     donated: tuple[bool, ...]
-    mesh: tuple[tuple[str, int], ...]
+    mesh: tuple[tuple[str, int, str], ...]
 
 
 class Answer(NamedTuple):
@@ -63,11 +63,14 @@ def compile_request(request: Request) -> Answer:
         sharding: Any = jax.sharding.SingleDeviceSharding(devices[0])
         in_shardings, out_shardings = sharding, sharding
     else:
-        axes = dict(request.mesh or (("devices", exported.nr_devices),))
-        grid = np.array(devices).reshape(tuple(axes.values()))
-        mesh = jax.sharding.Mesh(grid, tuple(axes))
+        axes = request.mesh or (("devices", exported.nr_devices, "Auto"),)
+        names, sizes, types = zip(*axes, strict=True)
+        mesh = jax.sharding.Mesh(
+            np.array(devices).reshape(sizes),
+            names,
+            axis_types=tuple(jax.sharding.AxisType[name] for name in types),
+        )
         in_shardings, out_shardings = exported.in_shardings_jax(mesh), None
-    # Traced under an abstract mesh of nothing: a constant is otherwise put on the CPU.
     lowered = jax.jit(
         exported.call,
         in_shardings=in_shardings,

@@ -132,7 +132,7 @@ def test_the_estimate_is_a_bound_by_hand(told, target):
     estimate, chip = row.roofline, chips[target]
     assert estimate.flops == row.contents.matmuls["bfloat16"].amount
     assert estimate.seconds >= estimate.flops / chip.matmul_rate("bfloat16")
-    assert estimate.seconds >= estimate.bytes / chip.bandwidth
+    assert estimate.seconds >= 0.999 * estimate.bytes / chip.bandwidth
     assert 1 <= estimate.largest_gain <= 2.001
     # Nothing is read twice: what is more are arguments and results.
     assert estimate.bytes < 1.2 * (row.accessed or float("inf"))
