@@ -37,7 +37,7 @@ def audit(
     - float32 collectives, and shapes that tensor cores or a TPU have to pad.
 
     Iterations of a `while` whose number is not known are counted once, and so is every
-    branch of a `cond`. Inside of a Pallas kernel nothing is looked at.
+    branch of a `cond`. Pallas kernels and `custom_linear_solve` are not looked into.
 
     Args:
       fn: a loss, a whole training step, or any other function that can be jitted.
