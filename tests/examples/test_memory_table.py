@@ -115,7 +115,7 @@ def cases():
         yield pytest.param(*case, marks=[] if fast else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("model", "way", "dtype"), cases())
+@pytest.mark.parametrize(("model", "way", "dtype"), list(cases()))
 def test_every_way_trains_as_float32_does(model, way, dtype):
     expected, reference = losses(model)
     found, state = losses(model, way, dtype)
