@@ -13,12 +13,8 @@ from jaxmp.numerics._compare_result import (
     GradientRow,
     PolicyRow,
 )
-from jaxmp.numerics._monitor import (
-    Measurement,
-    MonitorState,
-    get_statistics,
-    monitor,
-)
+from jaxmp.numerics._measurement import Measurement, get_statistics
+from jaxmp.numerics._monitor import MonitorState, monitor
 from jaxmp.numerics._monitor_report import (
     LeafReport,
     MonitorReport,

@@ -11,7 +11,7 @@ from jaxmp._table import text_table
 from jaxmp.errors import NotOnHost
 from jaxmp.loss_scale._state import find_all
 from jaxmp.numerics._formats import format_range
-from jaxmp.numerics._monitor import Measurement, get_statistics
+from jaxmp.numerics._measurement import Measurement, get_statistics
 from jaxmp.numerics._statistics import EXPONENTS, Statistics
 
 _MUCH_LOST, _MUCH_UNDERFLOW = 0.1, 0.05
