@@ -37,18 +37,19 @@ Sharp edges
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp._jax_internals import jaxpr_consts, open_jaxpr, scan_arity
+from jaxmp._jax_internals import open_jaxpr, scan_arity
 from jaxmp.casting._states import is_literal
 from jaxmp.numerics._program import Program
 from jaxmp.numerics._shards import Record, run_shards
 from jaxmp.numerics._site import Site
+from jaxmp.numerics._steps import Steps
 
 
 class Interpreter:
@@ -61,7 +62,7 @@ class Interpreter:
     def __init__(self):
         self.iterations: tuple[int, ...] = ()
         self._sites: dict[tuple[Any, int], Site] = {}
-        self._steps: dict[tuple[int, tuple[bool, ...]], _Steps] = {}
+        self._steps: dict[tuple[int, tuple[bool, ...]], Steps] = {}
         self._literals: dict[int, Any] = {}
 
     # What subclasses override
@@ -157,7 +158,7 @@ class Interpreter:
         `value_only`, the others are None.
         """
         if (id(jaxpr), needed) not in self._steps:
-            self._steps[id(jaxpr), needed] = _Steps(jaxpr, needed)
+            self._steps[id(jaxpr), needed] = Steps(jaxpr, needed)
         steps = self._steps[id(jaxpr), needed]
         env = {
             v: self.constant(x, parent)
@@ -304,45 +305,6 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     with eqn.ctx.manager:
         outs = eqn.primitive.bind(*operands, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
-
-
-class _Steps:
-    """The equations of a jaxpr, what they are for, and when values are done.
-
-    Attributes:
-      eqns: all equations.
-      needed: for each, which of its results the value of the function needs.
-      is_later: for each, whether only gradients need it.
-      done: for each, the variables that nothing reads after it.
-    """
-
-    def __init__(self, jaxpr: Any, needed: tuple[bool, ...]):
-        self.jaxpr = jaxpr  # whose id is the key of this object: kept alive
-        self.consts = [jnp.asarray(x) for x in jaxpr_consts(jaxpr)]
-        opened = open_jaxpr(jaxpr)
-        self.constvars, self.invars = opened.constvars, opened.invars
-        self.outvars, self.eqns = opened.outvars, opened.eqns
-        later = set(_variables(self.outvars))
-        of_value = set(_variables(itertools.compress(self.outvars, needed)))
-        live = set(later)
-        rows: list[tuple[Any, bool, set[Any]]] = []
-        for eqn in reversed(self.eqns):
-            inputs = set(_variables(eqn.invars))
-            of_results = tuple(v in of_value for v in eqn.outvars)
-            is_live = not live.isdisjoint(eqn.outvars)
-            used = inputs.union(eqn.outvars)
-            rows.append((of_results, is_live and not any(of_results), used - later))
-            later |= used
-            of_value |= inputs if any(of_results) else set()
-            live |= inputs if is_live else set()
-        rows.reverse()
-        self.needed = [row[0] for row in rows]
-        self.is_later = [row[1] for row in rows]
-        self.done = [row[2] for row in rows]
-
-
-def _variables(atoms: Iterable[Any]) -> Iterator[Any]:
-    return (atom for atom in atoms if not is_literal(atom))
 
 
 @jax.jit

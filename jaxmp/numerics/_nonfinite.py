@@ -22,118 +22,17 @@ Sharp edges
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from jaxmp.numerics._causes import explain
 from jaxmp.numerics._interpreter import Interpreter, bind
+from jaxmp.numerics._nonfinite_report import NonfiniteReport, power
+from jaxmp.numerics._origin import Origin, ancestors, nonfinite
 from jaxmp.numerics._program import Program, read_program
-from jaxmp.numerics._provenance import (
-    Operand,
-    Origin,
-    Tracked,
-    Tracker,
-    ancestors,
-    jit_exactly,
-    nonfinite,
-)
+from jaxmp.numerics._provenance import Tracked, Tracker, jit_exactly
 from jaxmp.numerics._walk import first_equations, producer
 
 LOWEST_EXPONENT = -24
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NonfiniteReport:
-    """Where the first NaN or infinity came from. False if nothing was found.
-
-    Attributes:
-      kind: `"finite"`: nothing found; `"handled overflow"`: only gradients are not
-        finite, and a lower loss scale mends it; `"divergence"`: no scale helps.
-      what: `"NaN"` or `"Inf"`.
-      primitive: the operation, such as `"exp"`; `"input"` if an argument holds it,
-        `"constant"` if the program does.
-      path: name scopes and modules around it.
-      file, line, function: the user's source line.
-      is_backward: whether only gradients show it.
-      iterations: numbers of the iterations of the loops around it, outermost first.
-      operands: the ranges of what it was given.
-      result: the range of what it made.
-      cause: what happened.
-      repair: what to write instead.
-      reached: what is not finite in the end.
-      loss_scale: the scale that was used, None without gradients.
-      finite_at_scale: the largest power of two below it at which all gradients are
-        finite, None if there is none or none is needed.
-    """
-
-    kind: Literal["finite", "handled overflow", "divergence"] = "finite"
-    what: str | None = None
-    primitive: str | None = None
-    path: str = ""
-    file: str | None = None
-    line: int | None = None
-    function: str | None = None
-    is_backward: bool = False
-    iterations: tuple[int, ...] = ()
-    operands: tuple[Operand, ...] = ()
-    result: Operand | None = None
-    cause: str = ""
-    repair: str = ""
-    reached: tuple[str, ...] = ()
-    loss_scale: float | None = None
-    finite_at_scale: float | None = None
-
-    def __bool__(self) -> bool:
-        return self.kind != "finite"
-
-    def __str__(self) -> str:
-        if not self:
-            scale = (
-                f" at loss scale {_power(self.loss_scale)}" if self.loss_scale else ""
-            )
-            return f"Everything that comes out is finite{scale}."
-        lines = [self._headline(), ""]
-        lines += [f"  where     {self._where()}"]
-        if self.iterations:
-            numbers = ", ".join(map(str, self.iterations))
-            inside = " (outermost loop first)" if len(self.iterations) > 1 else ""
-            lines += [f"  iteration {numbers}{inside}"]
-        lines += [f"  operand   {operand}" for operand in self.operands]
-        if self.result is not None:
-            lines += [f"  result    {self.result}"]
-        shown = ", ".join(self.reached[:3])
-        more = len(self.reached) - 3
-        lines += [f"  reaches   {shown}{f' and {more} more' if more > 0 else ''}"]
-        return "\n".join([*lines, "", f"{self.cause}.", self.repair]).rstrip()
-
-    def _where(self) -> str:
-        way = "backward" if self.is_backward else "forward"
-        line = f"{self.file}:{self.line}, in {self.function}" if self.file else ""
-        return ", ".join(part for part in (self.path, line, way) if part)
-
-    def _headline(self) -> str:
-        first = f"first {self.what} made by {self.primitive}"
-        if self.primitive in ("input", "constant"):
-            first = f"{self.what} in {self.primitive}"
-        if self.kind == "divergence" and self.is_backward:
-            return f"Divergence, {first}: gradients are not finite at any loss scale."
-        if self.kind == "divergence":
-            return f"Divergence, {first}: no loss scale helps."
-        low = (
-            "; below 1, so give dynamic_loss_scaling a lower min_scale"
-            if self.finite_at_scale is not None and self.finite_at_scale < 1
-            else ", and dynamic loss scaling will get there"
-        )
-        return (
-            f"Handled overflow, {first}: the gradients are finite at loss scale "
-            f"{_power(self.finite_at_scale)}{low}."
-        )
-
-
-def _power(scale: float | None) -> str:
-    """A scale as `"2^15"`, or as the number that it is."""
-    if not scale or scale == 1 or math.frexp(scale)[0] != 0.5:
-        return f"{scale:g}"
-    return f"2^{math.frexp(scale)[1] - 1}"
 
 
 def find_nonfinite(
@@ -211,7 +110,7 @@ def _at_lower_scale(found: NonfiniteReport, program: Program) -> NonfiniteReport
         found,
         kind="handled overflow",
         finite_at_scale=scale,
-        cause=f"{found.cause}, under the loss scale {_power(program.loss_scale)}",
+        cause=f"{found.cause}, under the loss scale {power(program.loss_scale)}",
         repair="Nothing, if it is rare: jaxmp.loss_scaling skips the step and lowers "
         f"the scale. If the scale gets too low for small gradients: {found.repair}",
     )
@@ -259,14 +158,23 @@ def _first(origins: Sequence[Origin]) -> Origin:
 
 def _report(program: Program, origin: Origin, in_gradient: bool) -> NonfiniteReport:
     site = origin.site
-    line = None if site is None else site.line
+    line = site.line if site else None
     if origin.kind == "input":
         cause = f"the argument {origin.name} already holds {origin.what}"
         repair = (
             "Look at the step that made it: an update that should have been skipped "
             "(jaxmp.loss_scaling does), or a batch with a missing value."
         )
-    elif origin.kind in ("made", "undefined") and site is not None:
+    elif origin.kind == "constant":
+        cause = f"a constant of the program is {origin.what}"
+        repair = (
+            "A number beyond the range of a dtype is infinite in it, as -1e9 is in "
+            "float16: use jnp.finfo(x.dtype).min."
+        )
+    elif origin.kind == "passed":
+        cause = f"{site.primitive} gives {origin.what} out of what it was given"
+        repair = "Look into it with find_nonfinite on the function inside."
+    else:
         first = first_equations(program.jaxpr)
         written = first.get(site.eqn.source_info.traceback, site.eqn)
         cause, repair = explain(
@@ -275,24 +183,18 @@ def _report(program: Program, origin: Origin, in_gradient: bool) -> NonfiniteRep
             is_hidden=in_gradient and not site.is_later,
             given=producer(program.jaxpr, site.eqn),
         )
-    else:
-        cause = f"a constant of the program is {origin.what}"
-        repair = (
-            "A number beyond the range of a dtype is infinite in it, as -1e9 is in "
-            "float16: use jnp.finfo(x.dtype).min."
-        )
     primitive = origin.kind
-    if site is not None and origin.kind in ("made", "undefined", "passed"):
+    if primitive not in ("input", "constant"):
         primitive = site.primitive
     return NonfiniteReport(
         kind="divergence",
         what=origin.what,
         primitive=primitive,
-        path="" if site is None else site.path,
+        path=site.path if site else "",
         file=None if line is None else line.file,
         line=None if line is None else line.number,
         function=None if line is None else line.function,
-        is_backward=in_gradient or (site is not None and site.is_backward),
+        is_backward=in_gradient or bool(site and site.is_backward),
         iterations=origin.iterations,
         operands=origin.operands,
         result=origin.result,

@@ -11,7 +11,7 @@ by operation. The compiled loops keep every rounding to half precision.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,70 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.numerics._interpreter import Interpreter, bind
+from jaxmp.numerics._origin import (
+    Origin,
+    Stacked,
+    describe,
+    index_in,
+    nonfinite,
+    row_origin,
+)
 from jaxmp.numerics._program import Program
 
 
 def jit_exactly(run: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function with every rounding to half precision that it asks for."""
     return jax.jit(run, compiler_options={"xla_allow_excess_precision": False})
-
-
-class Operand(NamedTuple):
-    """What an operation was given, or gave.
-
-    Attributes:
-      dtype: name of its dtype.
-      shape: its shape.
-      low, high: smallest and largest finite number in it; NaN if there is none.
-      typical: mean magnitude of its finite numbers.
-      nonfinite: how many of its numbers are infinite or NaN.
-      at: its element where the result first is not finite, None if it has none there.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    low: float
-    high: float
-    typical: float
-    nonfinite: int
-    at: float | None
-
-    def __str__(self) -> str:
-        shape = f"{self.dtype}[{','.join(map(str, self.shape))}]"
-        if self.shape == () and not self.nonfinite:
-            return f"{shape} {self.low:.4g}"
-        nonfinite = f", {self.nonfinite} not finite" if self.nonfinite else ""
-        if np.isnan(self.low):
-            return f"{shape} with no finite number"
-        return f"{shape} between {self.low:.4g} and {self.high:.4g}{nonfinite}"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Origin:
-    """Why a value is not finite.
-
-    Attributes:
-      kind: `"made"` out of finite numbers, `"undefined"` (a NaN made out of
-        infinities), `"passed"` on from operands, or what the value itself is: an
-        `"input"` or a `"constant"`.
-      parents: the origins that are to blame.
-      order: number of the operation in the order of execution.
-      site: the `Site` of the operation; of a constant, of the one that reads it.
-      iterations: of the loops around it.
-      what: `"NaN"` or `"Inf"`.
-      operands, result: of an operation that made it.
-      name: of an input.
-    """
-
-    kind: str
-    what: str
-    parents: tuple["Origin", ...] = ()
-    order: int = 0
-    site: Any = None
-    iterations: tuple[int, ...] = ()
-    operands: tuple[Operand, ...] = ()
-    result: Operand | None = None
-    name: str = ""
 
 
 class Tracked(NamedTuple):
@@ -139,7 +89,7 @@ class Tracker(Interpreter):
         at = _first_nonfinite(result)
         return dataclasses.replace(
             origin,
-            operands=tuple(describe(x, _index_in(x.shape, at)) for x in values),
+            operands=tuple(describe(x, index_in(x.shape, at)) for x in values),
             result=describe(result, at),
         )
 
@@ -158,7 +108,7 @@ class Tracker(Interpreter):
             return list(map(Tracked, slices))
         found = nonfinite(slices)
         return [
-            Tracked(x, _row_origin(whole.origin, index) if what else None)
+            Tracked(x, row_origin(whole.origin, index) if what else None)
             for x, what, whole in zip(slices, found, values, strict=True)
         ]
 
@@ -167,7 +117,7 @@ class Tracker(Interpreter):
         stacked = []
         for x, column in zip(columns, zip(*rows, strict=True), strict=True):
             origins = [item.origin for item in column]
-            stacked.append(Tracked(x, _Stacked.of(origins)))
+            stacked.append(Tracked(x, Stacked.of(origins)))
         return stacked
 
     def loop(self, site, operands):
@@ -196,15 +146,18 @@ class Tracker(Interpreter):
         parents = [x.origin for x in operands if x.origin is not None]
         for inside in records:
             self._count += 1
-            found = nonfinite(inside.results)
-            if any(found) and not any(nonfinite(inside.operands)):
-                parents += [
-                    self._origin(inside.site, inside.operands, x, what, [], True)
-                    for x, what in zip(inside.results, found, strict=True)
-                    if what
-                ]
+            given = nonfinite(inside.operands)
+            parents += [
+                self._origin(inside.site, inside.operands, x, what, [], not any(given))
+                for x, what in zip(
+                    inside.results, nonfinite(inside.results), strict=True
+                )
+                if what and (not any(given) or (what == "NaN" and "NaN" not in given))
+            ]
         return [
-            Tracked(x, Origin("passed", what, tuple(parents)) if what else None)
+            Tracked(
+                x, Origin("passed", what, tuple(parents), site=site) if what else None
+            )
             for x, what in zip(outs, nonfinite(outs), strict=True)
         ]
 
@@ -216,64 +169,6 @@ class Tracker(Interpreter):
             self._compiled[key] = jit_exactly(run)
         outs = self._compiled[key](*(x.value for x in operands))
         return None if any(nonfinite(outs)) else list(map(Tracked, outs))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Stacked(Origin):
-    """The origin of what a scan's iterations gave, each of which has its own."""
-
-    rows: tuple[Origin | None, ...] = ()
-
-    @staticmethod
-    def of(origins: Sequence[Origin | None]) -> "Origin | None":
-        parents = tuple(dict.fromkeys(o for o in origins if o is not None))
-        if not parents:
-            return None
-        what = "NaN" if any(parent.what == "NaN" for parent in parents) else "Inf"
-        return _Stacked("passed", what, parents, rows=tuple(origins))
-
-
-def _row_origin(origin: Origin | None, index: int) -> Origin | None:
-    if isinstance(origin, _Stacked):
-        return origin.rows[index] or origin
-    return origin
-
-
-def ancestors(origins: Iterable[Origin]) -> list[Origin]:
-    """Origins and all that is behind them, in the order of execution."""
-    found: dict[Origin, None] = {}
-    pending = list(origins)
-    while pending:
-        origin = pending.pop()
-        if origin not in found:
-            found[origin] = None
-            pending.extend(origin.parents)
-    return sorted(found, key=lambda origin: origin.order)
-
-
-def nonfinite(values: Sequence[Any]) -> list[str | None]:
-    """`"NaN"`, `"Inf"` or None for each array."""
-    floats = [x for x in values if jnp.issubdtype(x.dtype, jnp.inexact)]
-    if not floats:
-        return [None] * len(values)
-    codes = iter(np.asarray(_codes(floats)).tolist())
-    return [
-        _WHAT[next(codes)] if jnp.issubdtype(x.dtype, jnp.inexact) else None
-        for x in values
-    ]
-
-
-_WHAT = (None, "Inf", "NaN")
-
-
-@jax.jit
-def _codes(values: list[Any]) -> Any:
-    return jnp.stack(
-        [
-            jnp.where(jnp.any(jnp.isnan(x)), 2, jnp.where(jnp.isfinite(x).all(), 0, 1))
-            for x in values
-        ]
-    )
 
 
 @jax.jit
@@ -320,33 +215,3 @@ def _to_blame(site, operands, results) -> tuple[list[Origin], bool]:
 def _first_nonfinite(x: Any) -> tuple[int, ...]:
     mask = np.asarray(~jnp.isfinite(x))
     return tuple(map(int, np.unravel_index(int(np.argmax(mask)), mask.shape)))
-
-
-def _index_in(shape: tuple[int, ...], at: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Where an operand of elementwise operations has the element; it may broadcast."""
-    if len(shape) != len(at):
-        return None
-    index = tuple(0 if n == 1 else i for i, n in zip(at, shape, strict=True))
-    return index if all(i < n for i, n in zip(index, shape, strict=True)) else None
-
-
-def describe(x: Any, at: tuple[int, ...] | None = None) -> Operand:
-    """The range of an array, and its element at an index of an array like it."""
-    shape = tuple(x.shape)
-    if not jnp.issubdtype(x.dtype, jnp.number):
-        nan = float("nan")
-        return Operand(str(x.dtype), shape, nan, nan, nan, 0, None)
-    dtype = np.complex128 if jnp.iscomplexobj(x) else np.float64
-    wide = np.asarray(x).astype(dtype)
-    wide = np.abs(wide) if dtype is np.complex128 else wide
-    finite = wide[np.isfinite(wide)]
-    at = () if shape == () else at
-    return Operand(
-        str(x.dtype),
-        shape,
-        float(finite.min()) if finite.size else float("nan"),
-        float(finite.max()) if finite.size else float("nan"),
-        float(np.abs(finite).mean()) if finite.size else float("nan"),
-        int(wide.size - finite.size),
-        None if at is None else float(wide[at]),
-    )

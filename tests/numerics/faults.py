@@ -425,6 +425,22 @@ def sum_over_devices():
     return loss, (jnp.float16(1), jnp.full(4, 20000, F16)), {}
 
 
+@fault("sub", "inf - inf, out of an infinite constant", "where=")
+def row_masked_throughout_on_a_device():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    spec = PartitionSpec("data")
+
+    def loss(w, mask):
+        def shard(w, mask):
+            scores = jnp.where(mask, w, -jnp.inf)
+            return jnp.exp(scores - scores.max(-1, keepdims=True))  # FAULT
+
+        softmax = jax.shard_map(shard, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+        return softmax(w, mask).sum()
+
+    return loss, (ones(2, 3), jnp.array([[True, True, False], [False] * 3])), {}
+
+
 # Backward only
 
 

@@ -1,0 +1,155 @@
+"""`Origin`: why a value is not finite, and what the operation behind it was given."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Operand(NamedTuple):
+    """What an operation was given, or gave.
+
+    Attributes:
+      dtype: name of its dtype.
+      shape: its shape.
+      low, high: smallest and largest finite number in it; NaN if there is none.
+      typical: mean magnitude of its finite numbers.
+      nonfinite: how many of its numbers are infinite or NaN.
+      at: its element where the result first is not finite, None if it has none there.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    low: float
+    high: float
+    typical: float
+    nonfinite: int
+    at: float | None
+
+    def __str__(self) -> str:
+        shape = f"{self.dtype}[{','.join(map(str, self.shape))}]"
+        if self.shape == () and not self.nonfinite:
+            return f"{shape} {self.low:.4g}"
+        nonfinite = f", {self.nonfinite} not finite" if self.nonfinite else ""
+        if np.isnan(self.low):
+            return f"{shape} with no finite number"
+        return f"{shape} between {self.low:.4g} and {self.high:.4g}{nonfinite}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Why a value is not finite.
+
+    Attributes:
+      kind: `"made"` out of finite numbers, `"undefined"` (a NaN made out of
+        infinities), `"passed"` on from operands, or what the value itself is: an
+        `"input"` or a `"constant"`.
+      parents: the origins that are to blame.
+      order: number of the operation in the order of execution.
+      site: the `Site` of the operation; of a constant, of the one that reads it.
+      iterations: of the loops around it.
+      what: `"NaN"` or `"Inf"`.
+      operands, result: of an operation that made it.
+      name: of an input.
+    """
+
+    kind: str
+    what: str
+    parents: tuple["Origin", ...] = ()
+    order: int = 0
+    site: Any = None
+    iterations: tuple[int, ...] = ()
+    operands: tuple[Operand, ...] = ()
+    result: Operand | None = None
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stacked(Origin):
+    """The origin of what a scan's iterations gave, each of which has its own."""
+
+    rows: tuple[Origin | None, ...] = ()
+
+    @staticmethod
+    def of(origins: Sequence[Origin | None]) -> "Origin | None":
+        parents = tuple(dict.fromkeys(o for o in origins if o is not None))
+        if not parents:
+            return None
+        what = "NaN" if any(parent.what == "NaN" for parent in parents) else "Inf"
+        return Stacked("passed", what, parents, rows=tuple(origins))
+
+
+def row_origin(origin: Origin | None, index: int) -> Origin | None:
+    if isinstance(origin, Stacked):
+        return origin.rows[index] or origin
+    return origin
+
+
+def ancestors(origins: Iterable[Origin]) -> list[Origin]:
+    """Origins and all that is behind them, in the order of execution."""
+    found: dict[Origin, None] = {}
+    pending = list(origins)
+    while pending:
+        origin = pending.pop()
+        if origin not in found:
+            found[origin] = None
+            pending.extend(origin.parents)
+    return sorted(found, key=lambda origin: origin.order)
+
+
+def nonfinite(values: Sequence[Any]) -> list[str | None]:
+    """`"NaN"`, `"Inf"` or None for each array."""
+    floats = [x for x in values if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if not floats:
+        return [None] * len(values)
+    codes = iter(np.asarray(_codes(floats)).tolist())
+    return [
+        _WHAT[next(codes)] if jnp.issubdtype(x.dtype, jnp.inexact) else None
+        for x in values
+    ]
+
+
+_WHAT = (None, "Inf", "NaN")
+
+
+@jax.jit
+def _codes(values: list[Any]) -> Any:
+    return jnp.stack(
+        [
+            jnp.where(jnp.any(jnp.isnan(x)), 2, jnp.where(jnp.isfinite(x).all(), 0, 1))
+            for x in values
+        ]
+    )
+
+
+def index_in(shape: tuple[int, ...], at: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where an operand of elementwise operations has the element; it may broadcast."""
+    if len(shape) != len(at):
+        return None
+    index = tuple(0 if n == 1 else i for i, n in zip(at, shape, strict=True))
+    return index if all(i < n for i, n in zip(index, shape, strict=True)) else None
+
+
+def describe(x: Any, at: tuple[int, ...] | None = None) -> Operand:
+    """The range of an array, and its element at an index of an array like it."""
+    shape = tuple(x.shape)
+    if not jnp.issubdtype(x.dtype, jnp.number):
+        nan = float("nan")
+        return Operand(str(x.dtype), shape, nan, nan, nan, 0, None)
+    dtype = np.complex128 if jnp.iscomplexobj(x) else np.float64
+    wide = np.asarray(x).astype(dtype)
+    wide = np.abs(wide) if dtype is np.complex128 else wide
+    finite = wide[np.isfinite(wide)]
+    at = () if shape == () else at
+    return Operand(
+        str(x.dtype),
+        shape,
+        float(finite.min()) if finite.size else float("nan"),
+        float(finite.max()) if finite.size else float("nan"),
+        float(np.abs(finite).mean()) if finite.size else float("nan"),
+        int(wide.size - finite.size),
+        None if at is None else float(wide[at]),
+    )
