@@ -203,6 +203,10 @@ class MissingPlotPackage(JaxmpError, ImportError):
     """Something is to be drawn, and Matplotlib is not installed."""
 
 
+class SearchStateMismatch(JaxmpError, ValueError):
+    """A saved search belongs to another function, policy or batch, or is none."""
+
+
 # Warnings
 
 

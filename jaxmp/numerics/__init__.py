@@ -22,6 +22,9 @@ from jaxmp.numerics._monitor_report import (
 )
 from jaxmp.numerics._nonfinite import NonfiniteReport, find_nonfinite
 from jaxmp.numerics._plots import plot_exponents, plot_loss_scale, plot_underflow
+from jaxmp.numerics._search import search_policy
+from jaxmp.numerics._search_evaluate import Evaluation
+from jaxmp.numerics._search_result import Kept, PolicySearch
 from jaxmp.numerics._statistics import EXPONENTS, Statistics, statistics
 from jaxmp.numerics._trace import Trace, TraceRow, trace
 
@@ -34,6 +37,10 @@ __all__ = [
     "PolicyRow",
     "ActivationRow",
     "GradientRow",
+    "search_policy",
+    "PolicySearch",
+    "Kept",
+    "Evaluation",
     "find_nonfinite",
     "NonfiniteReport",
     "statistics",

@@ -12,7 +12,6 @@ Sharp edges
   less.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp.errors import NumericsError
-from jaxmp.loss_scale._gradients import LARGEST_FLOAT16_SCALE
 from jaxmp.numerics._compare_distance import Distance
 from jaxmp.numerics._compare_result import (
     ActivationRow,
@@ -30,13 +28,18 @@ from jaxmp.numerics._compare_result import (
     PolicyRow,
 )
 from jaxmp.numerics._compare_runs import (
-    BackwardRange,
     Comparing,
     Reference,
     Rounding,
 )
-from jaxmp.numerics._compare_scales import ScaleRange, scale_range
-from jaxmp.numerics._formats import format_range
+from jaxmp.numerics._compare_scales import (
+    ScaleRange,
+    needs_scale,
+    scale_range,
+    stand_in,
+    stand_in_rules,
+    used_scale,
+)
 from jaxmp.numerics._interpreter import Interpreter
 from jaxmp.numerics._program import Program, read_program
 from jaxmp.numerics._site import Site
@@ -163,12 +166,7 @@ class _Run:
         self.options = options
         self.dtype = jnp.dtype(policy.compute_dtype)
         self.emulated = None if self.dtype.itemsize > 1 else self.dtype
-        self.stand_in = Policy(
-            jnp.float32,
-            jnp.bfloat16,
-            jnp.float32,
-            matmul_precision=policy.matmul_precision,
-        )
+        self.stand_in = stand_in(policy)
         self.policy = policy if self.emulated is None else self.stand_in
         self.outputs: Sequence[Any] = ()
 
@@ -186,18 +184,20 @@ class _Run:
 
     def fits(self) -> ScaleRange | None:
         """The loss scales for its backward pass, if its format has a small range."""
-        if format_range(self.dtype).largest > _LARGE_RANGE:
+        if not needs_scale(self.dtype):
             return None
-        found = BackwardRange()
-        found.run_program(self._read(self.stand_in, backward=True))
-        return scale_range(found, self.dtype)
+        options = {**self.options, "rules": stand_in_rules(self.options["rules"])}
+        program = read_program(
+            *self.call, policy=self.stand_in, backward=True, **options
+        )
+        return scale_range([program], self.dtype)
 
     def gradients(
         self, name: str, wanted: dict[str, Any], loss_scale: Any
     ) -> tuple[list[GradientRow], float]:
         """Compares the gradients; returns the loss scale that was used, too."""
         program = self._read(self.policy, backward=True, loss_scale=loss_scale)
-        scale = _scale(program)
+        scale = used_scale(program)
         given = _gradients(program, Rounding(self.emulated).run_program(program))
         unscaled = given
         if scale != 1.0:
@@ -217,18 +217,6 @@ class _Run:
                 )
             )
         return rows, scale
-
-
-_LARGE_RANGE = 1e30
-
-
-def _scale(program: Program) -> float:
-    """The loss scale that a program uses: that of a float16 loss has a limit."""
-    assert program.loss_scale is not None
-    kinds = [output.kind for output in program.outputs]
-    loss = program.jaxpr.out_avals[kinds.index("loss")]
-    limit = LARGEST_FLOAT16_SCALE if loss.dtype == jnp.float16 else math.inf
-    return min(program.loss_scale, limit)
 
 
 def _gradients(program: Program, outputs: Sequence[Any]) -> dict[str, Any]:

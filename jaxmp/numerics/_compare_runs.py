@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmp import _tree
 from jaxmp.casting import _registry
@@ -103,37 +102,6 @@ class Comparing(Rounding):
                 total, _ = found.setdefault(site, (Distance(), dtype))
                 total += distance
         return found
-
-
-class BackwardRange(Interpreter):
-    """The exponents of what a backward pass computes in half.
-
-    Attributes:
-      exponents: how many numbers there were from 2^e up to 2^(e+1), by e.
-      amax, smallest: the largest and the smallest magnitude that is not zero.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.exponents = collections.Counter[int]()
-        self.amax, self.smallest = 0.0, float("inf")
-
-    def observe(self, site, operands, results):
-        if site.is_backward and site.primitive not in _registry.LAYOUT:
-            for x in results:
-                if _tree.is_array(x) and x.dtype in _tree.HALF:
-                    self._add(x)
-
-    def _add(self, x: Any) -> None:
-        wide = np.abs(np.asarray(x).astype(np.float64))
-        wide = wide[np.isfinite(wide) & (wide > 0)]
-        if wide.size:
-            self.amax = max(self.amax, float(wide.max()))
-            self.smallest = min(self.smallest, float(wide.min()))
-            exponents, counts = np.unique(np.frexp(wide)[1] - 1, return_counts=True)
-            self.exponents.update(
-                dict(zip(exponents.tolist(), counts.tolist(), strict=True))
-            )
 
 
 def _is_compared(site: Site, results: Sequence[Any]) -> bool:
