@@ -190,7 +190,7 @@ def _one(x: jax.Array, dtype: Any = None) -> Statistics:
     return Statistics(
         amax=_as_float32(largest, read_as),
         smallest=_as_float32(smallest, read_as),
-        mean=jnp.sum(magnitudes * _HEADROOM) / finite / _HEADROOM,
+        mean=jnp.sum(magnitudes * _HEADROOM) / (finite * _HEADROOM),
         size=jnp.full((), x.size, jnp.int32),
         zeros=zeros,
         underflows=underflows,
