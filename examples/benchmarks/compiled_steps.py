@@ -3,7 +3,6 @@
 Some take ten minutes to compile, so that every answer is written down when it arrives.
 """
 
-import contextlib
 import functools
 import gzip
 import json
@@ -18,12 +17,12 @@ from models import JOBS
 
 import jaxmp
 from jaxmp.errors import CompilerFailed
-from jaxmp.report import Row, chips, compile_for
+from jaxmp.report import Row, compile_for
 from jaxmp.report._compiler import is_out_of_memory
 from jaxmp.report._programs import Program
 from jaxmp.report._step import read_answer
 from jaxmp.report._targets import read_target
-from jaxmp.report._worker import MEMORY, Answer
+from jaxmp.report._worker import MEMORY, Answer, program_text
 
 STORE = pathlib.Path("out", "memory_table")
 TARGETS = ("h100", "tpu-v5e", "tpu-v6e")
@@ -115,29 +114,8 @@ def row(model: str, way: str, target: str, *, only_stored: bool = False) -> Row 
         path.write_bytes(gzip.compress(json.dumps(answer._asdict()).encode()))
     if answer.error and not is_out_of_memory(answer):
         raise CompilerFailed(f"{model}, {way}, {target}: {answer.error}")
-    if not (answer.text or answer.error):
-        return row_without_text(way, target, answer)
     program = Program(read_target(target), b"", argument_names(model, way), (), ())
     return read_answer(way, program, answer)
-
-
-def row_without_text(way: str, target: str, answer: Answer) -> Row:
-    """The row of a program that its compiler could not write down."""
-    sizes, memory = answer.memory, chips[target].memory
-    peak = sizes["argument"] + sizes["temp"] + sizes["output"] - sizes["alias"]
-    return Row(
-        way,
-        target,
-        peak <= memory,
-        memory,
-        sizes["argument"],
-        sizes["temp"],
-        sizes["output"],
-        peak,
-        answer.costs.get("flops"),
-        answer.costs.get("bytes accessed"),
-        seconds_to_compile=answer.seconds,
-    )
 
 
 def abstract_step(model: str, way: str):
@@ -173,8 +151,4 @@ def compile_step(model: str, way: str, target: str) -> Answer:
     memory = {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in MEMORY}
     told = compiled.cost_analysis() or {}
     costs = {name: told[name] for name in ("flops", "bytes accessed") if name in told}
-    text = ""
-    # libtpu cannot write some of its asynchronous programs down.
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        text = compiled.as_text()
-    return Answer(memory, costs, text, seconds)
+    return Answer(memory, costs, program_text(compiled), seconds)

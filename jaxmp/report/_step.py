@@ -47,7 +47,8 @@ class Row(NamedTuple):
       flops: FLOPs of a step, as the compiler counts them; None for GPUs, whose compiler
         does not.
       accessed: bytes that a step reads and writes, counted likewise.
-      contents: matmuls, converts and collectives by dtype.
+      contents: matmuls, converts and collectives by dtype; None, as what follows, for a
+        program that its compiler cannot write down.
       roofline: estimate of the time; None for a device whose peaks are unknown.
       buffers: the ten largest entries of what is alive at the peak.
       explained: bytes of all buffers that are alive at the peak, the ten and the rest,
@@ -273,9 +274,7 @@ def read_answer(policy: str, program: Program, answer: Answer) -> Row:
         )
     sizes = answer.memory
     total = sizes["argument"] + sizes["temp"] + sizes["output"] - sizes["alias"]
-    hlo = read_hlo(answer.text)
-    highest = peak(hlo, functools.partial(users_line, hlo), total)
-    return Row(
+    row = Row(
         policy,
         str(program.target),
         None if memory is None else total <= memory,
@@ -286,14 +285,20 @@ def read_answer(policy: str, program: Program, answer: Answer) -> Row:
         total,
         answer.costs.get("flops"),
         answer.costs.get("bytes accessed"),
-        read_contents(hlo),
-        None if chip is None else roofline(hlo, chip),
-        tuple(
+        seconds_to_compile=answer.seconds,
+    )
+    if not answer.text:
+        return row
+    hlo = read_hlo(answer.text)
+    highest = peak(hlo, functools.partial(users_line, hlo), total)
+    return row._replace(
+        contents=read_contents(hlo),
+        roofline=None if chip is None else roofline(hlo, chip),
+        buffers=tuple(
             buffer._replace(name=_WRAPPERS.sub("", buffer.name))
             for buffer in largest(highest.buffers, program.arguments)
         ),
-        highest.size / total if total else None,
-        answer.seconds,
+        explained=highest.size / total if total else None,
     )
 
 

@@ -43,7 +43,7 @@ class Answer(NamedTuple):
     Attributes:
       memory: bytes by kind: `argument`, `output`, `alias`, `temp`, `generated_code`.
       costs: `flops` and `bytes accessed`, if the compiler tells them.
-      text: the compiled program.
+      text: the compiled program; empty if its compiler cannot write it down.
       seconds: how long the compiler took.
       error: what it said where it failed; else empty.
     """
@@ -88,7 +88,18 @@ def compile_request(request: Request) -> Answer:
     memory = {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in MEMORY}
     told = compiled.cost_analysis() or {}
     costs = {k: told[k] for k in ("flops", "bytes accessed") if told.get(k, -1) > 0}
-    return Answer(memory, costs, compiled.as_text() or "", seconds)
+    return Answer(memory, costs, program_text(compiled), seconds)
+
+
+def program_text(compiled: jax.stages.Compiled) -> str:
+    """A compiled program; empty if its compiler cannot write it down.
+
+    libtpu fails at asynchronous operations of large programs for the TPU v6e.
+    """
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        return ""
 
 
 def main() -> None:
