@@ -14,8 +14,8 @@ argument that comes out as it went in, unless as the loss or a gradient.
 
 Sharp edges
 - Operations are carried out one at a time, in the dtypes that they have; only loops are
-  compiled, until they show something. What XLA makes of the whole program may round
-  less, and overflow less, than this.
+  compiled, until they show something. XLA makes x of log(exp(x)): where it compiles the
+  whole step, and in a loop here, an overflow inside of that is none.
 - The function is run several times, its callbacks never or several times.
 """
 
