@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from jaxmp.cli import _audit, _doctor, _policy, _report
+from jaxmp.cli import _audit, _diagnose, _doctor, _policy, _report
 from jaxmp.errors import JaxmpError
 
 _COMMANDS = {
@@ -13,6 +13,7 @@ _COMMANDS = {
     "policy": _policy,
     "report": _report,
     "audit": _audit,
+    "diagnose": _diagnose,
 }
 _FOUND, _FAILED = 1, 2
 

@@ -20,13 +20,15 @@ from jaxmp.numerics._monitor_report import (
     MonitorReport,
     monitor_report,
 )
-from jaxmp.numerics._nonfinite import NonfiniteReport, find_nonfinite
+from jaxmp.numerics._nonfinite import find_nonfinite
+from jaxmp.numerics._nonfinite_report import NonfiniteReport
 from jaxmp.numerics._plots import plot_exponents, plot_loss_scale, plot_underflow
 from jaxmp.numerics._search import search_policy
 from jaxmp.numerics._search_evaluate import Evaluation
 from jaxmp.numerics._search_result import Kept, PolicySearch
 from jaxmp.numerics._statistics import EXPONENTS, Statistics, statistics
-from jaxmp.numerics._trace import Trace, TraceRow, trace
+from jaxmp.numerics._trace import trace
+from jaxmp.numerics._trace_result import Trace, TraceRow
 
 __all__ = [
     "trace",

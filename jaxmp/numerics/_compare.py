@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp.errors import NumericsError
-from jaxmp.numerics._compare_distance import Distance
+from jaxmp.numerics._compare_distance import Distance, share_least
 from jaxmp.numerics._compare_result import (
     ActivationRow,
     Comparison,
@@ -75,7 +75,7 @@ def compare(
       loss_scale: what the losses are multiplied by before the backward pass: a number,
         an optimizer state or a `LossScale`. None takes for each policy the smallest
         power of two at which nothing becomes zero or subnormal, or, if something
-        overflows there, the largest at which nothing does.
+        overflows there, the largest at which nothing does; but never less than 1.
       argnums: arguments to differentiate with respect to.
       reference: `"float32"`, or `"float64"` while x64 is enabled: what the floating
         arguments are cast to for the reference.
@@ -201,21 +201,22 @@ class _Run:
         given = _gradients(program, Rounding(self.emulated).run_program(program))
         unscaled = given
         if scale != 1.0:
-            plain = program.at_scale(1.0)
-            unscaled = _gradients(plain, Rounding(self.emulated).run_program(plain))
-        rows = []
+            at_one = program.at_scale(1.0)
+            unscaled = _gradients(at_one, Rounding(self.emulated).run_program(at_one))
+        found, plain = ({name: Distance() for name in wanted} for _ in range(2))
         for parameter, x in wanted.items():
-            scaled, plain = Distance(), Distance()
-            scaled.add(x, given[parameter], scale)
-            plain.add(x, unscaled[parameter])
-            rows.append(
-                GradientRow(
-                    policy=name,
-                    parameter=parameter,
-                    zeroed_unscaled=plain.underflow,
-                    **_figures(scaled),
-                )
+            found[parameter].add(x, given[parameter], scale)
+            plain[parameter].add(x, unscaled[parameter])
+        share_least(found.values())
+        rows = [
+            GradientRow(
+                policy=name,
+                parameter=parameter,
+                zeroed_unscaled=plain[parameter].underflow,
+                **_figures(distance),
             )
+            for parameter, distance in found.items()
+        ]
         return rows, scale
 
 

@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+NEGLIGIBLE = 0.01
+"""A gradient this many times smaller than others is zero but for rounding: that of a
+bias before a norm, or of an attention's keys. Its error is measured by the others."""
 
 
 @dataclasses.dataclass
@@ -19,6 +24,7 @@ class Distance:
       size: how many numbers were compared.
       wanted, given, error, product: sums of the squares of the reference, of what came
         out, and of the difference; sum of the products of the former two.
+      least: what errors are relative to if `wanted` is less.
       nonfinite: how many came out infinite or NaN.
       nonzero, zeroed: how many are not zero in the reference; how many of these came
         out as zero.
@@ -29,6 +35,7 @@ class Distance:
     given: float = 0.0
     error: float = 0.0
     product: float = 0.0
+    least: float = 0.0
     nonfinite: int = 0
     nonzero: int = 0
     zeroed: int = 0
@@ -67,7 +74,8 @@ class Distance:
             return math.inf
         if not self.error:
             return 0.0
-        return math.sqrt(self.error / self.wanted) if self.wanted else math.inf
+        size = max(self.wanted, self.least)
+        return math.sqrt(self.error / size) if size else math.inf
 
     @property
     def cosine(self) -> float:
@@ -92,3 +100,10 @@ class Distance:
 
 def _square(x: np.ndarray) -> float:
     return float(np.vdot(x, x).real)
+
+
+def share_least(distances: Collection[Distance]) -> None:
+    """Sets what is negligible among arrays, in place."""
+    typical = sum(x.wanted for x in distances) / max(sum(x.size for x in distances), 1)
+    for x in distances:
+        x.least = NEGLIGIBLE**2 * typical * x.size

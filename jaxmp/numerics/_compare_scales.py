@@ -83,10 +83,10 @@ class ScaleRange:
 
     @property
     def suggested(self) -> float:
-        """The smallest that loses nothing, at least 1 and at most `largest`."""
+        """The smallest that loses nothing, at most `largest`, at least 1."""
         if self.largest is None or self.smallest is None:
             return 1.0
-        return min(self.largest, max(self.smallest, 1.0))
+        return max(1.0, min(self.largest, self.smallest))
 
 
 def scale_range(programs: Iterable[Program], dtype: Any) -> ScaleRange:

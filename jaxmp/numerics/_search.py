@@ -89,7 +89,8 @@ def search_policy(
       A `PolicySearch`, whose `rules` are for `autocast`.
 
     Raises:
-      NumericsError: for a policy that has no half dtype, or a batch that is no tuple.
+      NumericsError: for a policy that has no half dtype, a batch that is no tuple, or a
+        loss that is not finite in float32.
       NonScalarLoss: if `loss_fn` returns no loss.
       SearchStateMismatch: if `resume` holds another search.
 

@@ -55,8 +55,8 @@ def attribute(
     for program in programs:
         run = _Twice(half, dtype)
         run.run_program(program)
-        for key, found in run.found.items():
-            unit = units.get(key)
+        for site, found in run.found.items():
+            unit = units.get(key_of(site))
             if unit is not None and found.distance.relative_error > worst[unit].error:
                 worst[unit] = Blame(
                     unit, found.distance.relative_error, found.reason(dtype)
@@ -72,7 +72,7 @@ class _Twice(Interpreter):
         super().__init__()
         self.half = half
         self.dtype = dtype
-        self.found: dict[Key, _Found] = {}
+        self.found: dict[Site, _Found] = {}
 
     def equation(self, site, operands):
         results = bind(site.eqn, operands)
@@ -81,12 +81,12 @@ class _Twice(Interpreter):
             given = results
             if self.half[key]:
                 given = _in_half(site.eqn, operands, self.dtype)
-            self._compare(site, key, results, given)
+            self._compare(site, results, given)
         self.observe(site, operands, results)
         return results
 
-    def _compare(self, site, key, results, given):
-        found = self.found.setdefault(key, _Found(site))
+    def _compare(self, site, results, given):
+        found = self.found.setdefault(site, _Found(site))
         for wanted, x in zip(results, given, strict=True):
             if _tree.is_array(wanted) and wanted.dtype in _tree.CASTABLE:
                 rounded = x.astype(self.dtype)

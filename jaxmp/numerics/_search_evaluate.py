@@ -7,7 +7,6 @@ kept units  ->  rules  ->  autocast(loss_fn, policy, rules)  ->  loss, gradients
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from jaxmp import _tree
 from jaxmp._flops import MATMULS, matmul_shape
 from jaxmp._jax_internals import open_jaxpr
 from jaxmp.errors import SearchStateMismatch
+from jaxmp.numerics._compare_distance import Distance, share_least
 from jaxmp.numerics._compare_scales import used_scale
 from jaxmp.numerics._interpreter import Interpreter, bind
 from jaxmp.numerics._program import Program
@@ -80,33 +80,22 @@ class Measured:
             x / scale for x, kind in zip(wide, kinds, strict=True) if kind == "gradient"
         ]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether everything is."""
+        return all(np.isfinite(x).all() for x in (self.loss, *self.gradients))
+
     def distances(self, reference: "Measured") -> tuple[float, float]:
         """Relative errors of the loss and of the worst gradient."""
-        loss = _relative(abs(self.loss - reference.loss), abs(reference.loss))
-        sizes = [x.size for x in reference.gradients]
-        squares = [float(np.vdot(x, x)) for x in reference.gradients]
-        typical = sum(squares) / max(sum(sizes), 1)
-        gradient = 0.0
-        for x, wanted, square, size in zip(
-            self.gradients, reference.gradients, squares, sizes, strict=True
-        ):
-            # A gradient that is zero but for rounding is measured by the others.
-            norm = math.sqrt(max(square, _NEGLIGIBLE**2 * typical * size))
-            with np.errstate(invalid="ignore"):
-                error = float(np.linalg.norm(x - wanted))
-            gradient = max(gradient, _relative(error, norm))
-        return loss, gradient
-
-
-_NEGLIGIBLE = 0.01
-
-
-def _relative(error: float, size: float) -> float:
-    if not math.isfinite(error):
-        return math.inf
-    if not error:
-        return 0.0
-    return error / size if size else math.inf
+        loss = Distance()
+        loss.add(np.float64(reference.loss), np.float64(self.loss))
+        gradients = []
+        for wanted, x in zip(reference.gradients, self.gradients, strict=True):
+            gradients.append(Distance())
+            gradients[-1].add(wanted, x)
+        share_least(gradients)
+        worst = max((x.relative_error for x in gradients), default=0.0)
+        return loss.relative_error, worst
 
 
 def half_flops(jaxpr: Any) -> float:

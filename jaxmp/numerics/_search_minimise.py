@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxmp.errors import MissingPackage
+from jaxmp.errors import MissingPackage, NumericsError
 from jaxmp.numerics._program import Program
 from jaxmp.numerics._search_evaluate import Evaluation, Measured, Saved, half_flops
 from jaxmp.numerics._search_units import Unit, rules_of
@@ -26,6 +26,9 @@ class Problem:
       saved: what was evaluated so far.
       budget: how many evaluations there may be, with those that are saved.
       advance: called after each new one.
+
+    Raises:
+      NumericsError: if a program is not finite in float32.
     """
 
     def __init__(
@@ -38,6 +41,13 @@ class Problem:
     ):
         self.programs = programs
         self.references = [Measured(program) for program in exact]
+        for i, reference in enumerate(self.references):
+            if not reference.is_finite:
+                raise NumericsError(
+                    f"The loss or a gradient of batch {i} is not finite in float32, so "
+                    "there is nothing to hold half precision against. "
+                    "jaxmp.numerics.find_nonfinite(loss_fn, *batch) tells why."
+                )
         self.saved = saved
         self.budget = budget
         self.advance = advance

@@ -74,8 +74,7 @@ class PolicySearch:
         )
         if not self.is_within:
             found += (
-                " With everything in float32 that a rule can name, they are still off: "
-                "look for casts that the function makes itself, or allow more."
+                " They still are with everything in float32 that a rule can name."
                 if self.is_minimal
                 else " The budget ended before a set was found that is."
             )

@@ -106,23 +106,22 @@ def error_under(found, fn, args, dtype):
 
 
 @pytest.mark.parametrize("dtype", PLANTED)
-def test_planted_layers_of_a_plain_function_are_found(dtype):
-    fn, args = plain(dtype, 6)
+def test_three_of_twelve_scopes_of_a_function_are_found(dtype):
+    fn, args = plain(dtype, 12)
     found = search_policy(fn, dtype, args, tolerance=0.1)
     assert {kept.name for kept in found.kept} == set(PLANTED[dtype]), str(found)
     assert found.is_within
     assert found.is_minimal
     assert found.result.error <= 0.1
     assert found.result.half_flops == 1.0
-    assert len(found.evaluations) <= 15
+    assert len(found.evaluations) <= 40
     assert error_under(found, fn, args, dtype) < 0.15
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", PLANTED)
-@pytest.mark.parametrize("make", [linen, lambda dtype: plain(dtype, 12)])
-def test_three_of_twelve_layers_are_found_in_forty_evaluations(make, dtype):
-    fn, args = make(dtype)
+def test_three_of_twelve_linen_layers_are_found_in_forty_evaluations(dtype):
+    fn, args = linen(dtype)
     found = search_policy(fn, dtype, args, tolerance=0.1)
     assert {kept.name for kept in found.kept} == set(PLANTED[dtype]), str(found)
     assert found.is_within
@@ -236,13 +235,12 @@ def test_nothing_has_to_stay():
     assert len(found.evaluations) == 1
 
 
-def test_a_cast_of_the_functions_own_cannot_be_mended():
+def test_a_loss_that_is_not_finite_in_float32_is_refused():
     def loss(w, x):
-        return jnp.mean((x @ w).astype(jnp.float16).astype(jnp.float32) * 1.0)
+        return jnp.mean(jnp.log(x @ w))
 
-    found = search_policy(loss, "bfloat16", (jnp.eye(8) * 1e6, X))
-    assert not found.is_within
-    assert "casts that the function makes itself" in found.summary
+    with pytest.raises(NumericsError, match=r"batch 1 is not finite.*find_nonfinite"):
+        search_policy(loss, "bfloat16", (jnp.eye(8), abs(X)), (jnp.eye(8), 0 * X))
 
 
 # The budget, and searches that are stopped

@@ -1,0 +1,196 @@
+"""What a policy does to the numbers of a loss function, and what to do about it.
+
+The function is run on its arguments, operation by operation, in float32 and under the
+policy, as autocast applies it.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+
+from jaxmp import _html
+from jaxmp.cli._load import load_function, make_step, takes_policy
+from jaxmp.cli._output import Output
+from jaxmp.errors import InvalidStep
+from jaxmp.numerics import (
+    Comparison,
+    GradientRow,
+    NonfiniteReport,
+    PolicyRow,
+    Trace,
+    compare,
+    find_nonfinite,
+    trace,
+)
+
+KINDS = ("nonfinite", "underflow", "inaccurate")
+_INACCURATE = 0.1
+_LOST = 0.001
+# The default max_scale of jaxmp.dynamic_loss_scaling, as an exponent.
+_LARGEST_SCALE = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument(
+        "step",
+        help="MODULE:FUNCTION or FILE.py:FUNCTION; the function returns (loss_fn, "
+        "*args), with arrays that hold numbers; if it takes a policy, it is given "
+        "float32",
+    )
+    parser.add_argument(
+        "--policy",
+        default="mixed_float16",
+        help="what the function is meant to compute in (%(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> Output:
+    """Diagnoses the function."""
+    function = load_function(options.step)
+    given = ("float32",) if takes_policy(function) else ()
+    loss_fn, *args = make_step(function, *given)
+    _check_concrete(options.step, args)
+    compared = compare(loss_fn, options.policy, *args)
+    row = compared.policies[0]
+    found = find_nonfinite(
+        loss_fn, *args, policy=options.policy, loss_scale=row.loss_scale
+    )
+    traced = trace(loss_fn, dtype=row.dtype, loss_scale=row.loss_scale)(*args)
+    kinds = _kinds(found, compared)
+    advice = _advise(found, traced, compared, kinds)
+    tables = [str(found)] * bool(found) + [str(compared), str(traced)]
+    page = _html.writer(
+        f"Diagnosis under {options.policy}",
+        *map(_html.paragraph, advice),
+        *map(_html.preformatted, tables),
+    )
+    data = {
+        "policy": options.policy,
+        "kinds": sorted(kinds),
+        "advice": advice,
+        "nonfinite": _plain(dataclasses.asdict(found)) if found else None,
+        "comparison": json.loads(compared.to_json()),
+        "trace": _plain(traced.to_rows()),
+    }
+    return Output("\n\n".join([*advice, *tables]), data, page, kinds)
+
+
+def _check_concrete(step: str, args: Any) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(args):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            name = jax.tree_util.keystr(path[1:])
+            raise InvalidStep(
+                f"{step} returned the argument {path[0].idx + 1}{name} as {x}, which "
+                "holds no numbers to diagnose. Return arrays: initialised or trained "
+                "parameters, and a batch."
+            )
+
+
+def _kinds(found: NonfiniteReport, compared: Comparison) -> frozenset[str]:
+    row = compared.policies[0]
+    errors = [row.output_error, row.gradient_error or 0.0]
+    conditions = {
+        "nonfinite": bool(found) or any(r.nonfinite for r in compared.gradients),
+        "underflow": row.largest_scale is not None
+        and any(r.zeroed > _LOST for r in compared.gradients),
+        "inaccurate": any(_INACCURATE < error < math.inf for error in errors),
+    }
+    return frozenset(kind for kind, holds in conditions.items() if holds)
+
+
+def _advise(
+    found: NonfiniteReport, traced: Trace, compared: Comparison, kinds: frozenset[str]
+) -> list[str]:
+    """What a person should do, in sentences."""
+    row = compared.policies[0]
+    advice = []
+    if found:
+        where = f" at {found.file}:{found.line}" if found.file else ""
+        advice.append(
+            f"Not finite{where}{_in(found.path)}: {found.cause}. {found.repair}"
+        )
+    elif "nonfinite" in kinds:
+        worst = next(r for r in compared.gradients if r.nonfinite)
+        advice.append(f"Not finite: the gradient of {worst.parameter}.")
+    if "inaccurate" in kinds:
+        worst = next(r for r in compared.activations if math.isfinite(r.relative_error))
+        advice.append(
+            f"Inaccurate: outputs are off by {row.output_error:.1%}"
+            f"{_gradients_are_off(row)}. Look at {worst.operation} at {worst.source}"
+            f"{_in(worst.path)} first, which is off by {worst.relative_error:.1%}."
+        )
+    if "underflow" in kinds:
+        worst = max(compared.gradients, key=lambda r: r.zeroed)
+        advice.append(
+            f"Underflow: {worst.zeroed:.1%} of the gradient of {worst.parameter} "
+            f"become zero, even at loss scale {row.loss_scale:g}."
+        )
+    if kinds:
+        advice.append(
+            "jaxmp.numerics.search_policy finds what has to stay in float32, and "
+            "returns rules for autocast and apply_policy."
+        )
+    else:
+        advice.append(
+            f"{row.policy} is fine here: outputs are off by {row.output_error:.2%}"
+            f"{_gradients_are_off(row)}."
+        )
+    if found.kind != "divergence":
+        advice += _on_scales(row, compared.gradients)
+    worst = next((r for r in traced.rows if r.path != "loss_scale"), None)
+    if worst is not None and worst.kind != "fine":
+        name = worst.file.rpartition("/")[2]
+        advice.append(
+            f"If everything were in {traced.dtype}: {traced.summary}. The worst is "
+            f"{worst.operation} at {name}:{worst.line}{_in(worst.path)}."
+        )
+    return advice
+
+
+def _on_scales(row: PolicyRow, gradients: tuple[GradientRow, ...]) -> list[str]:
+    """What to do about the loss scale."""
+    if row.largest_scale is None or row.smallest_scale is None:
+        return [] if row.loss_scale is None else ["No loss scaling is needed."]
+    largest, smallest = math.log2(row.largest_scale), math.log2(row.smallest_scale)
+    start = min(max(smallest, 0), largest, _LARGEST_SCALE)
+    lost = max((r.zeroed_unscaled for r in gradients), default=0.0)
+    advice = f"Loss scale: nothing overflows up to 2^{largest:.0f}"
+    if smallest <= largest:
+        advice += f", and nothing becomes subnormal from 2^{smallest:.0f} on"
+    else:
+        advice += (
+            f", where {row.lost_at_largest:.2%} of the backward pass still become zero"
+        )
+    advice += f"; at scale 1, {f'up to {lost:.1%}' if lost else 'nothing'} of a "
+    advice += "gradient becomes zero."
+    if start > 0:
+        advice += (
+            f" Start at jaxmp.loss_scaling(tx, policy, init_scale=2.0**{start:.0f})."
+        )
+    return [advice]
+
+
+def _gradients_are_off(row: PolicyRow) -> str:
+    if row.gradient_error is None:
+        return ""
+    return f", gradients by up to {row.gradient_error:.2%}"
+
+
+def _in(path: str) -> str:
+    return f" in {path}" if path else ""
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: numbers that are not finite are null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
