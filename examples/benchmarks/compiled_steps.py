@@ -74,7 +74,7 @@ NOT_PADDED = {
     for way in (
         "bfloat16 by hand",
         "bfloat16 autocast",
-        "bfloat16 autocast, 8 bytes per parameter",
+        "bfloat16 autocast, half moments",
     )
 }
 WAYS = {FLOAT32: ways.plain, **IN_HALF, **NOT_PADDED, **SAVING_MORE}
