@@ -26,12 +26,13 @@ from jaxmp.numerics import (
     find_nonfinite,
     trace,
 )
+from jaxmp.numerics._nonfinite_report import power
 
 KINDS = ("nonfinite", "underflow", "inaccurate")
 _INACCURATE = 0.1
 _LOST = 0.001
-# The default max_scale of jaxmp.dynamic_loss_scaling, as an exponent.
-_LARGEST_SCALE = 24
+# The default max_scale of jaxmp.dynamic_loss_scaling.
+_LARGEST_SCALE = 2.0**24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +129,7 @@ def _advise(
         worst = max(compared.gradients, key=lambda r: r.zeroed)
         advice.append(
             f"Underflow: {worst.zeroed:.1%} of the gradient of {worst.parameter} "
-            f"become zero, even at loss scale {row.loss_scale:g}."
+            f"become zero, even at loss scale {power(row.loss_scale)}."
         )
     if kinds:
         advice.append(
@@ -156,21 +157,22 @@ def _on_scales(row: PolicyRow, gradients: tuple[GradientRow, ...]) -> list[str]:
     """What to do about the loss scale."""
     if row.largest_scale is None or row.smallest_scale is None:
         return [] if row.loss_scale is None else ["No loss scaling is needed."]
-    largest, smallest = math.log2(row.largest_scale), math.log2(row.smallest_scale)
-    start = min(max(smallest, 0), largest, _LARGEST_SCALE)
+    largest, smallest = row.largest_scale, row.smallest_scale
+    start = min(max(smallest, 1.0), largest, _LARGEST_SCALE)
     lost = max((r.zeroed_unscaled for r in gradients), default=0.0)
-    advice = f"Loss scale: nothing overflows up to 2^{largest:.0f}"
+    advice = f"Loss scale: nothing overflows up to {power(largest)}"
     if smallest <= largest:
-        advice += f", and nothing becomes subnormal from 2^{smallest:.0f} on"
+        advice += f", and nothing becomes subnormal from {power(smallest)} on"
     else:
         advice += (
             f", where {row.lost_at_largest:.2%} of the backward pass still become zero"
         )
     advice += f"; at scale 1, {f'up to {lost:.1%}' if lost else 'nothing'} of a "
     advice += "gradient becomes zero."
-    if start > 0:
+    if start > 1:
         advice += (
-            f" Start at jaxmp.loss_scaling(tx, policy, init_scale=2.0**{start:.0f})."
+            " Start at jaxmp.loss_scaling(tx, policy, "
+            f"init_scale=2.0**{math.log2(start):.0f})."
         )
     return [advice]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxmp import _html, _table
 from jaxmp.errors import NumericsError
+from jaxmp.numerics._nonfinite_report import power
 
 _SHOWN = 15
 _POLICY_COLUMNS = (
@@ -162,7 +163,7 @@ class PolicyRow:
             self.policy + " (emulated)" * self.is_emulated,
             f"{self.output_error:.2e}",
             "-" if wanted is None else f"{wanted:.2e}",
-            *map(_power, (self.loss_scale, self.smallest_scale, self.largest_scale)),
+            *map(_scale, (self.loss_scale, self.smallest_scale, self.largest_scale)),
             *("-" if x is None else _percent(x) for x in (self.lost_unscaled, given)),
         )
 
@@ -311,11 +312,8 @@ def _percent(fraction: float) -> str:
     return "<0.1 %" if fraction < 0.001 else f"{100 * fraction:.1f} %"
 
 
-def _power(scale: float | None) -> str:
-    if not scale:
-        return "-"
-    exponent = math.log2(scale)
-    return f"2^{exponent:.0f}" if exponent.is_integer() else f"{scale:g}"
+def _scale(scale: float | None) -> str:
+    return "-" if scale is None else power(scale)
 
 
 def _plain(value: Any) -> Any:

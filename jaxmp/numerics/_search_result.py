@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxmp import _html, _table
 from jaxmp.casting import OpRule
+from jaxmp.numerics._nonfinite_report import power
 from jaxmp.numerics._search_evaluate import Evaluation
 from jaxmp.policy import PolicyRule
 from jaxmp.report._views import import_pyplot
@@ -65,12 +66,14 @@ class PolicySearch:
     @property
     def summary(self) -> str:
         """What was found, in a sentence or two."""
+        kept = len(self.kept)
+        stays = "layer or operation stays" if kept == 1 else "layers or operations stay"
         found = (
-            f"{len(self.kept)} of the layers and operations stay in float32, "
-            f"{self.result.half_flops:.1%} of the matmul FLOPs run in half. Loss and "
-            f"gradients are off by {self.result.error:.2g}, "
-            f"{'within' if self.is_within else 'NOT within'} {self.tolerance:g}, at "
-            f"loss scale {self.loss_scale:g} ({len(self.evaluations)} evaluations)."
+            f"{kept or 'No'} {stays} in float32, {self.result.half_flops:.1%} of the "
+            "matmul FLOPs run in half. Loss and gradients are off by "
+            f"{self.result.error:.2g}, {'within' if self.is_within else 'NOT within'} "
+            f"{self.tolerance:g}, at loss scale {power(self.loss_scale)} "
+            f"({len(self.evaluations)} evaluations)."
         )
         if not self.is_within:
             found += (

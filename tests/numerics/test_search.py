@@ -359,7 +359,7 @@ def test_the_curve_is_sorted_by_what_runs_in_half(overflowing):
 def test_text_page_json_and_chart(overflowing, tmp_path):
     _, _, found = overflowing
     assert "fragile" in str(found)
-    assert "stay in float32" in str(found)
+    assert str(found).startswith("1 layer or operation stays in float32")
     told = json.loads(found.to_json(), parse_constant=pytest.fail)
     assert told["kept"][0]["error"] is None
     found.to_html(tmp_path / "page.html")
