@@ -40,12 +40,15 @@ def page_section(rows, charts):
     if "traffic" in charts:
         parts += [f"![traffic of a training step]({charts['traffic']})"]
     for model, job in JOBS.items():
-        if any(key[0] == model for key in rows):
-            parts += [f"### {model}: {job.shape}"]
+        if not any(key[0] == model for key in rows):
+            continue
+        parts += [f"### {model}: {job.shape}"]
         for target in targets:
             if found := rows_of(rows, model, target):
                 parts += [f"On {chips[target].name}:", table(found)]
                 parts += notes(model, target, found)
+            else:
+                parts += [f"Nothing was compiled for {chips[target].name}."]
         parts += shortfall(rows, model)
     return "\n\n".join(parts)
 

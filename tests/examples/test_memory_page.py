@@ -77,10 +77,12 @@ def test_the_buffers_of_what_is_not_reached_are_shown(rows):
 
 
 def test_what_does_not_fit_or_was_not_compiled_is_said(rows):
+    rows["GPT-2 small", "float32", "h100"] = row("float32", peak=18)
     text = memory_page.page_section(rows, {"memory": "a.svg", "traffic": "b.svg"})
     assert lines_with(text, "float32", "does not fit")
     assert "Nothing can be compared with float32, which does not fit." in text
     assert "Not compiled for this page: bfloat16 by hand" in text
+    assert text.count("Nothing was compiled for TPU v5e.") == 1
     assert "xla_gpu_enable_triton_gemm=False" in text
     (traffic,) = lines_with(text, "bfloat16 autocast", "10.0", "75.0 %")
     assert "25.0 %" in traffic
