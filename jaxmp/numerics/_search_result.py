@@ -10,7 +10,6 @@ from jaxmp.casting import OpRule
 from jaxmp.numerics._nonfinite_report import power
 from jaxmp.numerics._search_evaluate import Evaluation
 from jaxmp.policy import PolicyRule
-from jaxmp.report._views import import_pyplot
 
 _KEPT_COLUMNS = ("float32", "error it adds", "why")
 _CURVE_COLUMNS = (
@@ -144,6 +143,8 @@ class PolicySearch:
         Raises:
           MissingPackage: if matplotlib is not installed.
         """
+        from jaxmp.report._views import import_pyplot
+
         pyplot = import_pyplot()
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
         finite = [x.error for x in self.evaluations if math.isfinite(x.error)]
@@ -153,7 +154,7 @@ class PolicySearch:
             is_within = x.error <= self.tolerance
             axes.plot(
                 100 * x.half_flops,
-                max(min(x.error, top), 1e-9),
+                max(min(x.error, top), 1e-4 * self.tolerance),
                 marker="^" if x.error > top else "o",
                 color="#2a8a3e" if is_within else "#c43c2c",
                 markersize=11 if is_chosen else 6,
