@@ -199,10 +199,6 @@ class NumericsError(JaxmpError, ValueError):
     """An argument of `jaxmp.numerics` that has no meaning there."""
 
 
-class MissingPlotPackage(JaxmpError, ImportError):
-    """Something is to be drawn, and Matplotlib is not installed."""
-
-
 class SearchStateMismatch(JaxmpError, ValueError):
     """A saved search belongs to another function, policy or batch, or is none."""
 

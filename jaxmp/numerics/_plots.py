@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmp.errors import MissingPlotPackage, NumericsError
+from jaxmp._figures import new_figure
+from jaxmp.errors import NumericsError
 from jaxmp.numerics._formats import format_range
 from jaxmp.numerics._monitor_report import MonitorReport
 from jaxmp.numerics._statistics import EXPONENTS, Statistics
@@ -45,7 +46,7 @@ def plot_exponents(
       The axes.
 
     Raises:
-      MissingPlotPackage: if Matplotlib is not installed.
+      MissingPackage: if Matplotlib is not installed.
       NumericsError: if there are no numbers, or a dtype is no floating one.
 
     References:
@@ -132,7 +133,7 @@ def plot_underflow(
       The axes.
 
     Raises:
-      MissingPlotPackage: if Matplotlib is not installed.
+      MissingPackage: if Matplotlib is not installed.
       NumericsError: if nothing was measured, or for another `quantity`.
 
     Example:
@@ -205,7 +206,7 @@ def plot_loss_scale(
       The axes.
 
     Raises:
-      MissingPlotPackage: if Matplotlib is not installed.
+      MissingPackage: if Matplotlib is not installed.
       NumericsError: if the history is empty.
 
     Example:
@@ -316,13 +317,7 @@ def _added_up(statistics: Mapping[str, Statistics]) -> Statistics:
 def _axes(ax: Any, figsize: tuple[float, float]) -> Any:
     if ax is not None:
         return ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPlotPackage(
-            "Plots need Matplotlib, which is not installed. Run: pip install matplotlib"
-        ) from None
-    ax = Figure(figsize=figsize, layout="constrained").add_subplot()
+    ax = new_figure(*figsize).add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

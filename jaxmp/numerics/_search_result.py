@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from jaxmp import _html, _table
+from jaxmp._figures import new_figure
 from jaxmp.casting import OpRule
 from jaxmp.numerics._nonfinite_report import power
 from jaxmp.numerics._search_evaluate import Evaluation
@@ -143,10 +144,8 @@ class PolicySearch:
         Raises:
           MissingPackage: if matplotlib is not installed.
         """
-        from jaxmp.report._views import import_pyplot
-
-        pyplot = import_pyplot()
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        figure = new_figure(7, 4)
+        axes = figure.add_subplot()
         finite = [x.error for x in self.evaluations if math.isfinite(x.error)]
         top = 10 * max([*finite, self.tolerance])
         for x in self.evaluations:
@@ -168,7 +167,6 @@ class PolicySearch:
         axes.set_title(f"{self.policy}: filled is what was chosen", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path)
-        pyplot.close(figure)
 
     def __str__(self) -> str:
         parts = [self.summary]

@@ -2,10 +2,10 @@
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxmp import _html, _table
-from jaxmp.errors import MissingPackage
+from jaxmp._figures import new_figure
 
 if TYPE_CHECKING:
     from jaxmp.report._step import Row
@@ -85,13 +85,11 @@ def _unit(rows: Iterable["Row"]) -> _Unit:
 
 def bar_chart(rows: Sequence["Row"]) -> bytes:
     """Draws memory and estimated time as bars; returns a PNG."""
-    pyplot = import_pyplot()
     shown = [row for row in rows if row.peak is not None]
     unit = _unit(shown)
     labels = [f"{row.policy}\n{row.target}" for row in shown]
-    figure, axes = pyplot.subplots(
-        1, 2, figsize=(11, 0.9 + 0.5 * max(len(shown), 2)), layout="constrained"
-    )
+    figure = new_figure(11, 0.9 + 0.5 * max(len(shown), 2))
+    axes = figure.subplots(1, 2)
     places = range(len(shown))[::-1]
     left = [0.0] * len(shown)
     for kind, color in _PARTS.items():
@@ -117,7 +115,6 @@ def bar_chart(rows: Sequence["Row"]) -> bytes:
         axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
     return buffer.getvalue()
 
 
@@ -129,25 +126,6 @@ def _part(row: "Row", kind: str) -> int:
     if kind == "results":
         return (row.peak or 0) - (row.arguments or 0) - (row.temp or 0)
     return getattr(row, kind) or 0
-
-
-def import_pyplot() -> Any:
-    """Imports matplotlib for files, not for windows.
-
-    Raises:
-      MissingPackage: if it is not installed.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise MissingPackage(
-            "Charts need matplotlib, which is not installed. "
-            "Run: pip install matplotlib"
-        ) from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _cells(rows: Sequence["Row"]) -> Iterable[list[str]]:

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import jaxmp
-from jaxmp.errors import MissingPlotPackage, NotOnHost, NumericsError
+from jaxmp.errors import MissingPackage, NotOnHost, NumericsError
 from jaxmp.numerics import (
     monitor,
     monitor_report,
@@ -225,7 +225,7 @@ def test_figures_are_saved_and_drawn_on_given_axes(name, tmp_path):
 @pytest.mark.parametrize("name", DRAW)
 def test_without_matplotlib(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingPlotPackage, match="pip install matplotlib"):
+    with pytest.raises(MissingPackage, match="pip install matplotlib"):
         DRAW[name]()
 
 
