@@ -172,6 +172,14 @@ def layout_primitives() -> frozenset[str]:
     )
 
 
+def selecting_primitives() -> frozenset[str]:
+    """The primitives that pick entries of one array by size.
+
+    Rounding keeps the order of numbers, so that it may come before or after them.
+    """
+    return frozenset(["max", "min", "clamp", "reduce_window_max", "reduce_window_min"])
+
+
 def linear_primitives() -> frozenset[str]:
     """The primitives whose gradient needs none of their floating operands."""
     return layout_primitives() | frozenset(

@@ -43,11 +43,12 @@ _BARRIERS = frozenset(("name", "optimization_barrier"))
 class Painter:
     """One forward pass over the equations of one jaxpr."""
 
-    def __init__(self, planner, jaxpr, in_states, wanted, context, consts):
+    def __init__(self, planner, jaxpr, in_states, wants, context, consts):
         self.planner = planner
         self.jaxpr = jaxpr
         self.in_states = in_states
-        self.wanted = wanted
+        self.wanted = wants.values
+        self.rounded = wants.rounded
         self.context = context
         self.states: dict[Any, State | None] = dict(
             zip(jaxpr.invars, in_states, strict=True)
@@ -300,6 +301,8 @@ class Painter:
         if not any(map(castable_dtype, eqn.outvars)):
             wanted = Kind.FULL not in kinds and Kind.NEUTRAL not in kinds
         if Kind.FULL in kinds:
+            if eqn.outvars[0] in self.rounded and self.planner.selects(eqn):
+                return _Choice(state, "picks numbers that are rounded next")
             if wanted and eqn.primitive.name in _BARRIERS:
                 return _Choice(state, "handed back in half under its name")
             if wanted and lows and not self.joins_island(eqn, states):

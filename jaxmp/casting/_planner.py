@@ -35,7 +35,7 @@ class Planner:
         self.used_rules: set[_rules.OpRule] = set()
         # Keyed by id; `_alive` keeps the jaxprs from being collected meanwhile.
         self._plans: dict[Any, JaxprPlan] = {}
-        self._wants: dict[Any, tuple[tuple[bool, ...], frozenset[Any]]] = {}
+        self._wants: dict[Any, Wants] = {}
         self._contents: dict[int, Contents] = {}
         self._alive: list[Any] = []
 
@@ -45,9 +45,9 @@ class Planner:
         self, jaxpr: Any, out_wants: Sequence[bool], context: Context
     ) -> tuple[bool, ...]:
         """Tells which inputs of a jaxpr are wanted low, given which outputs are."""
-        return self._analyse(jaxpr, tuple(out_wants), context)[0]
+        return self._analyse(jaxpr, tuple(out_wants), context).inputs
 
-    def _analyse(self, jaxpr, out_wants, context):
+    def _analyse(self, jaxpr, out_wants, context) -> "Wants":
         jaxpr = open_jaxpr(jaxpr)
         key = (id(jaxpr), out_wants, self._relevant(context))
         if key in self._wants:
@@ -57,17 +57,22 @@ class Planner:
             for v, want in zip(jaxpr.outvars, out_wants, strict=True)
             if want and not is_literal(v)
         }
+        rounded = set(wanted)
         for eqn in reversed(jaxpr.eqns):
             results = [v in wanted for v in eqn.outvars]
-            for v, want in zip(
-                eqn.invars, self._eqn_wants(eqn, results, context), strict=True
-            ):
-                if want and not is_literal(v):
-                    wanted.add(v)
+            wants = self._eqn_wants(eqn, results, context)
+            operands = {
+                v
+                for v, want in zip(eqn.invars, wants, strict=True)
+                if want and not is_literal(v)
+            }
+            wanted |= operands
+            if self._rounds(eqn, rounded):
+                rounded |= operands
         self._alive.append(jaxpr)
-        answer = tuple(v in wanted for v in jaxpr.invars), frozenset(wanted)
-        self._wants[key] = answer
-        return answer
+        inputs = tuple(v in wanted for v in jaxpr.invars)
+        self._wants[key] = Wants(inputs, frozenset(wanted), frozenset(rounded))
+        return self._wants[key]
 
     def _eqn_wants(self, eqn, results, context) -> Iterable[bool]:
         nothing = (False,) * len(eqn.invars)
@@ -96,6 +101,19 @@ class Planner:
             return tuple(castable_dtype(v) is not None for v in eqn.invars)
         return nothing
 
+    def _rounds(self, eqn, rounded) -> bool:
+        """Whether the operands that an equation wants low are rounded as they are."""
+        name = eqn.primitive.name
+        call = _registry.call_rule(name)
+        if call is None:
+            passes_on = name in _registry.LAYOUT or name == "convert_element_type"
+            is_end = _registry.entry(name).op_class is OpClass.COMPUTE
+        else:
+            passes_on = False
+            is_end = any(self.contents(body).has_matmul for body in call.bodies(eqn))
+        passes_on = passes_on or self.selects(eqn)
+        return is_end or (passes_on and eqn.outvars[0] in rounded)
+
     # Forward
 
     def plan(
@@ -120,8 +138,8 @@ class Planner:
         key = (id(jaxpr), in_states, out_wants, self._relevant(context))
         if key not in self._plans:
             self._alive.append(jaxpr)
-            wanted = self._analyse(jaxpr, out_wants, context)[1]
-            painter = Painter(self, jaxpr, in_states, wanted, context, consts)
+            wants = self._analyse(jaxpr, out_wants, context)
+            painter = Painter(self, jaxpr, in_states, wants, context, consts)
             self._plans[key] = painter.paint(out_wants)
         return self._plans[key]
 
@@ -177,6 +195,19 @@ class Planner:
         is_call = bool(bodies) and all(self.contents(b).is_special for b in bodies)
         return is_call or is_in_special_function(eqn)
 
+    def selects(self, eqn: Any) -> bool:
+        """Tells whether the entries of a result are entries of an operand, or numbers.
+
+        Such as what `relu` and pooling by maximum return.
+        """
+        call = _registry.call_rule(eqn.primitive.name)
+        if call is not None:
+            eqns = [inner for body in call.bodies(eqn) for inner in body.eqns]
+            eqns = [inner for inner in eqns if any(map(_is_array, inner.outvars))]
+            return bool(eqns) and all(map(self.selects, eqns))
+        is_selection = eqn.primitive.name in _registry.SELECTING
+        return is_selection and sum(map(_is_array, eqn.invars)) == 1
+
     def inside(self, eqn: Any, context: Context) -> Context:
         """The context of the bodies of a call."""
         around = context.scopes
@@ -189,6 +220,20 @@ class Planner:
 
 
 _LOWERABLE = (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH)
+
+
+class Wants(NamedTuple):
+    """Which values of a jaxpr are wanted low.
+
+    Attributes:
+      inputs: for each input whether it is.
+      values: all of them.
+      rounded: those that are rounded as they are, before arithmetic is done with them.
+    """
+
+    inputs: tuple[bool, ...]
+    values: frozenset[Any]
+    rounded: frozenset[Any]
 
 
 class Contents(NamedTuple):
@@ -238,6 +283,11 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
         is_simple = is_simple and _registry.is_cheap(name)
     is_special = bool(jaxpr.eqns) and all(map(planner.is_special, jaxpr.eqns))
     return Contents(has_float, has_matmul, has_full, has_lookup, is_simple, is_special)
+
+
+def _is_array(atom: Any) -> bool:
+    """False for a number."""
+    return getattr(atom.aval, "size", 0) != 1
 
 
 def _show(rule: _rules.OpRule) -> str:

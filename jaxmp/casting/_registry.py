@@ -13,11 +13,13 @@ from jaxmp.casting._op_lists import (
     OpClass,
     layout_primitives,
     linear_primitives,
+    selecting_primitives,
 )
 from jaxmp.errors import RuleAlreadyRegistered
 
 LAYOUT = layout_primitives()
 LINEAR = linear_primitives()
+SELECTING = selecting_primitives()
 
 # Costly or not repeatable: never computed again to save memory.
 _NOT_REPEATED = frozenset(
