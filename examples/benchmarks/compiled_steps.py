@@ -4,10 +4,9 @@ Some take ten minutes to compile, so that every answer is written down when it a
 """
 
 import functools
-import gzip
 import json
 import pathlib
-import time
+import types
 from typing import Any
 
 import jax
@@ -16,13 +15,7 @@ import ways
 from models import JOBS
 
 import jaxmp
-from jaxmp.errors import CompilerFailed
-from jaxmp.report import Row, compile_for
-from jaxmp.report._compiler import is_out_of_memory
-from jaxmp.report._programs import Program
-from jaxmp.report._step import read_answer
-from jaxmp.report._targets import read_target
-from jaxmp.report._worker import MEMORY, Answer, program_text
+from jaxmp.report import compile_step_of
 
 STORE = pathlib.Path("out", "memory_table")
 TARGETS = ("h100", "tpu-v5e", "tpu-v6e")
@@ -95,60 +88,36 @@ def compiler_options(model: str, way: str, target: str) -> dict[str, Any]:
     return options
 
 
-def row(model: str, way: str, target: str, *, only_stored: bool = False) -> Row | None:
-    """Compiles a step, unless that was done, and reads what the compiler said.
+def row(model: str, way: str, target: str, *, only_stored: bool = False) -> Any:
+    """Compiles a step, unless that was done.
 
     Returns:
-      The report's row; None if it is not stored and nothing shall be compiled.
+      What a `jaxmp.report.Row` tells; None if it is not stored and nothing shall be
+      compiled.
     """
-    path = STORE / f"{target} {model} {way}.json.gz".replace(",", "").replace(" ", "_")
-    if path.exists():
-        told = json.loads(gzip.decompress(path.read_bytes()))
-        told.pop("jax", None)
-        answer = Answer(**told)
-    elif only_stored:
-        return None
-    else:
-        answer = compile_step(model, way, target)
+    path = STORE / f"{target} {model} {way}.json".replace(",", "").replace(" ", "_")
+    if not path.exists():
+        if only_stored:
+            return None
+        report = compile_step_of(
+            functools.partial(abstract_step, model),
+            policies=[way],
+            targets=[target],
+            donate_argnums=[0],
+            compiler_options=compiler_options(model, way, target),
+            cache=False,
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(json.dumps(answer._asdict()).encode()))
-    if answer.error and not is_out_of_memory(answer):
-        raise CompilerFailed(f"{model}, {way}, {target}: {answer.error}")
-    program = Program(read_target(target), b"", argument_names(model, way), (), ())
-    return read_answer(way, program, answer)
+        path.write_text(json.dumps(report.to_rows()[0], indent=1))
+    return json.loads(
+        path.read_text(), object_hook=lambda told: types.SimpleNamespace(**told)
+    )
 
 
-def abstract_step(model: str, way: str):
-    """The step of a model, and the shapes of its arguments."""
+def abstract_step(model: str, way: str) -> tuple[Any, Any, Any]:
+    """The step of a model, and the shapes of its state and its batch."""
     job = JOBS[model]
     training = WAYS[way](job)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(training.init, key)
     return training.step, state, jax.eval_shape(job.batch, key)
-
-
-def argument_names(model: str, way: str) -> tuple[str, ...]:
-    _, state, batch = abstract_step(model, way)
-    leaves = jax.tree_util.tree_leaves_with_path((state, batch))
-    return tuple(
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
-    )
-
-
-def compile_step(model: str, way: str, target: str) -> Answer:
-    """Compiles a step; that it is refused is an answer too."""
-    step, state, batch = abstract_step(model, way)
-    options = compiler_options(model, way, target)
-    start = time.perf_counter()
-    try:
-        compiled = compile_for(
-            target, step, state, batch, donate_argnums=0, compiler_options=options
-        )
-    except jax.errors.JaxRuntimeError as error:
-        return Answer({}, {}, "", time.perf_counter() - start, str(error))
-    seconds = time.perf_counter() - start
-    stats = compiled.memory_analysis()
-    memory = {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in MEMORY}
-    told = compiled.cost_analysis() or {}
-    costs = {name: told[name] for name in ("flops", "bytes accessed") if name in told}
-    return Answer(memory, costs, program_text(compiled), seconds)

@@ -31,6 +31,7 @@ def max_batch_size(
     limit: int = 2**20,
     tolerance: float = 0.01,
     donate_argnums: Any = None,
+    compiler_options: Any = None,
     cache: bool = True,
 ) -> BatchSearch:
     """Finds the largest batch with which a step fits into a target's memory.
@@ -47,6 +48,7 @@ def max_batch_size(
       tolerance: the search ends where the smallest batch that does not fit is at most
         this share larger; 0 for the last one.
       donate_argnums: as for `compile_step`.
+      compiler_options: as for `compile_step`.
       cache: as for `compile_step`.
 
     Returns:
@@ -79,6 +81,7 @@ def max_batch_size(
                 policies=["as it is"],
                 targets=[target],
                 donate_argnums=donate_argnums,
+                compiler_options=compiler_options,
                 cache=cache,
             )
             rows[count] = told.rows[0]

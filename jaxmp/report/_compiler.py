@@ -74,7 +74,11 @@ def is_out_of_memory(answer: Answer) -> bool:
 
 def _compile(program: Program, worker: "_Worker") -> Answer:
     request = Request(
-        str(program.target), program.exported, program.donated, program.mesh
+        str(program.target),
+        program.exported,
+        program.donated,
+        program.mesh,
+        program.options,
     )
     is_local = program.target.is_local
     answer = compile_request(request) if is_local else worker.ask(request)

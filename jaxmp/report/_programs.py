@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ class Program(NamedTuple):
       arguments: what its arguments are called, such as `"params/dense/kernel"`.
       donated: whether each of them is.
       mesh: names, sizes and types of the axes that it is sharded over.
+      options: of the compiler, by name.
     """
 
     target: Target
@@ -34,11 +35,12 @@ class Program(NamedTuple):
     arguments: tuple[str, ...]
     donated: tuple[bool, ...]
     mesh: tuple[tuple[str, int, str], ...]
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def key(self) -> str:
         """A digest of everything that a compiler sees."""
-        seen = (str(self.target), self.donated, self.mesh)
+        seen = (str(self.target), self.donated, self.mesh, self.options)
         return hashlib.sha256(self.exported + repr(seen).encode()).hexdigest()
 
 
@@ -105,6 +107,7 @@ def export_program(
     args: Sequence[Any],
     target: Target,
     donate_argnums: Sequence[int] = (),
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Program:
     """Traces a step and lowers it for a target.
 
@@ -114,6 +117,7 @@ def export_program(
         over a `jax.sharding.AbstractMesh`, say how the program is divided.
       target: what it will be compiled for.
       donate_argnums: as for `jax.jit`; unused for a step that is jitted already.
+      compiler_options: of XLA, by name.
     """
     jitted: Any = step
     if not hasattr(step, "trace"):
@@ -140,6 +144,7 @@ def export_program(
         tuple(_argument_path(names, path) for path, _ in told),
         tuple(info.donated for _, info in told),
         _mesh_of(args),
+        tuple(sorted((compiler_options or {}).items())),
     )
 
 

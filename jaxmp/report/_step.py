@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,6 +136,7 @@ def compile_step(
     policies: Sequence[Any] = ("float32", "mixed_bfloat16", "mixed_float16"),
     targets: Sequence[str] = ("h100", "tpu-v5e"),
     donate_argnums: Sequence[int] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
     cache: bool = True,
     progress: bool | None = None,
 ) -> StepReport:
@@ -156,6 +157,8 @@ def compile_step(
       targets: names of `targets()`.
       donate_argnums: positions of the arguments that the step may overwrite, such as
         parameters and optimizer state; by default those that a jitted step donates.
+      compiler_options: of XLA, by name, as for `jax.stages.Lowered.compile`; for all
+        targets.
       cache: whether to use and keep answers on disk.
       progress: whether to show a bar; by default in a terminal.
 
@@ -186,6 +189,7 @@ def compile_step(
     return _report(
         [(policy, under_policy(step, policy), args, donate) for policy in policies],
         targets,
+        compiler_options,
         cache,
         progress,
     )
@@ -197,6 +201,7 @@ def compile_step_of(
     policies: Sequence[Any] = ("float32", "mixed_bfloat16", "mixed_float16"),
     targets: Sequence[str] = ("h100", "tpu-v5e"),
     donate_argnums: Sequence[int] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
     cache: bool = True,
     progress: bool | None = None,
 ) -> StepReport:
@@ -207,6 +212,7 @@ def compile_step_of(
       policies: as for `compile_step`.
       targets: as for `compile_step`.
       donate_argnums: as for `compile_step`.
+      compiler_options: as for `compile_step`.
       cache: as for `compile_step`.
       progress: as for `compile_step`.
 
@@ -234,18 +240,19 @@ def compile_step_of(
         if donate is None:
             donate = donated_arguments(step, args)
         jobs.append((policy, step, args, donate))
-    return _report(jobs, targets, cache, progress)
+    return _report(jobs, targets, compiler_options, cache, progress)
 
 
 def _report(
     jobs: Sequence[tuple[Any, Callable[..., Any], Sequence[Any], Sequence[int]]],
     targets: Sequence[str],
+    options: Mapping[str, Any] | None,
     cache: bool,
     progress: bool | None,
 ) -> StepReport:
     read = [read_target(target) for target in targets]
     asked = [
-        (str(policy), export_program(step, args, target, donate))
+        (str(policy), export_program(step, args, target, donate, options))
         for target in read
         for policy, step, args, donate in jobs
     ]

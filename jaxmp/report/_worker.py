@@ -29,12 +29,14 @@ class Request(NamedTuple):
       exported: what `jax.export` wrote.
       donated: whether each argument is.
       mesh: names, sizes and types of the axes that the program is sharded over.
+      options: of the compiler, by name.
     """
 
     target: str
     exported: bytes
     donated: tuple[bool, ...]
     mesh: tuple[tuple[str, int, str], ...]
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 class Answer(NamedTuple):
@@ -80,7 +82,7 @@ def compile_request(request: Request) -> Answer:
     ).lower(*exported.in_avals)
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=dict(request.options))
     except jax.errors.JaxRuntimeError as error:
         return Answer({}, {}, "", time.perf_counter() - start, str(error))
     seconds = time.perf_counter() - start

@@ -1,11 +1,12 @@
 """The page of the memory table, written from rows that are known."""
 
 import compiled_steps
+import jax
 import memory_page
 import memory_table
 import pytest
 
-from jaxmp.report import LiveBuffers, Roofline, Row
+from jaxmp.report import LiveBuffers, Roofline, Row, StepReport
 
 GIB = 2**30
 
@@ -117,25 +118,27 @@ def test_padding_is_switched_off_where_the_table_says_so():
 
 
 def test_an_answer_is_kept_and_read_again(tmp_path, monkeypatch):
-    answer = compiled_steps.Answer(
-        {"argument": 4, "temp": 3, "output": 5, "alias": 4, "generated_code": 0},
-        {"bytes accessed": 9.0},
-        "",
-        1.5,
-    )
+    asked = []
+
+    def compile_step_of(step_of_way, *, policies, targets, **options):
+        asked.append((*policies, *targets, options["compiler_options"]))
+        told = row(*policies, *targets, peak=2, accessed=1, buffers=(BUFFER,))
+        return StepReport((told,))
+
     monkeypatch.setattr(compiled_steps, "STORE", tmp_path)
-    case = ("BERT-Base", "float32", "tpu-v6e")
+    monkeypatch.setattr(compiled_steps, "compile_step_of", compile_step_of)
+    case = ("Transformer-XL base", "float32", "h100")
     assert compiled_steps.row(*case, only_stored=True) is None
-    monkeypatch.setattr(compiled_steps, "compile_step", lambda *case: answer)
+    assert not asked
     first = compiled_steps.row(*case)
-    assert (first.peak, first.accessed, first.roofline) == (8, 9.0, None)
-    assert first.fits
+    assert (first.peak, first.roofline.seconds) == (2 * GIB, 0.01)
+    assert first.buffers[0].array == "bf16[8,8]"
     assert compiled_steps.row(*case, only_stored=True) == first
+    assert asked == [("float32", "h100", {"xla_gpu_enable_triton_gemm": False})]
 
 
-def test_a_compiler_that_fails_is_no_row(tmp_path, monkeypatch):
-    broken = compiled_steps.Answer({}, {}, "", 0.1, "INTERNAL: no tile fits")
-    monkeypatch.setattr(compiled_steps, "STORE", tmp_path)
-    monkeypatch.setattr(compiled_steps, "compile_step", lambda *case: broken)
-    with pytest.raises(compiled_steps.CompilerFailed, match=r"BERT-Base.*no tile fits"):
-        compiled_steps.row("BERT-Base", "float32", "h100")
+def test_a_step_is_compiled_with_its_shapes():
+    step, state, batch = compiled_steps.abstract_step("BERT-Base", "bfloat16 autocast")
+    new_state, loss = jax.eval_shape(step, state, batch)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    assert loss.shape == ()

@@ -271,3 +271,10 @@ def test_a_missing_compiler_names_the_command_that_mends_it(monkeypatch):
 def test_targets_name_this_machine_and_the_compilers():
     assert report.targets()[:2] == ("cpu", "h100")
     assert report.has_target("cpu")
+
+
+def test_options_of_the_compiler_reach_it():
+    ask = functools.partial(compile_here, jnp.tanh, array(8, 8))
+    assert ask(compiler_options={"xla_cpu_enable_fast_math": True}).rows[0].peak
+    with pytest.raises(errors.CompilerFailed, match="xla_no_such_option"):
+        ask(compiler_options={"xla_no_such_option": True})
