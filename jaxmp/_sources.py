@@ -36,6 +36,7 @@ class Written(NamedTuple):
 
     Attributes:
       source: the user's line, or None if the traceback holds none.
+      nearest: the innermost line outside of JAX, the user's or a library's.
       library: the package whose code called JAX, None for the user's own.
       caller: name of the function that called JAX.
       inside_jax: names of JAX's own functions below it, innermost first.
@@ -43,6 +44,7 @@ class Written(NamedTuple):
     """
 
     source: Source | None
+    nearest: Source | None
     library: str | None
     caller: str
     inside_jax: tuple[str, ...]
@@ -54,26 +56,34 @@ def written(traceback: Any) -> Written:
     return _UNKNOWN if traceback is None else _written(traceback)
 
 
-_UNKNOWN = Written(None, None, "", (), frozenset())
+_UNKNOWN = Written(None, None, None, "", (), frozenset())
 
 
 @functools.lru_cache(maxsize=16384)
 def _written(traceback: Any) -> Written:
-    inside, library, caller, source = [], None, None, None
+    inside, nearest, source = [], None, None
+    library: str | None = None
     packages = set()
     for file, frame in _frames(traceback):
         package = _package(file)
         packages.add(package)
         if package == "jax":
-            if caller is None:
+            if nearest is None:
                 inside.append(frame.function_name)
             continue
-        if caller is None:
-            library, caller = package, frame.function_name
+        line = Source(file, frame.line_num, frame.function_name)
+        if nearest is None:
+            nearest, library = line, package
         if source is None and package is None:
-            source = Source(file, frame.line_num, frame.function_name)
+            source = line
     packages.discard(None)
-    return Written(source, library, caller or "", tuple(inside), frozenset(packages))
+    caller = "" if nearest is None else nearest.function
+    return Written(source, nearest, library, caller, tuple(inside), frozenset(packages))
+
+
+def is_users(file: str) -> bool:
+    """Tells whether a file is neither Python's nor a library's."""
+    return not file.startswith("<") and not _is_standard(file) and not _package(file)
 
 
 def _frames(traceback: Any) -> Iterator[tuple[str, Any]]:

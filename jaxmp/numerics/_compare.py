@@ -237,7 +237,7 @@ def _activation_row(
         path=site.path,
         operation=site.primitive,
         file="" if line is None else line.file,
-        line=0 if line is None else line.number,
+        line=0 if line is None else line.line,
         function="" if line is None else line.function,
         order=order,
         dtype=dtype,

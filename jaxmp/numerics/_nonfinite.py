@@ -192,7 +192,7 @@ def _report(program: Program, origin: Origin, in_gradient: bool) -> NonfiniteRep
         primitive=primitive,
         path=site.path if site else "",
         file=None if line is None else line.file,
-        line=None if line is None else line.number,
+        line=None if line is None else line.line,
         function=None if line is None else line.function,
         is_backward=in_gradient or bool(site and site.is_backward),
         iterations=origin.iterations,

@@ -1,9 +1,9 @@
 """Where an operation stands: its module path, the user's line, its direction."""
 
 import functools
-import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
+from jaxmp._sources import Source, is_users, written
 from jaxmp.casting._plan import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, is_backward
 from jaxmp.casting._rules import normalise
 
@@ -11,27 +11,6 @@ _OWN_SCOPES = frozenset(
     (AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, "checkpoint", "rematted_computation")
 )
 _CHECKPOINTS = ("remat2", "checkpoint", "remat")
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex", "equinox", "haiku", "jaxmp")
-_FOLDERS = (
-    f"{pathlib.Path(__file__).parents[1].as_posix()}/",
-    *(
-        f"/{folder}/{name}/"
-        for folder in ("site-packages", "dist-packages")
-        for name in _LIBRARIES
-    ),
-)
-
-
-class Line(NamedTuple):
-    """A line of source code."""
-
-    file: str
-    number: int
-    function: str
-
-    def __str__(self) -> str:
-        name = self.file.rpartition("/")[2]
-        return f"{name}:{self.number} ({self.function.rpartition('.')[2]})"
 
 
 class Site:
@@ -88,36 +67,12 @@ class Site:
         return self.is_later or inherited or is_backward(self.eqn)
 
     @functools.cached_property
-    def line(self) -> Line | None:
+    def line(self) -> Source | None:
         """The user's line: the innermost one outside of libraries, if there is one."""
-        outside = self._outside_of_jax
-        own = next((line for line in outside if not _in_library(line.file)), None)
-        if own is not None:
-            return own
+        found = written(self.eqn.source_info.traceback)
+        if found.source is not None:
+            return found.source
         inherited = None if self.parent is None else self.parent.line
-        if inherited is None or _in_library(inherited.file):
-            return outside[0] if outside else inherited
+        if inherited is None or not is_users(inherited.file):
+            return found.nearest or inherited
         return inherited
-
-    @functools.cached_property
-    def _outside_of_jax(self) -> list[Line]:
-        traceback = self.eqn.source_info.traceback
-        if traceback is None:
-            return []
-        frames = (
-            Line(frame.file_name, frame.line_num, frame.function_name)
-            for frame in traceback.frames
-        )
-        return [line for line in frames if not _in_jax(line.file)]
-
-
-@functools.cache
-def _in_jax(file: str) -> bool:
-    file = file.replace("\\", "/")
-    return any(f"/{name}/" in file for name in ("site-packages/jax", "jax/_src"))
-
-
-@functools.cache
-def _in_library(file: str) -> bool:
-    file = file.replace("\\", "/")
-    return file.startswith("<frozen") or any(name in file for name in _FOLDERS)

@@ -185,7 +185,7 @@ class _Total:
         return TraceRow(
             operation=site.primitive,
             file="" if line is None else line.file,
-            line=0 if line is None else line.number,
+            line=0 if line is None else line.line,
             function="" if line is None else line.function,
             path=site.path,
             is_backward=site.is_backward,

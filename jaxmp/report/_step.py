@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxmp._sources import is_users
 from jaxmp.report._chips import Chip, chip_of, chips
 from jaxmp.report._compiler import compile_programs, is_out_of_memory
 from jaxmp.report._contents import Contents, read_contents
@@ -27,7 +28,6 @@ from jaxmp.report._targets import Target, read_target, target_devices
 from jaxmp.report._views import bar_chart, report_page, report_text
 from jaxmp.report._worker import Answer
 
-_FOREIGN = (str(Path(__file__).parent.parent), "<")
 _WRAPPERS = re.compile(r"^jit\(call\)/call_exported/")
 
 
@@ -314,7 +314,7 @@ def users_line(
 ) -> str:
     """The innermost line of a user's code that an instruction comes from."""
     lines = program.source(instruction, computation)
-    own = [x for x in lines if "-packages/" not in x and not x.startswith(_FOREIGN)]
+    own = [line for line in lines if is_users(line.partition(":")[0])]
     return (own or lines or ("",))[-1]
 
 
