@@ -72,10 +72,10 @@ def split_island(members, reads, in_half) -> list[Island]:
     from_half = any(v in in_half for plan in ancestors for v in _variables(plan.eqn))
     in_range = half != jnp.float16 or not any(_amplifies(p.eqn) for p in ancestors)
     middle = make_island(list(softmax.members), reads, False)
+    rounds = from_half and in_range and all(_follows(p.eqn) for p in ancestors)
     middle.softmax = softmax._replace(
-        rounds_scores=from_half
-        and in_range
-        and all(_follows(plan.eqn) for plan in ancestors)
+        rounds_scores=rounds,
+        keeps_scores=rounds and all(_is_elementwise(p.eqn) for p in ancestors),
     )
     islands = [make_island(before, reads, is_curved)] if before else []
     islands.append(middle)
@@ -147,6 +147,16 @@ def _follows(eqn) -> bool:
         return all(map(_follows, open_jaxpr(eqn.params["jaxpr"]).eqns))
     is_follow = _registry.entry(eqn.primitive.name).op_class is OpClass.FOLLOW
     return is_follow or not any(map(castable_dtype, eqn.outvars))
+
+
+def _is_elementwise(eqn) -> bool:
+    """Whether compilers can compute an equation while they read its operands."""
+    if eqn.primitive.name == "jit":
+        return all(map(_is_elementwise, open_jaxpr(eqn.params["jaxpr"]).eqns))
+    if eqn.primitive.name == "broadcast_in_dim":
+        return True
+    shapes = {v.aval.shape for v in (*eqn.invars, *eqn.outvars)}
+    return len(shapes - {()}) <= 1 and eqn.primitive.name not in _registry.LAYOUT
 
 
 def _amplifies(eqn) -> bool:

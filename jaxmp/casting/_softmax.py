@@ -28,6 +28,7 @@ class Softmax(NamedTuple):
       result: the variable `p`.
       rounds_scores: whether `z` and `m` are rounded to the half dtype of the result, as
         they were before they were scaled and masked: less has to be read and written.
+      keeps_scores: whether XLA may keep these for the gradient, and not the result.
     """
 
     members: tuple[Any, ...]
@@ -36,6 +37,7 @@ class Softmax(NamedTuple):
     axes: tuple[int, ...]
     result: Any
     rounds_scores: bool = False
+    keeps_scores: bool = False
 
 
 def find_softmaxes(
@@ -136,8 +138,7 @@ def run_softmax(
     @softmax_of.defjvp
     def _(primals, tangents):
         p = softmax_of(*primals)
-        # Without the barrier XLA would keep what the result was rounded from.
-        kept = jax.lax.optimization_barrier(p).astype(FLOAT32)
+        kept = _keep(softmax, p).astype(FLOAT32)
         dz = tangents[0]
         # Rounded, they do not sum to 1; where one is nearly 1 that error would be all.
         ones = jnp.sum(kept, axis=softmax.axes, keepdims=True)
@@ -145,6 +146,23 @@ def run_softmax(
         return p, (kept * (dz - mean)).astype(dtype)
 
     return softmax_of(scores, shift)
+
+
+def _keep(softmax: Softmax, p: Any) -> Any:
+    """The result, held so that XLA keeps it and not what it was rounded from.
+
+    For TPUs XLA would keep the half result of the matmul before, if there is no more
+    than arithmetic between: as small, and the softmax need not be written at all. For
+    GPUs it would keep float32 exponentials.
+    """
+    hold = jax.lax.optimization_barrier
+    if not softmax.keeps_scores:
+        return hold(p)
+    return jax.lax.platform_dependent(p, tpu=_as_it_is, default=hold)
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
 
 
 def _rounded(x: Any, dtype: Any) -> Any:

@@ -98,3 +98,23 @@ def test_second_derivatives(policy):
     scale = float(jnp.abs(expected).max())
     actual = curvature(jaxmp.autocast(fn, policy))
     np.testing.assert_allclose(actual / scale, expected / scale, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "platform", "is_held"),
+    [
+        ("causal", "tpu", False),
+        ("causal", "cuda", True),
+        ("capped", "tpu", True),
+        ("moved", "tpu", True),
+    ],
+)
+def test_tpus_may_compute_a_softmax_again_from_rounded_scores(
+    change, platform, is_held
+):
+    moved = {"moved": lambda s: jnp.roll(s, 1, axis=-1)}
+    fn = jaxmp.autocast(attention({**SCORES, **moved}[change], FORMS["softmax"]))
+    grad = jax.jit(jax.grad(lambda *args: fn(*args).sum(), (0, 1, 2)))
+    traced = grad.trace(*arguments(jnp.bfloat16))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("optimization_barrier" in text) == is_held
