@@ -1,6 +1,7 @@
 """A report of a step as text, as a page and as a chart."""
 
 import io
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -179,12 +180,13 @@ def _verdict(row: "Row") -> str:
 
 
 def _buffer_cells(row: "Row") -> Iterable[list[str]]:
+    here = f"{os.getcwd()}{os.sep}"
     for buffer in row.buffers:
         yield [
             f"{buffer.bytes / MIB:.1f}",
             str(buffer.copies),
             buffer.array,
-            buffer.source,
+            buffer.source.removeprefix(here),
             buffer.name,
         ]
 

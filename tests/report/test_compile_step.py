@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,16 @@ def test_every_form_holds_every_row(told, tmp_path):
         assert policy in str(told)
     assert "http" not in page.replace("http-equiv", "")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_of_code_below_the_working_directory_are_shown_from_there(
+    told, monkeypatch, tmp_path
+):
+    folder = pathlib.Path(__file__).parent
+    monkeypatch.chdir(tmp_path)
+    assert f" {folder}/programs.py:" in str(told)
+    monkeypatch.chdir(folder.parent)
+    assert f" {folder.name}/programs.py:" in str(told)
 
 
 def test_the_text_says_what_is_an_estimate(told):
