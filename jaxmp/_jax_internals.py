@@ -105,6 +105,21 @@ _RULES = {
 }
 
 
+def kept_arguments(lowered: Any, count: int) -> Sequence[int]:
+    """Positions of those of `count` arguments that a lowered function takes.
+
+    `jax.jit` leaves out what is not used.
+    """
+    kept = lowered._lowering.compile_args.get("kept_var_idx")
+    return range(count) if kept is None else sorted(kept)
+
+
+def with_module(lowered: Any, module: Any) -> Any:
+    """A lowered function whose program is another module of the same types."""
+    lowered._lowering._hlo = module
+    return lowered
+
+
 def merge_common_subexpressions(module: Any) -> None:
     """Merges equal operations of a StableHLO module, in place."""
     from jaxlib.mlir.passmanager import PassManager

@@ -75,7 +75,8 @@ def is_out_of_memory(answer: Answer) -> bool:
 def _compile(program: Program, worker: "_Worker") -> Answer:
     request = Request(
         str(program.target),
-        program.exported,
+        program.written,
+        program.is_exported,
         program.donated,
         program.mesh,
         program.options,
@@ -85,7 +86,7 @@ def _compile(program: Program, worker: "_Worker") -> Answer:
     if answer.error and not is_out_of_memory(answer):
         raise CompilerFailed(
             f"The compiler for {str(program.target)!r} was given a program of "
-            f"{len(program.exported) / 2**20:.1f} MiB with {len(program.arguments)} "
+            f"{len(program.written) / 2**20:.1f} MiB with {len(program.arguments)} "
             f"arguments, and failed:\n{answer.error.strip()}"
         )
     return answer

@@ -12,9 +12,11 @@ import jax
 from jax import export
 
 from jaxmp import _tree
+from jaxmp._jax_internals import kept_arguments
 from jaxmp.casting import autocast
 from jaxmp.errors import NotAnArray, ShardingMismatch, StepDoesNotTrace
 from jaxmp.policy import get_policy
+from jaxmp.report._modules import write_module
 from jaxmp.report._targets import Target, read_target
 
 
@@ -23,15 +25,18 @@ class Program(NamedTuple):
 
     Attributes:
       target: what for.
-      exported: what `jax.export` wrote: its operations, with their source lines.
-      arguments: what its arguments are called, such as `"params/dense/kernel"`.
+      written: its operations, with their source lines.
+      is_exported: whether `jax.export` wrote them, as for several devices.
+      arguments: what its arguments are called, such as `"params/dense/kernel"`; those
+        that it does not use are left out, as `jax.jit` does.
       donated: whether each of them is.
       mesh: names, sizes and types of the axes that it is sharded over.
       options: of the compiler, by name.
     """
 
     target: Target
-    exported: bytes
+    written: bytes
+    is_exported: bool
     arguments: tuple[str, ...]
     donated: tuple[bool, ...]
     mesh: tuple[tuple[str, int, str], ...]
@@ -41,7 +46,7 @@ class Program(NamedTuple):
     def key(self) -> str:
         """A digest of everything that a compiler sees."""
         seen = (str(self.target), self.donated, self.mesh, self.options)
-        return hashlib.sha256(self.exported + repr(seen).encode()).hexdigest()
+        return hashlib.sha256(self.written + repr(seen).encode()).hexdigest()
 
 
 def under_policy(step: Callable[..., Any], policy: Any) -> Callable[..., Any]:
@@ -123,29 +128,42 @@ def export_program(
     if not hasattr(step, "trace"):
         check_arrays(args)
         jitted = jax.jit(step, donate_argnums=tuple(donate_argnums))
-    told = jax.tree_util.tree_leaves_with_path(trace(jitted, args).args_info[0])
+    traced = trace(jitted, args)
+    told = jax.tree_util.tree_leaves_with_path(traced.args_info[0])
+    mesh = _mesh_of(args)
     try:
-        exported = export.export(jitted, platforms=(target.platform,))(*args)
+        lowered = traced.lower(lowering_platforms=(target.platform,))
+        module = None if mesh else write_module(lowered)
+        written, devices = (module, 1) if module else _export(jitted, args, target)
     except Exception as error:
         raise StepDoesNotTrace(
             f"The step cannot be lowered for {str(target)!r}. It raised "
             f"{type(error).__name__}: {error}"
         ) from error
+    if module is not None:
+        told = [told[i] for i in kept_arguments(lowered, len(told))]
+    names = _argument_names(step, len(args))
+    return Program(
+        _with_devices(target, devices),
+        written,
+        module is None,
+        tuple(_argument_path(names, path) for path, _ in told),
+        tuple(info.donated for _, info in told),
+        mesh,
+        tuple(sorted((compiler_options or {}).items())),
+    )
+
+
+def _export(jitted: Any, args: Sequence[Any], target: Target) -> tuple[bytes, int]:
+    """What `jax.export` writes, and for how many devices."""
+    exported = export.export(jitted, platforms=(target.platform,))(*args)
     # A flat list of arrays: trees of a user's own classes cannot be written down.
     exported = dataclasses.replace(
         exported,
         in_tree=jax.tree.structure(((0,) * len(exported.in_avals), {})),
         out_tree=jax.tree.structure((0,) * len(exported.out_avals)),
     )
-    names = _argument_names(step, len(args))
-    return Program(
-        _with_devices(target, exported.nr_devices),
-        bytes(exported.serialize()),
-        tuple(_argument_path(names, path) for path, _ in told),
-        tuple(info.donated for _, info in told),
-        _mesh_of(args),
-        tuple(sorted((compiler_options or {}).items())),
-    )
+    return bytes(exported.serialize()), exported.nr_devices
 
 
 def _with_devices(target: Target, written_for: int) -> Target:

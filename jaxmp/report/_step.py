@@ -28,7 +28,7 @@ from jaxmp.report._targets import Target, read_target, target_devices
 from jaxmp.report._views import bar_chart, report_page, report_text
 from jaxmp.report._worker import Answer
 
-_WRAPPERS = re.compile(r"^jit\(call\)/call_exported/")
+_WRAPPERS = re.compile(r"^jit\(call\)/call_(exported|module)/?")
 
 
 class Row(NamedTuple):
@@ -39,7 +39,8 @@ class Row(NamedTuple):
       target: name of the target, with the number of devices if that is not one.
       fits: whether the step fits into the memory of a device; None if that is unknown.
       memory: bytes of memory that a device has; None if unknown.
-      arguments: arguments of the step.
+      arguments: arguments of the step; those that it does not use are left out, as by
+        `jax.jit`.
       temp: everything that it makes and drops.
       output: results, those that are written into donated arguments included.
       peak: arguments, temp and those results that reuse no argument; None for a step

@@ -9,6 +9,7 @@ import pickle
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 from jax import export
 
+from jaxmp.report._modules import lower_module
 from jaxmp.report._targets import target_devices
 
 MEMORY = ("argument", "output", "alias", "temp", "generated_code")
@@ -26,14 +28,16 @@ class Request(NamedTuple):
 
     Attributes:
       target: name of the target, with the number of devices if that is not one.
-      exported: what `jax.export` wrote.
+      written: the program.
+      is_exported: whether `jax.export` wrote it.
       donated: whether each argument is.
       mesh: names, sizes and types of the axes that the program is sharded over.
       options: of the compiler, by name.
     """
 
     target: str
-    exported: bytes
+    written: bytes
+    is_exported: bool
     donated: tuple[bool, ...]
     mesh: tuple[tuple[str, int, str], ...]
     options: tuple[tuple[str, Any], ...] = ()
@@ -59,27 +63,8 @@ class Answer(NamedTuple):
 
 def compile_request(request: Request) -> Answer:
     """Compiles one program in this process."""
-    exported = export.deserialize(bytearray(request.exported))
-    devices = target_devices(request.target)
-    if exported.nr_devices == 1:
-        sharding: Any = jax.sharding.SingleDeviceSharding(devices[0])
-        in_shardings, out_shardings = sharding, sharding
-    else:
-        axes = request.mesh or (("devices", exported.nr_devices, "Auto"),)
-        names, sizes, types = zip(*axes, strict=True)
-        mesh = jax.sharding.Mesh(
-            np.array(devices).reshape(sizes),
-            names,
-            axis_types=tuple(jax.sharding.AxisType[name] for name in types),
-        )
-        in_shardings, out_shardings = exported.in_shardings_jax(mesh), None
-    lowered = jax.jit(
-        exported.call,
-        in_shardings=in_shardings,
-        out_shardings=out_shardings,
-        donate_argnums=tuple(i for i, x in enumerate(request.donated) if x),
-        keep_unused=True,
-    ).lower(*exported.in_avals)
+    lower = _lower_exported if request.is_exported else _lower_module
+    lowered = lower(request, target_devices(request.target))
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=dict(request.options))
@@ -91,6 +76,28 @@ def compile_request(request: Request) -> Answer:
     told = compiled.cost_analysis() or {}
     costs = {k: told[k] for k in ("flops", "bytes accessed") if told.get(k, -1) > 0}
     return Answer(memory, costs, program_text(compiled), seconds)
+
+
+def _lower_module(request: Request, devices: Sequence[Any]) -> Any:
+    return lower_module(request.written, request.donated, devices[0])
+
+
+def _lower_exported(request: Request, devices: Sequence[Any]) -> Any:
+    exported = export.deserialize(bytearray(request.written))
+    axes = request.mesh or (("devices", exported.nr_devices, "Auto"),)
+    names, sizes, types = zip(*axes, strict=True)
+    mesh = jax.sharding.Mesh(
+        np.array(devices).reshape(sizes),
+        names,
+        axis_types=tuple(jax.sharding.AxisType[name] for name in types),
+    )
+    jitted = jax.jit(
+        exported.call,
+        in_shardings=exported.in_shardings_jax(mesh),
+        donate_argnums=tuple(i for i, x in enumerate(request.donated) if x),
+        keep_unused=True,
+    )
+    return jitted.lower(*exported.in_avals)
 
 
 def program_text(compiled: jax.stages.Compiled) -> str:

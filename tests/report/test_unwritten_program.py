@@ -20,7 +20,7 @@ def test_a_program_that_cannot_be_written_down_has_memory_and_traffic():
         program_text(Unwritten()),
         1.5,
     )
-    program = Program(read_target("tpu-v6e"), b"", (), (), ())
+    program = Program(read_target("tpu-v6e"), b"", False, (), (), ())
     row = read_answer("float32", program, answer)
     assert (row.peak, row.accessed, row.fits) == (8, 9.0, True)
     assert (row.contents, row.roofline, row.buffers, row.explained) == (

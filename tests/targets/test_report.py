@@ -209,7 +209,7 @@ def test_a_compiler_that_fails_says_what_it_was_given(cache):
 
     x = jax.ShapeDtypeStruct((8,), jnp.float32)
     program = export_program(jnp.tanh, (x,), read_target("h100"))
-    broken = program._replace(exported=program.exported[: len(program.exported) // 2])
+    broken = program._replace(written=program.written[: len(program.written) // 2])
     with pytest.raises(errors.CompilerFailed, match=r"'h100' was given a program of"):
         _compiler.compile_programs([broken], cache=False)
 
