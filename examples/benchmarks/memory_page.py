@@ -186,7 +186,7 @@ def made_at(buffer):
 
 
 def percent(part):
-    return "" if part is None else f"{100 * part:.1f} %"
+    return "" if part is None else f"{round(100 * part, 1) + 0.0:.1f} %"
 
 
 def show(value, form):
