@@ -105,19 +105,25 @@ _RULES = {
 }
 
 
-def kept_arguments(lowered: Any, count: int) -> Sequence[int]:
-    """Positions of those of `count` arguments that a lowered function takes.
-
-    `jax.jit` leaves out what is not used.
-    """
-    kept = lowered._lowering.compile_args.get("kept_var_idx")
-    return range(count) if kept is None else sorted(kept)
+def kept_arguments(lowered: Any) -> Sequence[int]:
+    """Positions of the arguments that `jax.jit` has not left out as unused."""
+    return sorted(_lowering(lowered).compile_args["kept_var_idx"])
 
 
 def with_module(lowered: Any, module: Any) -> Any:
     """A lowered function whose program is another module of the same types."""
-    lowered._lowering._hlo = module
+    _lowering(lowered)._hlo = module
     return lowered
+
+
+def _lowering(lowered: Any) -> Any:
+    found: Any = getattr(lowered, "_lowering", None)
+    if not hasattr(found, "_hlo") or "kept_var_idx" not in found.compile_args:
+        raise UnsupportedJaxVersion(
+            f"JAX {jax.__version__} keeps lowered programs in a way that this version "
+            "of jaxmp cannot read. Update jaxmp, or install jax<0.13."
+        )
+    return found
 
 
 def merge_common_subexpressions(module: Any) -> None:

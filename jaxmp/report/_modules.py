@@ -1,8 +1,8 @@
 """A lowered program as bytes, for another process that compiles it.
 
 A program that `jax.export` wrote is called by the one that is compiled, and some of
-its operations are spelt out for the sake of other versions. The TPU's compiler then
-plans otherwise: BERT-Base would take 8.67 GiB on the v5e instead of 7.62.
+its operations are spelt out for the sake of other versions. The TPU's compiler may then
+plan otherwise, so that its figures would not be those of the step under `jax.jit`.
 """
 
 import functools

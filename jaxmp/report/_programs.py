@@ -132,8 +132,9 @@ def export_program(
     told = jax.tree_util.tree_leaves_with_path(traced.args_info[0])
     mesh = _mesh_of(args)
     try:
-        lowered = traced.lower(lowering_platforms=(target.platform,))
-        module = None if mesh else write_module(lowered)
+        platforms = (target.platform,)
+        lowered = None if mesh else traced.lower(lowering_platforms=platforms)
+        module = None if lowered is None else write_module(lowered)
         written, devices = (module, 1) if module else _export(jitted, args, target)
     except Exception as error:
         raise StepDoesNotTrace(
@@ -141,7 +142,7 @@ def export_program(
             f"{type(error).__name__}: {error}"
         ) from error
     if module is not None:
-        told = [told[i] for i in kept_arguments(lowered, len(told))]
+        told = [told[i] for i in kept_arguments(lowered)]
     names = _argument_names(step, len(args))
     return Program(
         _with_devices(target, devices),

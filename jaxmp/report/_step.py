@@ -28,7 +28,7 @@ from jaxmp.report._targets import Target, read_target, target_devices
 from jaxmp.report._views import bar_chart, report_page, report_text
 from jaxmp.report._worker import Answer
 
-_WRAPPERS = re.compile(r"^jit\(call\)/call_(exported|module)/?")
+_WRAPPERS = re.compile(r"^jit\(call\)/call_exported/")
 
 
 class Row(NamedTuple):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import jaxmp
+from jaxmp._jax_internals import kept_arguments
+from jaxmp.errors import UnsupportedJaxVersion
 from jaxmp.report import compile_step
 
 from .programs import CASES, array
@@ -37,6 +39,10 @@ STEPS = {
     "keys": (with_key, (array(40, 50), KEY)),
     "a key that is split": (lambda key: jax.random.split(key, 3), (KEY,)),
     "an argument that is not used": (lambda x, y: x + 1, (array(40, 50), array(9))),
+    "jitted, an argument not used": (
+        jax.jit(lambda x, y: x + 1),
+        (array(40, 50), array(9)),
+    ),
     "nothing used": (lambda x: jnp.zeros(3), (array(40, 50),)),
     "no argument": (lambda: jnp.zeros(3), ()),
     "a constant": (lambda x: x @ TABLE, (array(8, 40),)),
@@ -93,8 +99,13 @@ def test_donated_arguments_are_named_after_unused_ones_are_left_out():
     assert "params" in {buffer.name for buffer in row.buffers}
 
 
+def test_a_jax_that_keeps_programs_otherwise_is_refused():
+    with pytest.raises(UnsupportedJaxVersion, match="lowered programs"):
+        kept_arguments(object())
+
+
 def test_a_step_that_prints_is_compiled():
     row = compile_step(
         printing, array(8), policies=["float32"], targets=["cpu"], cache=False
     ).rows[0]
-    assert row.fits is not False
+    assert (row.arguments, row.output) == (4 * 8, 4 * 8)
