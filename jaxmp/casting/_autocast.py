@@ -104,20 +104,15 @@ def autocast(
     def execute(jaxpr: Any, consts: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
         plan, planner = plan_jaxpr(jaxpr, settings, output_dtype)
         check_rules(planner)
-        with jax.named_scope(AUTOCAST_SCOPE):
-            args = [
-                cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)
-            ]
-            outs = Executor(planner, named_scopes).run(plan, consts, args)
-            return [
-                cast_output(x, v, dtype)
-                for x, v, dtype in zip(
-                    outs,
-                    jaxpr.jaxpr.outvars,
-                    out_dtypes(jaxpr, output_dtype),
-                    strict=True,
-                )
-            ]
+        return run_plan(
+            plan,
+            planner,
+            jaxpr,
+            consts,
+            arrays,
+            output_dtype,
+            named_scopes=named_scopes,
+        )
 
     run = compiled(execute, settings.compute_dtype)
     has_paths = any(rule.path is not None for rule in settings.rules)
@@ -157,6 +152,27 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args, **kwargs)
 
     return precise
+
+
+def run_plan(
+    plan: JaxprPlan,
+    planner: Planner,
+    jaxpr: Any,
+    consts: Sequence[Any],
+    arrays: Sequence[Any],
+    output_dtype: Any = None,
+    *,
+    named_scopes: bool,
+) -> list[Any]:
+    """Runs the plan of a whole traced function on its arrays."""
+    with jax.named_scope(AUTOCAST_SCOPE):
+        args = [cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)]
+        outs = Executor(planner, named_scopes).run(plan, consts, args)
+        dtypes = out_dtypes(jaxpr, output_dtype)
+        return [
+            cast_output(x, v, dtype)
+            for x, v, dtype in zip(outs, jaxpr.jaxpr.outvars, dtypes, strict=True)
+        ]
 
 
 def read_settings(policy: Any, rules: Sequence[Any], half_residuals: bool) -> Settings:

@@ -1,7 +1,7 @@
 """Runs a plan: binds the equations again, in the dtypes that the plan gives them."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,7 +113,7 @@ class Executor:
                 rule = _registry.call_rule(eqn.primitive.name)
                 return list(rule.execute(plan, operands, self))
             params = eqn.params if plan.params is None else plan.params
-            if _is_done_cast(eqn, operands):
+            if _is_done_cast(eqn, params, operands):
                 return operands
             if in_island and has_pick(eqn):
                 return bind_with_picks(eqn, operands)
@@ -224,10 +224,12 @@ def _widen(x: Any) -> Any:
     return jax.lax.convert_element_type(x, FLOAT32) if is_half else x
 
 
-def _is_done_cast(eqn: Any, operands: Sequence[Any]) -> bool:
+def _is_done_cast(
+    eqn: Any, params: Mapping[str, Any], operands: Sequence[Any]
+) -> bool:
     return (
         eqn.primitive.name == "convert_element_type"
-        and jnp.result_type(operands[0]) == eqn.params["new_dtype"]
+        and jnp.result_type(operands[0]) == params["new_dtype"]
     )
 
 

@@ -16,6 +16,7 @@ from jaxmp.casting._plan import (
     EqnPlan,
     JaxprPlan,
     is_backward,
+    is_border,
     is_in_special_function,
 )
 from jaxmp.casting._schedule import schedule
@@ -206,6 +207,12 @@ class Painter:
         """A cast that changes a dtype means it; one that does not is no operation."""
         source, target = states[0], eqn.params["new_dtype"]
         traced = castable_dtype(eqn.invars[0])
+        if is_border(eqn) and source is not None and target in _tree.CASTABLE:
+            params = {**eqn.params, "new_dtype": source.dtype}
+            reason = "a layer's result, shown to code written for float32"
+            return EqnPlan(
+                eqn, OpClass.FOLLOW, reason, (None,), (source,), params=params
+            )
         if traced is None or target not in _tree.CASTABLE:
             return self.untouched(eqn, states, "cast from or to what is no float")
         if traced == target:
@@ -221,6 +228,8 @@ class Painter:
 
     def decided(self, eqn, states, decision: Decision) -> EqnPlan:
         if decision.dtype is None:
+            if eqn.primitive.name == "convert_element_type":
+                return self.decided_cast(eqn, states, decision)
             return self.untouched(eqn, states, decision.reason)
         entry = _registry.entry(eqn.primitive.name)
         if decision.dtype == FLOAT32:
@@ -230,6 +239,14 @@ class Painter:
         else:
             plan = self.compute(eqn, decision.reason, decision.dtype)
         return dataclasses.replace(plan, rule=decision.rule)
+
+    def decided_cast(self, eqn, states, decision: Decision) -> EqnPlan:
+        """A cast to half of what is in half already is none."""
+        plan = self.untouched(eqn, states, decision.reason)
+        state = states[0]
+        if state is not None and state.dtype == eqn.params["new_dtype"] in _tree.HALF:
+            return dataclasses.replace(plan, in_dtypes=(None,))
+        return plan
 
     def composite(self, eqn, states, call) -> EqnPlan | None:
         """A call without a matmul in it is planned like one operation."""

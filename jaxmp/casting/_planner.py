@@ -13,12 +13,15 @@ from jaxmp.casting._paint import Painter
 from jaxmp.casting._plan import (
     AUTOCAST_SCOPE,
     FULL_PRECISION_SCOPE,
+    LAYER_SCOPE,
     SPECIAL_FUNCTION,
     Context,
     Decision,
     JaxprPlan,
     Settings,
+    decided_by_scope,
     is_backward,
+    is_in_layer,
     is_in_special_function,
     scope_names,
     scopes,
@@ -80,7 +83,7 @@ class Planner:
             return nothing
         name = eqn.primitive.name
         call = _registry.call_rule(name)
-        decided = self.decided(eqn, context)
+        decided = None if is_in_layer(eqn) else self.decided(eqn, context)
         if decided is not None:
             is_low = decided.dtype in _tree.HALF
             return tuple(is_low and castable_dtype(v) is not None for v in eqn.invars)
@@ -155,13 +158,9 @@ class Planner:
 
     def decided(self, eqn: Any, context: Context) -> Decision | None:
         """What the user decided about an equation, wherever it stands."""
-        names = scope_names(eqn)
-        if FULL_PRECISION_SCOPE in names:
-            return Decision(FLOAT32, "full_precision")
-        if AUTOCAST_SCOPE in names:
-            return Decision(None, "decided by the autocast inside")
-        if not self.settings.rules:
-            return None
+        decision = decided_by_scope(eqn)
+        if decision is not None or not self.settings.rules:
+            return decision
         around = context.scopes + scopes(eqn)
         name = eqn.primitive.name
         for rule in self.settings.rules:
@@ -260,7 +259,8 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
         call = _registry.call_rule(name)
         has_float = has_float or any(dtypes)
         names = scope_names(eqn)
-        if any(dtype in _tree.HALF for dtype in dtypes) or AUTOCAST_SCOPE in names:
+        is_decided = AUTOCAST_SCOPE in names or LAYER_SCOPE in names
+        if any(dtype in _tree.HALF for dtype in dtypes) or is_decided:
             is_simple = False
         if call is not None:
             inner = [planner.contents(body) for body in call.bodies(eqn)]

@@ -20,7 +20,7 @@ from jaxmp.modules._linen import (
     original_class,
     watch,
 )
-from jaxmp.modules._linen_layers import authors_dtype, is_transparent
+from jaxmp.modules._linen_layers import is_transparent, origin_in
 from jaxmp.modules._nnx import apply_to_nnx, layers_of, own_parameters
 from jaxmp.modules._nnx_settings import has_settings, settings_for
 from jaxmp.modules._nnx_settings import is_transparent as is_transparent_in_nnx

@@ -30,11 +30,15 @@ import flax.linen as nn
 import jax
 from flax.core import Scope, freeze
 
+from jaxmp.modules._casts import carry_of, cast_carry
+from jaxmp.modules._handed_down import fields_of, handed_down
 from jaxmp.modules._layers import (
     Application,
     LayerDtypes,
+    Origin,
     check_all_used,
     is_flax_layer,
+    kind_of,
     of_layer,
     of_root,
     scope_of,
@@ -44,13 +48,18 @@ from jaxmp.modules._linen_layers import (
     adapt_flax_layer,
     adapt_transparent_layer,
     adapt_user_layer,
-    authors_dtype,
+    as_written,
+    attributes,
     is_transparent,
+    origin_in,
 )
+from jaxmp.modules._linen_region import planned_method
+from jaxmp.modules._own_code import inside_region, opens_region, region_dtype
 from jaxmp.policy import PolicyRule
 
 Path = tuple[str, ...]
 _FLAG = "jaxmp"
+_REGION_FLAG = "jaxmp_region"
 
 
 class Visit(NamedTuple):
@@ -59,6 +68,7 @@ class Visit(NamedTuple):
     path: str
     module: nn.Module
     dtypes: LayerDtypes
+    origin: Origin
     output: Any
 
 
@@ -213,6 +223,7 @@ class _Interceptor:
         self.layers: dict[tuple[Path, type], LayerDtypes] = {}
         self.used: set[PolicyRule] = set()
         self.inside: set[int] = set()
+        self.plan: Any = None
 
     def covers(self, scope: Scope | None) -> bool:
         """Whether a layer belongs to the module that this was made for."""
@@ -245,17 +256,72 @@ class _Interceptor:
         if not self.covers(module.scope):
             return next_fun(*args, **kwargs)
         dtypes = self._dtypes_of(module)
-        with self._flagged(module.scope), self._entered(module) as from_outside:
-            adapt = self._adapter(module, dtypes)
-            method = context.method_name
-            is_entry = from_outside and method != "setup"
-            call = LayerCall(module, method, dtypes, is_entry, next_fun, args, kwargs)
-            with self._named(module, dtypes) if is_entry else contextlib.nullcontext():
-                output = adapt(call)
-        if is_entry:
-            for watcher in _watchers.get():
-                watcher(Visit(self._path_string(module), module, dtypes, output))
-        return output
+        adapt, method = self._adapter(module, dtypes), context.method_name
+        is_entry = id(module) not in self.inside and method != "setup"
+        if is_entry and adapt is adapt_user_layer and self._opens_region(dtypes):
+            if not module.is_initializing():
+                return self._run_region(module, dtypes, context, args, kwargs)
+            with inside_region(dtypes.compute):
+                output = self(next_fun, args, kwargs, context)
+            return cast_carry(_carry(module, args, kwargs), output, dtypes.output)
+        handed = self._handed_down(module, dtypes, adapt)
+        explicit = self.application.explicit_dtype
+        call = LayerCall(
+            module, method, dtypes, explicit, is_entry, next_fun, args, kwargs
+        )
+        with (
+            self._flagged(module.scope),
+            self._entered(module),
+            attributes(module, handed),
+            self._named(module, dtypes) if is_entry else contextlib.nullcontext(),
+        ):
+            output = adapt(call)
+            if is_entry:
+                self._show(call, output)
+        is_flax = is_entry and adapt is adapt_flax_layer
+        return as_written(call, output) if is_flax else output
+
+    def _show(self, call: LayerCall, output: Any) -> None:
+        for watcher in _watchers.get():
+            origin = origin_in(call.module, call.dtypes, call.explicit_dtype)
+            path = self._path_string(call.module)
+            watcher(Visit(path, call.module, call.dtypes, origin, output))
+
+    def _opens_region(self, dtypes: LayerDtypes) -> bool:
+        return self.application.own_code == "autocast" and opens_region(dtypes.compute)
+
+    def _run_region(self, module, dtypes, context, args, kwargs) -> Any:
+        """Runs a method whose own operations are planned, and those of layers inside.
+
+        The method is traced by a lifted transformation, as by `nn.remat`.
+        """
+
+        def finish(output):
+            return cast_carry(_carry(module, args, kwargs), output, dtypes.output)
+
+        def watch(plan):
+            is_whole = self._path_in_model(module) == ()
+            if is_whole and context.method_name == "__call__":
+                self.plan = plan
+
+        method = context.orig_method.func
+        lifted = planned_method(
+            method, dtypes.compute, self.application.named_scopes, finish, watch
+        )
+        with inside_region(dtypes.compute):
+            return lifted(module, *args, **kwargs)
+
+    def _handed_down(
+        self, module: nn.Module, dtypes: LayerDtypes, adapt: Any
+    ) -> dict[str, Any]:
+        """The fields in which a user's layer hands its dtypes down."""
+        if self.application.explicit_dtype == "keep" or adapt is adapt_flax_layer:
+            return {}
+        if any(is_flax_layer(cls) for cls in type(module).__mro__):
+            return {}
+        is_norm = kind_of(module) == "norm"
+        compute = dtypes.output if is_norm else dtypes.compute
+        return handed_down(fields_of(module), compute, dtypes.params)
 
     def _adapter(
         self, module: nn.Module, dtypes: LayerDtypes
@@ -272,14 +338,17 @@ class _Interceptor:
 
     def _named(self, module: nn.Module, dtypes: LayerDtypes) -> Any:
         """A name scope for a layer of a known kind."""
-        dtype = authors_dtype(module, dtypes) or dtypes.compute
+        origin = origin_in(module, dtypes, self.application.explicit_dtype)
+        dtype = dtypes.compute
+        if origin is Origin.AUTHOR:
+            dtype = getattr(module, "dtype")  # noqa: B009  only layers of Flax have one
         name = scope_of(module, dtype) if self.application.named_scopes else None
         return contextlib.nullcontext() if name is None else jax.named_scope(name)
 
     def _dtypes_of(self, module: nn.Module) -> LayerDtypes:
         key = (module.path, original_class(type(module)))
         if key not in self.layers:
-            policy, rules, _ = self.application
+            policy, rules = self.application[:2]
             if self._path_in_model(module) == () and not self.layers:
                 dtypes = of_root(policy, rules, module)
             else:
@@ -302,7 +371,7 @@ class _Interceptor:
         ]
         if around:
             return self.layers[max(around, key=lambda key: len(key[0]))]
-        policy, rules, _ = self.application
+        policy, rules = self.application[:2]
         dtypes = of_root(policy, rules, None)
         for end in range(1, len(self.unbound_from)):
             path = "/".join(self.unbound_from[:end])
@@ -321,21 +390,28 @@ class _Interceptor:
     @contextlib.contextmanager
     def _flagged(self, scope: Scope) -> Iterator[None]:
         flags = scope.flags
-        scope.flags = freeze({**flags, _FLAG: self.application})
+        # What runs in a region is traced otherwise than what does not.
+        flag = {_FLAG: self.application, _REGION_FLAG: region_dtype()}
+        scope.flags = freeze({**flags, **flag})
         try:
             yield
         finally:
             scope.flags = flags
 
     @contextlib.contextmanager
-    def _entered(self, module: nn.Module) -> Iterator[bool]:
+    def _entered(self, module: nn.Module) -> Iterator[None]:
         from_outside = id(module) not in self.inside
         self.inside.add(id(module))
         try:
-            yield from_outside
+            yield
         finally:
             if from_outside:
                 self.inside.discard(id(module))
+
+
+def _carry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    is_cell = isinstance(module, nn.RNNCellBase)
+    return carry_of(args, kwargs) if is_cell else None
 
 
 _watchers: contextvars.ContextVar[tuple[Callable[[Visit], None], ...]] = (
