@@ -5,6 +5,7 @@ The function is traced to a jaxpr, the jaxpr is planned (`_plan`), and the plan 
 the same arguments, to be jitted, differentiated and batched like the one that went in.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -163,11 +164,13 @@ def run_plan(
     output_dtype: Any = None,
     *,
     named_scopes: bool,
+    around_rules: Callable[[], Any] = contextlib.nullcontext,
 ) -> list[Any]:
     """Runs the plan of a whole traced function on its arrays."""
     with jax.named_scope(AUTOCAST_SCOPE):
         args = [cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)]
-        outs = Executor(planner, named_scopes).run(plan, consts, args)
+        executor = Executor(planner, named_scopes, around_rules)
+        outs = executor.run(plan, consts, args)
         dtypes = out_dtypes(jaxpr, output_dtype)
         return [
             cast_output(x, v, dtype)

@@ -1,5 +1,6 @@
 """Runs a plan: binds the equations again, in the dtypes that the plan gives them."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,12 +28,19 @@ class Executor:
     The cast is made for each reader anew: the cotangents of a float32 value are then
     summed in float32, and XLA merges the casts.
 
-    With `named_scopes`, name stacks tell what is computed in which dtype.
+    With `named_scopes`, name stacks tell what is computed in which dtype. Custom
+    derivative rules are traced when they are needed, under what `around_rules` enters.
     """
 
-    def __init__(self, planner: Planner, named_scopes: bool):
+    def __init__(
+        self,
+        planner: Planner,
+        named_scopes: bool,
+        around_rules: Callable[[], Any] = contextlib.nullcontext,
+    ):
         self.planner = planner
         self.named_scopes = named_scopes
+        self.around_rules = around_rules
         self._islands: dict[Any, Callable[..., list[Any]]] = {}
 
     def run(

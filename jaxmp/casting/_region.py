@@ -5,6 +5,7 @@ written, and planned as `autocast` would plan it. Whatever the code returns besi
 arrays, such as a function or a distribution, passes as it is.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ def run_region(
     dtype: np.dtype,
     named_scopes: bool,
     watch: Callable[[JaxprPlan], None] | None = None,
+    around_rules: Callable[[], Any] = contextlib.nullcontext,
 ) -> Any:
     """Calls a function whose operations are planned.
 
@@ -33,6 +35,8 @@ def run_region(
       dtype: bfloat16 or float16, in which matmuls compute.
       named_scopes: as for `autocast`.
       watch: is shown the plan before it is run.
+      around_rules: what is to be entered where a custom derivative rule is traced,
+        which happens after the function has returned.
 
     Returns:
       What the function returns, its arrays in the dtypes that they have there.
@@ -62,7 +66,13 @@ def run_region(
         outs = _compiled(settings, named_scopes)(jaxpr, arrays)
     else:
         outs = run_plan(
-            plan, planner, jaxpr, jaxpr.consts, arrays, named_scopes=named_scopes
+            plan,
+            planner,
+            jaxpr,
+            jaxpr.consts,
+            arrays,
+            named_scopes=named_scopes,
+            around_rules=around_rules,
         )
     results = iter(outs)
     out_tree, statics = returned

@@ -12,7 +12,12 @@ from flax import nnx, traverse_util
 
 from jaxmp import _tree
 from jaxmp.errors import MissingExample
-from jaxmp.modules._layers import Application, LayerDtypes
+from jaxmp.modules._layers import (
+    Application,
+    LayerDtypes,
+    Origin,
+    is_flax_layer,
+)
 from jaxmp.modules._linen import (
     Visit,
     application_of,
@@ -27,6 +32,9 @@ from jaxmp.modules._nnx_settings import is_transparent as is_transparent_in_nnx
 from jaxmp.modules._variables import layer_dtypes_of_variables
 from jaxmp.policy import PolicyRule, default_rules, get_policy
 from jaxmp.policy._rules import check_rules
+
+
+F32 = jnp.dtype(jnp.float32)
 
 
 class Row(NamedTuple):
@@ -137,6 +145,8 @@ def _rows_of_linen(
     for visit in visits:
         name = _class_name(type(visit.module))
         returns = _dtypes_in(visit.output)
+        if visit.path and _is_planned(visit, application):
+            returns = "as planned"
         if (visit.path, name) in rows:
             before = rows[visit.path, name].returns
             returns = _joined({*before.split(", "), *returns.split(", ")})
@@ -146,7 +156,8 @@ def _rows_of_linen(
             stored.get(visit.path, ""),
             visit.dtypes,
             returns=returns,
-            author=authors_dtype(visit.module, visit.dtypes),
+            origin=visit.origin,
+            author=getattr(visit.module, "dtype", None),
             is_applied=visit.path == "" or not is_transparent(visit.module),
         )
     return _outer_first(rows.values())
@@ -170,6 +181,7 @@ def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
                 stored,
                 dtypes,
                 returns=returns,
+                origin=Origin.AUTHOR if is_authors else Origin.POLICY,
                 author=author,
                 is_applied=is_applied,
             )
@@ -191,15 +203,26 @@ def _row(
     dtypes: LayerDtypes,
     *,
     returns: str,
+    origin: Origin = Origin.POLICY,
     author: Any = None,
     is_applied: bool = True,
 ) -> Row:
-    if author is not None:
-        return Row(
-            path, name, stored, str(jnp.dtype(author)), returns, "author's dtype"
-        )
+    if origin is Origin.AUTHOR:
+        computes = str(jnp.dtype(author))
+        return Row(path, name, stored, computes, returns, Origin.AUTHOR.value)
     computes = str(dtypes.compute) if is_applied else "as given"
-    return Row(path, name, stored, computes, returns, _rule_text(dtypes.rule))
+    is_handed_down = origin is Origin.HANDED_DOWN and dtypes.rule is None
+    decided = Origin.HANDED_DOWN.value if is_handed_down else _rule_text(dtypes.rule)
+    return Row(path, name, stored, computes, returns, decided)
+
+
+def _is_planned(visit: Visit, application: Application) -> bool:
+    """Whether the plan decides in which dtype a layer's result is read."""
+    if application.own_code != "autocast" or application.policy.compute_dtype == F32:
+        return False
+    is_flax = any(is_flax_layer(cls) for cls in type(visit.module).__mro__)
+    names_output = visit.dtypes.rule is not None and visit.dtypes.rule.output
+    return not is_flax and not names_output
 
 
 def _rule_text(rule: PolicyRule | None) -> str:

@@ -28,8 +28,10 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax.core import Scope, freeze
 
+from jaxmp.casting._region import run_region
 from jaxmp.modules._casts import carry_of, cast_carry
 from jaxmp.modules._handed_down import fields_of, handed_down
 from jaxmp.modules._layers import (
@@ -50,6 +52,7 @@ from jaxmp.modules._linen_layers import (
     adapt_user_layer,
     as_written,
     attributes,
+    is_leaf,
     is_transparent,
     origin_in,
 )
@@ -136,6 +139,12 @@ def _policied(
     def get_missing_attribute(self, name):
         return _policy_children(self, name, cls.__getattr__(self, name))
 
+    def apply(self, variables, *args, rngs=None, mutable=False, **kwargs):
+        run = functools.partial(cls.apply, self, mutable=mutable)
+        if self.scope is not None or not _plans_own_code(self, application):
+            return run(variables, *args, rngs=rngs, **kwargs)
+        return _apply_in_region(self, run, variables, args, rngs, mutable, kwargs)
+
     def reduce(self):
         return _rebuild, (cls, _fields(self), self.name, application, inside)
 
@@ -145,6 +154,7 @@ def _policied(
         "__getattribute__": get_attribute,
         "__getattr__": get_missing_attribute,
         "__reduce__": reduce,
+        "apply": apply,
     }
     return type(
         cls.__name__,
@@ -160,6 +170,40 @@ def _policied(
             "__doc__": cls.__doc__,
         },
     )
+
+
+def _plans_own_code(module: nn.Module, application: Application) -> bool:
+    """Whether the code of a module, and of what is inside, is planned when applied."""
+    dtype = of_root(application.policy, application.rules, module).compute
+    is_planned = application.own_code == "autocast" and opens_region(dtype)
+    return is_planned and not is_leaf(module)
+
+
+def _apply_in_region(
+    module: Any,
+    apply: Callable[..., Any],
+    variables: Any,
+    args: tuple[Any, ...],
+    rngs: Any,
+    mutable: Any,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls `module.apply` as one region: a pure function, traced and planned."""
+    policy, rules, named_scopes = application_of(module)[:3]
+    dtypes = of_root(policy, rules, module)
+    static = ("method", "capture_intermediates")
+    static_kwargs = {name: kwargs.pop(name) for name in static if name in kwargs}
+
+    def run(variables, args, rngs, kwargs):
+        output = apply(variables, *args, rngs=rngs, **kwargs, **static_kwargs)
+        output, *updates = output if mutable is not False else (output,)
+        output = cast_carry(_carry(module, args, kwargs), output, dtypes.output)
+        return (output, *updates) if updates else output
+
+    with inside_region(dtypes.compute):
+        return run_region(
+            run, (variables, args, rngs, kwargs), dtypes.compute, named_scopes
+        )
 
 
 def _rebuild(cls, fields, name, application, inside):
@@ -255,6 +299,9 @@ class _Interceptor:
         module = context.module
         if not self.covers(module.scope):
             return next_fun(*args, **kwargs)
+        if _is_about_layer(module, context.method_name):
+            if self._path_in_model(module) != ():
+                return next_fun(*args, **kwargs)
         dtypes = self._dtypes_of(module)
         adapt, method = self._adapter(module, dtypes), context.method_name
         is_entry = id(module) not in self.inside and method != "setup"
@@ -306,10 +353,24 @@ class _Interceptor:
 
         method = context.orig_method.func
         lifted = planned_method(
-            method, dtypes.compute, self.application.named_scopes, finish, watch
+            method,
+            dtypes.compute,
+            self.application.named_scopes,
+            finish,
+            watch,
+            functools.partial(self._around_rules, dtypes.compute),
         )
         with inside_region(dtypes.compute):
             return lifted(module, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _around_rules(self, dtype: np.dtype) -> Iterator[None]:
+        token = _running.set((*_running.get(), self))
+        try:
+            with nn.intercept_methods(self), inside_region(dtype):
+                yield
+        finally:
+            _running.reset(token)
 
     def _handed_down(
         self, module: nn.Module, dtypes: LayerDtypes, adapt: Any
@@ -330,11 +391,7 @@ class _Interceptor:
         named = dtypes.rule is not None and not dtypes.rule.yields_to_author
         if is_transparent(module) and not (is_root or named):
             return adapt_transparent_layer
-        is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
-        has_dtype = "dtype" in module.__dataclass_fields__
-        if is_own and has_dtype and not is_transparent(module):
-            return adapt_flax_layer
-        return adapt_user_layer
+        return adapt_flax_layer if is_leaf(module) else adapt_user_layer
 
     def _named(self, module: nn.Module, dtypes: LayerDtypes) -> Any:
         """A name scope for a layer of a known kind."""
@@ -407,6 +464,15 @@ class _Interceptor:
         finally:
             if from_outside:
                 self.inside.discard(id(module))
+
+
+def _is_about_layer(module: nn.Module, method: str) -> bool:
+    """Whether a function of the user's is run as if it were a method of Flax's layer.
+
+    As the functions are that `nn.vjp` and `nn.custom_vjp` are given.
+    """
+    is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
+    return is_flax and not hasattr(type(module), method)
 
 
 def _carry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

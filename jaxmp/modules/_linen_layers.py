@@ -42,6 +42,13 @@ def is_transparent(module: nn.Module) -> bool:
     return False
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """True for layers of Flax that compute in a `dtype` of theirs."""
+    is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
+    has_dtype = "dtype" in module.__dataclass_fields__
+    return is_own and has_dtype and not is_transparent(module)
+
+
 class LayerCall(NamedTuple):
     """One call of one layer, with the dtypes that it is to have.
 
@@ -223,8 +230,7 @@ def origin_in(
     module: nn.Module, dtypes: LayerDtypes, explicit_dtype: str | None
 ) -> Origin:
     """Who decides about the dtype of a layer, of Flax or of the user's."""
-    is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
-    if not is_own or "dtype" not in module.__dataclass_fields__ or is_transparent(module):
+    if not is_leaf(module):
         return Origin.POLICY if dtypes.rule is None else Origin.RULE
     expected = expected_dtype(module, dtypes)
     return origin_of(_own_dtype(module), expected, dtypes, explicit_dtype)

@@ -20,6 +20,7 @@ def planned_method(
     named_scopes: bool,
     finish: Callable[[Any], Any],
     watch: Callable[[Any], None],
+    around_rules: Callable[[], Any],
 ) -> Callable[..., Any]:
     """Returns a method like `method`, run in a region.
 
@@ -29,6 +30,7 @@ def planned_method(
       named_scopes: as for `apply_policy`.
       finish: what happens to its output inside of the region.
       watch: is shown the region's plan.
+      around_rules: as for `run_region`.
     """
 
     def transform(fn):
@@ -39,7 +41,9 @@ def planned_method(
                 return output, repack_fn(scope)
 
             arguments = (variables, keys, args, kwargs)
-            return run_region(run, arguments, dtype, named_scopes, watch)
+            return run_region(
+                run, arguments, dtype, named_scopes, watch, around_rules
+            )
 
         return lift.pack(
             inner, (True,), (True,), (True,), name="policy", enable_kwargs=True
