@@ -232,9 +232,7 @@ def _widen(x: Any) -> Any:
     return jax.lax.convert_element_type(x, FLOAT32) if is_half else x
 
 
-def _is_done_cast(
-    eqn: Any, params: Mapping[str, Any], operands: Sequence[Any]
-) -> bool:
+def _is_done_cast(eqn: Any, params: Mapping[str, Any], operands: Sequence[Any]) -> bool:
     return (
         eqn.primitive.name == "convert_element_type"
         and jnp.result_type(operands[0]) == params["new_dtype"]

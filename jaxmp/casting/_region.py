@@ -86,8 +86,6 @@ def _compiled(
 ) -> Callable[[Any, Sequence[Any]], list[Any]]:
     def execute(jaxpr, consts, arrays):
         plan, planner = plan_jaxpr(jaxpr, settings)
-        return run_plan(
-            plan, planner, jaxpr, consts, arrays, named_scopes=named_scopes
-        )
+        return run_plan(plan, planner, jaxpr, consts, arrays, named_scopes=named_scopes)
 
     return compiled(execute, settings.compute_dtype)

@@ -25,14 +25,18 @@ from jaxmp.modules._linen import (
     original_class,
     watch,
 )
-from jaxmp.modules._linen_layers import is_transparent, origin_in
-from jaxmp.modules._nnx import apply_to_nnx, layers_of, own_parameters
-from jaxmp.modules._nnx_settings import has_settings, settings_for
+from jaxmp.modules._linen_layers import is_transparent
+from jaxmp.modules._nnx import (
+    apply_to_nnx,
+    forget_earlier_policy,
+    layers_of,
+    origins_of,
+    own_parameters,
+)
 from jaxmp.modules._nnx_settings import is_transparent as is_transparent_in_nnx
 from jaxmp.modules._variables import layer_dtypes_of_variables
 from jaxmp.policy import PolicyRule, default_rules, get_policy
 from jaxmp.policy._rules import check_rules
-
 
 F32 = jnp.dtype(jnp.float32)
 
@@ -145,7 +149,7 @@ def _rows_of_linen(
     for visit in visits:
         name = _class_name(type(visit.module))
         returns = _dtypes_in(visit.output)
-        if visit.path and _is_planned(visit, application):
+        if visit.path and _is_planned(visit.module, visit.dtypes, application):
             returns = "as planned"
         if (visit.path, name) in rows:
             before = rows[visit.path, name].returns
@@ -165,15 +169,23 @@ def _rows_of_linen(
 
 def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
     policied = apply_to_nnx(module, application)
+    originals = layers_of(nnx.clone(module), application)
+    for layer, _ in originals.values():
+        forget_earlier_policy(layer)
+    origins = origins_of(originals, application)
     rows = []
     layer: Any
     for path, (layer, dtypes) in layers_of(policied, application).items():
         parameters = own_parameters(layer).values()
         stored = _joined({str(p.dtype) for found in parameters for p in found})
-        is_authors = has_settings(layer) and settings_for(layer, dtypes) is None
-        author = jnp.dtype(layer.dtype) if is_authors else None
+        origin = origins[path].origin if path in origins else Origin.POLICY
+        is_authors = origin is Origin.AUTHOR
         is_applied = path == "" or not is_transparent_in_nnx(type(layer))
-        returns = str(author or dtypes.output) if is_applied else "as given"
+        returns = str(dtypes.output) if is_applied else "as given"
+        if is_authors:
+            returns = str(jnp.dtype(layer.dtype))
+        elif path and is_applied and _is_planned(layer, dtypes, application):
+            returns = "as planned"
         rows.append(
             _row(
                 path,
@@ -181,8 +193,8 @@ def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
                 stored,
                 dtypes,
                 returns=returns,
-                origin=Origin.AUTHOR if is_authors else Origin.POLICY,
-                author=author,
+                origin=origin,
+                author=layer.dtype if is_authors else None,
                 is_applied=is_applied,
             )
         )
@@ -216,12 +228,12 @@ def _row(
     return Row(path, name, stored, computes, returns, decided)
 
 
-def _is_planned(visit: Visit, application: Application) -> bool:
+def _is_planned(module: Any, dtypes: LayerDtypes, application: Application) -> bool:
     """Whether the plan decides in which dtype a layer's result is read."""
     if application.own_code != "autocast" or application.policy.compute_dtype == F32:
         return False
-    is_flax = any(is_flax_layer(cls) for cls in type(visit.module).__mro__)
-    names_output = visit.dtypes.rule is not None and visit.dtypes.rule.output
+    is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
+    names_output = dtypes.rule is not None and dtypes.rule.output is not None
     return not is_flax and not names_output
 
 

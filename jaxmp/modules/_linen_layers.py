@@ -87,7 +87,9 @@ def adapt_flax_layer(call: LayerCall) -> Any:
     module, dtypes = call.module, call.dtypes
     author = _own_dtype(module)
     settings = _settings(module, call.method, dtypes)
-    origin = origin_of(author, expected_dtype(module, dtypes), dtypes, call.explicit_dtype)
+    origin = origin_of(
+        author, expected_dtype(module, dtypes), dtypes, call.explicit_dtype
+    )
     if origin is Origin.AUTHOR:
         settings = {}
     with _parameters(module, dtypes.params, None):

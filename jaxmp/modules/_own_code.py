@@ -3,9 +3,9 @@
 The outermost layer of the user's opens a *region*: its code, and that of all layers
 inside, is traced and planned as `autocast` would plan it. A layer of Flax inside has
 been decided by the policy and stays as it is. Where its author gave it no dtype, its
-half result is shown to the code around as the float32 that it would be without a policy:
-scans find the carries that they started with, a constant such as 1 - 1e-6 is not
-rounded, and the plan decides where the value is read in half and where in float32.
+half result is shown to the code around as the float32 that it would be without a
+policy: scans find the carries that they started with, a constant such as 1 - 1e-6 is
+not rounded, and the plan decides where the value is read in half, where in float32.
 """
 
 import contextlib
@@ -52,10 +52,18 @@ def in_float32(dtype: np.dtype) -> Iterator[None]:
         yield
 
 
-def as_decided() -> Any:
-    """A scope for a layer of Flax's: the plan around leaves it as it is."""
-    is_planned = _dtype.get() is not None
-    return jax.named_scope(LAYER_SCOPE) if is_planned else contextlib.nullcontext()
+@contextlib.contextmanager
+def as_decided() -> Iterator[None]:
+    """Around a layer of Flax's: the plan outside leaves it as it is."""
+    if _dtype.get() is None:
+        yield
+        return
+    token = _dtype.set(None)
+    try:
+        with jax.named_scope(LAYER_SCOPE):
+            yield
+    finally:
+        _dtype.reset(token)
 
 
 def shown(value: Any, dtype: Any) -> Any:
@@ -75,5 +83,3 @@ def has_half(tree: Any) -> bool:
         _tree.is_array(x) and jnp.result_type(x) in _tree.HALF
         for x in jax.tree.leaves(tree)
     )
-
-
