@@ -31,7 +31,7 @@ import numpy as np
 
 from jaxmp.casting import _rules
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting._states import State, castable_dtype, traced_state
+from jaxmp.casting._states import FLOAT32, State, castable_dtype, traced_state
 
 FULL_PRECISION_SCOPE = "jaxmp.full_precision"
 AUTOCAST_SCOPE = "jaxmp.autocast"
@@ -109,12 +109,25 @@ class Context(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a plan depends on, besides the jaxpr."""
+    """What a plan depends on, besides the jaxpr.
+
+    `ambient` is the precision parameter that matmuls were to get where it was called.
+    """
 
     compute_dtype: np.dtype
     matmul_precision: Any = None
     rules: tuple[_rules.OpRule, ...] = ()
     recompute: bool = True
+    ambient: Any = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is asked for: everything stays as it was traced."""
+        return (
+            self.compute_dtype == FLOAT32
+            and self.matmul_precision is None
+            and not self.rules
+        )
 
 
 class Decision(NamedTuple):
