@@ -43,6 +43,7 @@ from jaxmp.casting._states import (
 # Products and quotients with an island's result are gates and normalisations; sums
 # with it are residual streams.
 _GATES = frozenset(("mul", "div"))
+_DEFAULT = (jax.lax.Precision.DEFAULT, jax.lax.Precision.DEFAULT)
 # What a checkpoint policy saves by name is saved in half.
 _BARRIERS = frozenset(("name", "optimization_barrier"))
 
@@ -86,6 +87,9 @@ class Painter:
 
     def state(self, atom: Any) -> State | None:
         return traced_state(atom) if is_literal(atom) else self.states[atom]
+
+    def in_backward(self, eqn: Any) -> bool:
+        return self.context.in_backward or is_backward(eqn)
 
     def paint_eqn(self, eqn: Any) -> EqnPlan:
         name = eqn.primitive.name
@@ -167,12 +171,16 @@ class Painter:
             in_dtypes = tuple(castable_dtype(v) and FLOAT32 for v in eqn.invars)
             outs = tuple(castable_dtype(v) and NEUTRAL for v in eqn.outvars)
             return EqnPlan(eqn, OpClass.COMPUTE, reason, in_dtypes, outs, params=params)
-        backward = self.context.in_backward or is_backward(eqn)
+        backward = self.in_backward(eqn)
         state = State(Kind.GRADIENT if backward else Kind.LOW, dtype)
         plan = self.at(eqn, state, OpClass.COMPUTE, reason)
-        if eqn.primitive.name in MATMULS and any(map(is_integer, eqn.invars[:2])):
-            in_dtypes = (dtype, dtype, *plan.in_dtypes[2:])
-            plan = dataclasses.replace(plan, in_dtypes=in_dtypes)
+        if eqn.primitive.name not in MATMULS:
+            return plan
+        if any(map(is_integer, eqn.invars[:2])):
+            plan.in_dtypes = (dtype, dtype, *plan.in_dtypes[2:])
+        if self.planner.settings.ambient and eqn.params["precision"] is None:
+            # JAX would give its gradients the ambient precision.
+            plan.params = {**(plan.params or eqn.params), "precision": _DEFAULT}
         return plan
 
     def at(self, eqn, state: State, op_class, reason) -> EqnPlan:
@@ -229,14 +237,14 @@ class Painter:
         if traced == target:
             return self.follow(eqn, states, self.chosen(eqn, states))
         if target in _tree.HALF:
-            state = State(Kind.LOW, target)
+            state = State(Kind.GRADIENT if self.in_backward(eqn) else Kind.LOW, target)
             return EqnPlan(
                 eqn, OpClass.UNTOUCHED, f"cast to {target}", (None,), (state,)
             )
         if source is None or not source.is_low:
             return self.untouched(eqn, states, "cast to float32")
-        if is_promotion(eqn):
-            return self.follow(eqn, states, self.promoted(eqn, source))
+        if self.in_backward(eqn) or is_promotion(eqn):
+            return self.follow(eqn, states, self.uncast(eqn, source))
         return self.full(eqn, states, "cast to float32 by the program", PINNED)
 
     def decided(self, eqn, states, decision: Decision) -> EqnPlan:
@@ -318,8 +326,7 @@ class Painter:
         if Kind.PINNED in kinds:
             state = KEPT if lows else PINNED
             return _Choice(state, "follows a cast to float32 by the program")
-        in_backward = self.context.in_backward or is_backward(eqn)
-        if Kind.GRADIENT in kinds and not in_backward:
+        if Kind.GRADIENT in kinds and not self.in_backward(eqn):
             return _Choice(KEPT, "a gradient is used: updates are made in float32")
         if Kind.KEPT in kinds:
             return _Choice(KEPT, "follows an update that is made in float32")
@@ -343,10 +350,15 @@ class Painter:
             return _Choice(state, "follows its low operands")
         return _Choice(FULL, "no matmul reads the result in half")
 
-    def promoted(self, eqn, source: State) -> "_Choice":
-        """A half value that meets a float32 one is half where half is wanted."""
+    def uncast(self, eqn, source: State) -> "_Choice":
+        """What follows a cast to float32 that was not asked for.
+
+        It was made for an operand of another dtype, or is the gradient of a cast.
+        """
         if eqn.outvars[0] in self.wanted:
-            return _Choice(source, "an implicit promotion decides nothing")
+            return _Choice(source, "a promotion by JAX decides nothing")
+        if self.in_backward(eqn):
+            return _Choice(KEPT, "the gradient of a cast to half")
         return _Choice(FULL, "no matmul reads the result in half")
 
     def is_lookup(self, eqn, states) -> bool:

@@ -16,7 +16,6 @@ from jaxmp._jax_internals import jaxpr_consts, open_jaxpr, scan_arity
 from jaxmp.casting._states import NEUTRAL, Kind, castable_dtype, traced_state
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
 
-
 STAYS = frozenset((Kind.PINNED, Kind.KEPT))
 
 
