@@ -60,6 +60,27 @@ def shard_map_arguments(params: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "axis_names": set(params["newly_manual_axes"])}
 
 
+def map_jaxprs(params: dict[str, Any], function: Any) -> dict[str, Any]:
+    """The parameters of an equation with `function(jaxpr)` for each jaxpr in them.
+
+    Returns:
+      The same object if the function returns each jaxpr as it is.
+    """
+
+    def mapped(value: Any) -> Any:
+        if hasattr(value, "eqns"):
+            return function(value)
+        if isinstance(value, tuple) and any(hasattr(item, "eqns") for item in value):
+            items = tuple(map(mapped, value))
+            if all(new is old for new, old in zip(items, value, strict=True)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else items
+        return value
+
+    new = {name: mapped(value) for name, value in params.items()}
+    return new if any(new[name] is not params[name] for name in new) else params
+
+
 def with_lines_of_custom_rules(jaxpr: Any) -> Any:
     """The same jaxpr, whose custom derivative rules are traced under their own lines.
 

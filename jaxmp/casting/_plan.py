@@ -119,12 +119,25 @@ class Context(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a plan depends on, besides the jaxpr."""
+    """What a plan depends on, besides the jaxpr.
+
+    `ambient` is the precision parameter that matmuls were to get where it was called.
+    """
 
     compute_dtype: np.dtype
     matmul_precision: Any = None
     rules: tuple[_rules.OpRule, ...] = ()
     recompute: bool = True
+    ambient: Any = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is asked for: everything stays as it was traced."""
+        return (
+            self.compute_dtype == FLOAT32
+            and self.matmul_precision is None
+            and not self.rules
+        )
 
 
 class Decision(NamedTuple):

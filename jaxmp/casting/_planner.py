@@ -26,7 +26,14 @@ from jaxmp.casting._plan import (
     scope_names,
     scopes,
 )
-from jaxmp.casting._states import FLOAT32, State, castable_dtype, is_literal, low
+from jaxmp.casting._states import (
+    FLOAT32,
+    State,
+    castable_dtype,
+    is_integer,
+    is_literal,
+    low,
+)
 
 
 class Planner:
@@ -170,13 +177,17 @@ class Planner:
         return None
 
     def matmul_intent(self, eqn: Any) -> str | None:
-        """Why a matmul keeps the dtypes it was traced with, or None."""
-        traced = [d for d in map(castable_dtype, eqn.invars) if d is not None]
+        """Why a matmul keeps the dtypes it was traced with, or None.
+
+        Integers are exact and take the dtype of the other operand.
+        """
+        operands = eqn.invars[:2]
+        traced = [d for d in map(castable_dtype, operands) if d is not None]
         result = castable_dtype(eqn.outvars[0])
-        if result is None or len(traced) < 2:
+        if result is None or not traced or not all(map(_can_be_float, operands)):
             return "no float32 matmul"
-        if any(dtype in _tree.HALF for dtype in traced):
-            if result == FLOAT32 and all(dtype in _tree.HALF for dtype in traced):
+        if all(dtype in _tree.HALF for dtype in traced):
+            if result == FLOAT32:
                 return "a float32 result was asked of half operands"
             return "traced in half"
         precision = eqn.params.get("precision")
@@ -283,6 +294,10 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
         is_simple = is_simple and _registry.is_cheap(name)
     is_special = bool(jaxpr.eqns) and all(map(planner.is_special, jaxpr.eqns))
     return Contents(has_float, has_matmul, has_full, has_lookup, is_simple, is_special)
+
+
+def _can_be_float(atom: Any) -> bool:
+    return castable_dtype(atom) is not None or is_integer(atom)
 
 
 def _is_array(atom: Any) -> bool:
