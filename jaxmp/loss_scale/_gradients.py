@@ -7,7 +7,7 @@ accumulation and Optax see what they would see without it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     micro_batches: int | None = None,
-    batch_argnums: int | tuple[int, ...] = 1,
+    batch_argnums: int | str | Sequence[int | str] | None = None,
     micro_batch_aux: str = "stack",
     transform: Callable[..., Any] = jax.value_and_grad,
     **transform_kwargs: Any,
@@ -49,9 +49,11 @@ def value_and_grad(
       micro_batches: into how many parts the batch is cut. They are run one after the
         other with the memory of one, and losses and gradients are averaged in float32,
         which is the same up to rounding if `fun` averages over examples.
-      batch_argnums: positions of the arguments that are cut along the first axis of
-        their arrays. Part j takes the examples j, j + micro_batches, ... A single
-        random key in them is split.
+      batch_argnums: positions, or keywords, of the arguments that are cut along the
+        first axis of their arrays. By default every argument is cut that holds such
+        arrays and is not differentiated; models and other states are not, and arrays
+        whose first axes differ are an error. Part j takes the examples j,
+        j + micro_batches, ... A single random key is split.
       micro_batch_aux: `"stack"` gives the auxiliary outputs a first axis of parts;
         `"mean"` averages the floating ones and takes the others from the last part.
       transform: what differentiates: `jax.value_and_grad`, `nnx.value_and_grad`,
@@ -93,7 +95,8 @@ def value_and_grad(
         transform_kwargs["argnums"] = argnums
     cut = None
     if micro_batches is not None:
-        cut = MicroBatches(micro_batches, _as_tuple(batch_argnums), micro_batch_aux)
+        batch = None if batch_argnums is None else _as_tuple(batch_argnums)
+        cut = MicroBatches(micro_batches, batch, argnums, micro_batch_aux)
 
     @functools.wraps(fun)
     def value_and_grad_of_fun(*args, **kwargs):
@@ -104,12 +107,15 @@ def value_and_grad(
             loss, aux = _split(fun(*args, **kwargs), has_aux, fun)
             return scale_tree(loss, _effective(scale, loss)), (loss, aux)
 
-        def differentiate(*args):
+        def differentiate(*args, **kwargs):
             value_and_scaled_grad = transform(scaled, has_aux=True, **transform_kwargs)
             (_, (loss, aux)), grads = value_and_scaled_grad(*args, **kwargs)
             return (loss, aux), unscale_tree(grads, _effective(scale, loss))
 
-        value, grads = cut(differentiate, args) if cut else differentiate(*args)
+        if cut is None:
+            value, grads = differentiate(*args, **kwargs)
+        else:
+            value, grads = cut(differentiate, args, kwargs)
         return (value if has_aux else value[0]), grads
 
     return value_and_grad_of_fun
@@ -168,8 +174,8 @@ def _pop_loss_scale(kwargs: dict[str, Any], fun: Callable[..., Any]) -> Any:
     return kwargs.pop("loss_scale")
 
 
-def _as_tuple(argnums: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (argnums,) if isinstance(argnums, int) else tuple(argnums)
+def _as_tuple(names: int | str | Sequence[int | str]) -> tuple[int | str, ...]:
+    return (names,) if isinstance(names, (int, str)) else tuple(names)
 
 
 def _split(output: Any, has_aux: bool, fun: Callable[..., Any]) -> tuple[Any, Any]:
