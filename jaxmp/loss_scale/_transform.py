@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp import _composition, _tree
+from jaxmp._composition import require_state
 from jaxmp.errors import (
     LossScaleOptionError,
     MultipleLossScales,
@@ -48,7 +49,9 @@ from jaxmp.loss_scale._jmp_classes import (
     DynamicLossScale,
     NoOpLossScale,
     StaticLossScale,
+    of_jmp,
 )
+from jaxmp.loss_scale._made_with import MadeWith, note
 from jaxmp.loss_scale._state import (
     LOSS_UNKNOWN,
     LossScaleState,
@@ -57,7 +60,6 @@ from jaxmp.loss_scale._state import (
 )
 from jaxmp.loss_scale._state_machines import (
     DynamicMachine,
-    Machine,
     Scale,
     StaticMachine,
     dynamic_machine,
@@ -122,8 +124,10 @@ def loss_scaling(
       >>> int(state.applied_steps), float(state.loss_scale)
       (1, 65536.0)
     """
-    machine = _machine_for(policy_or_scale, options)
-    return _transformation(inner, machine, skip_nonfinite, grads_are_scaled, axis_name)
+    made_with = _made_with(policy_or_scale, options)
+    return _transformation(
+        inner, made_with, skip_nonfinite, grads_are_scaled, axis_name
+    )
 
 
 def dynamic_loss_scaling(
@@ -183,7 +187,9 @@ def dynamic_loss_scaling(
         max_scale=max_scale,
         hysteresis=hysteresis,
     )
-    return _transformation(inner, machine, skip_nonfinite, grads_are_scaled, axis_name)
+    return _transformation(
+        inner, MadeWith(None, machine), skip_nonfinite, grads_are_scaled, axis_name
+    )
 
 
 def static_loss_scaling(
@@ -213,11 +219,14 @@ def static_loss_scaling(
       >>> import jaxmp, optax
       >>> tx = jaxmp.static_loss_scaling(optax.sgd(0.1), 1024)
     """
-    machine = StaticMachine(scale)
-    return _transformation(inner, machine, skip_nonfinite, grads_are_scaled, axis_name)
+    made_with = MadeWith(None, StaticMachine(scale))
+    return _transformation(
+        inner, made_with, skip_nonfinite, grads_are_scaled, axis_name
+    )
 
 
-def _machine_for(policy_or_scale: Any, options: dict[str, Any]) -> Machine:
+def _made_with(policy_or_scale: Any, options: dict[str, Any]) -> MadeWith:
+    policy_or_scale = of_jmp(policy_or_scale)
     if _tree.is_array(policy_or_scale) and policy_or_scale.ndim == 0:
         policy_or_scale = policy_or_scale.item()
     if isinstance(policy_or_scale, DynamicLossScale):
@@ -230,14 +239,15 @@ def _machine_for(policy_or_scale: Any, options: dict[str, Any]) -> Machine:
                 "such as 'mixed_float16', or a power of two."
             )
         case int() | float():
-            return StaticMachine(policy_or_scale)
+            return MadeWith(None, StaticMachine(policy_or_scale))
         case NoOpLossScale():
-            return StaticMachine()
+            return MadeWith(None, StaticMachine())
         case StaticLossScale():
-            return StaticMachine(policy_or_scale.loss_scale)
+            return MadeWith(None, StaticMachine(policy_or_scale.loss_scale))
         case DynamicLossScale():
-            return dynamic
-    return dynamic if _has_float16(get_policy(policy_or_scale)) else StaticMachine()
+            return MadeWith(None, dynamic)
+    policy = get_policy(policy_or_scale)
+    return MadeWith(policy, dynamic if has_float16(policy) else StaticMachine())
 
 
 def _options_of(scale: DynamicLossScale) -> dict[str, Any]:
@@ -250,7 +260,8 @@ def _options_of(scale: DynamicLossScale) -> dict[str, Any]:
     }
 
 
-def _has_float16(policy: Policy) -> bool:
+def has_float16(policy: Policy) -> bool:
+    """Whether a policy needs a loss scale."""
     # A float16 parameter or output gets a float16 cotangent, whatever lies between.
     dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
     return jnp.float16 in dtypes
@@ -258,7 +269,7 @@ def _has_float16(policy: Policy) -> bool:
 
 def _transformation(
     inner: Any,
-    machine: Machine,
+    made_with: MadeWith,
     skip_nonfinite: bool,
     grads_are_scaled: bool,
     axis_name: AxisName | None,
@@ -266,6 +277,7 @@ def _transformation(
     if hasattr(inner, "gradient_transformation"):  # optax.MultiSteps
         inner = inner.gradient_transformation()
     inner = optax.with_extra_args_support(inner)
+    machine = made_with.machine
     looks_at_gradients = skip_nonfinite or isinstance(machine, DynamicMachine)
 
     def init_fn(params):
@@ -279,6 +291,7 @@ def _transformation(
         return _first_state(inner_state, machine.init())
 
     def update_fn(updates, state, params=None, *, value=None, **extra_args):
+        require_state(state, LossScaleState, "loss_scaling")
         check_same_tree(updates, params)
         if grads_are_scaled:
             grads = unscale_tree(updates, state.loss_scale)
@@ -306,7 +319,7 @@ def _transformation(
         new_state = _next_state(state, inner_state, scale, finite, applied)
         return updates, new_state._replace(loss_finite=_loss_finite(value, axis_name))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(note(init_fn, made_with), update_fn)
 
 
 def _first_state(inner_state: optax.OptState, scale: Scale) -> LossScaleState:
