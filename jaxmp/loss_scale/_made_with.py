@@ -8,8 +8,18 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from jaxmp.loss_scale._state_machines import Machine
-from jaxmp.policy import Policy
+import jax.numpy as jnp
+
+from jaxmp import _tree
+from jaxmp.errors import LossScaleOptionError
+from jaxmp.loss_scale._jmp_classes import (
+    DynamicLossScale,
+    NoOpLossScale,
+    StaticLossScale,
+    of_jmp,
+)
+from jaxmp.loss_scale._state_machines import Machine, StaticMachine, dynamic_machine
+from jaxmp.policy import Policy, get_policy
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,6 +33,49 @@ class MadeWith(NamedTuple):
     """The policy that chose the scale; None if the user chose it without one."""
     machine: Machine
     """How the scale moves."""
+
+
+def read_made_with(policy_or_scale: Any, options: dict[str, Any]) -> MadeWith:
+    """Reads what `loss_scaling` is given; options of a dynamic scale are checked."""
+    policy_or_scale = of_jmp(policy_or_scale)
+    if _tree.is_array(policy_or_scale) and policy_or_scale.ndim == 0:
+        policy_or_scale = policy_or_scale.item()
+    if isinstance(policy_or_scale, DynamicLossScale):
+        options = {**_options_of(policy_or_scale), **options}
+    dynamic = dynamic_machine(options)
+    match policy_or_scale:
+        case bool():
+            raise LossScaleOptionError(
+                f"Expected a policy or a scale, not {policy_or_scale}. Use a policy "
+                "such as 'mixed_float16', or a power of two."
+            )
+        case int() | float():
+            return MadeWith(None, StaticMachine(policy_or_scale))
+        case NoOpLossScale():
+            return MadeWith(None, StaticMachine())
+        case StaticLossScale():
+            return MadeWith(None, StaticMachine(policy_or_scale.loss_scale))
+        case DynamicLossScale():
+            return MadeWith(None, dynamic)
+    policy = get_policy(policy_or_scale)
+    return MadeWith(policy, dynamic if has_float16(policy) else StaticMachine())
+
+
+def _options_of(scale: DynamicLossScale) -> dict[str, Any]:
+    return {
+        "init_scale": float(scale.loss_scale),
+        "growth_interval": scale.period,
+        "growth_factor": scale.factor,
+        "backoff_factor": 1 / scale.factor,
+        "min_scale": scale.min_loss_scale,
+    }
+
+
+def has_float16(policy: Policy) -> bool:
+    """Whether a policy needs a loss scale."""
+    # A float16 parameter or output gets a float16 cotangent, whatever lies between.
+    dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
+    return jnp.float16 in dtypes
 
 
 def note(init: F, made_with: MadeWith) -> F:

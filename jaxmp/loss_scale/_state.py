@@ -33,7 +33,7 @@ class LossScaleState(NamedTuple):
     hysteresis_left: jax.Array
     """int32: non-finite steps to come before the scale backs off."""
     grads_finite: jax.Array
-    """bool: whether every gradient of the last step was finite."""
+    """bool: whether every gradient that the last step used was finite."""
     loss_finite: jax.Array
     """int32: 1 and 0 for the last step's loss, -1 where no `value=` was passed."""
     applied_steps: jax.Array
