@@ -21,6 +21,7 @@ from jaxmp.errors import (
     NonScalarLoss,
 )
 from jaxmp.loss_scale._access import get_loss_scale
+from jaxmp.loss_scale._float16_losses import was_float16
 from jaxmp.loss_scale._micro_batches import MicroBatches
 from jaxmp.loss_scale._unscale import scale_tree, unscale_tree
 
@@ -102,15 +103,19 @@ def value_and_grad(
     def value_and_grad_of_fun(*args, **kwargs):
         scale = get_loss_scale(_pop_loss_scale(kwargs, fun))
 
-        @functools.wraps(fun)
-        def scaled(*args, **kwargs):
-            loss, aux = _split(fun(*args, **kwargs), has_aux, fun)
-            return scale_tree(loss, _effective(scale, loss)), (loss, aux)
-
         def differentiate(*args, **kwargs):
+            in_float16 = False
+
+            @functools.wraps(fun)
+            def scaled(*args, **kwargs):
+                nonlocal in_float16
+                loss, aux = _split(fun(*args, **kwargs), has_aux, fun)
+                in_float16 = was_float16(loss)
+                return scale_tree(loss, _effective(scale, in_float16)), (loss, aux)
+
             value_and_scaled_grad = transform(scaled, has_aux=True, **transform_kwargs)
             (_, (loss, aux)), grads = value_and_scaled_grad(*args, **kwargs)
-            return (loss, aux), unscale_tree(grads, _effective(scale, loss))
+            return (loss, aux), unscale_tree(grads, _effective(scale, in_float16))
 
         if cut is None:
             value, grads = differentiate(*args, **kwargs)
@@ -213,7 +218,5 @@ def _describe(x: Any) -> str:
     return f"a {type(x).__name__}"
 
 
-def _effective(scale: jax.Array, loss: jax.Array) -> jax.Array:
-    if jnp.result_type(loss) == jnp.float16:
-        return jnp.minimum(scale, LARGEST_FLOAT16_SCALE)
-    return scale
+def _effective(scale: jax.Array, in_float16: bool) -> jax.Array:
+    return jnp.minimum(scale, LARGEST_FLOAT16_SCALE) if in_float16 else scale
