@@ -89,6 +89,10 @@ class MissingAux(JaxmpError, TypeError):
     """`has_aux=True`, but the function does not return `(loss, aux)`."""
 
 
+class TransformError(JaxmpError, TypeError):
+    """`transform=` is none that can differentiate this function."""
+
+
 class GradientTreeMismatch(JaxmpError, ValueError):
     """Gradients and parameters are trees of different structure."""
 

@@ -21,6 +21,12 @@ from jaxmp.errors import (
     NonScalarLoss,
 )
 from jaxmp.loss_scale._access import get_loss_scale
+from jaxmp.loss_scale._differentiate import (
+    call_keeping_states,
+    check_integers,
+    unpack,
+    with_value,
+)
 from jaxmp.loss_scale._float16_losses import was_float16
 from jaxmp.loss_scale._micro_batches import MicroBatches
 from jaxmp.loss_scale._unscale import scale_tree, unscale_tree
@@ -58,7 +64,9 @@ def value_and_grad(
       micro_batch_aux: `"stack"` gives the auxiliary outputs a first axis of parts;
         `"mean"` averages the floating ones and takes the others from the last part.
       transform: what differentiates: `jax.value_and_grad`, `nnx.value_and_grad`,
-        `equinox.filter_value_and_grad`, or one of the same form.
+        `equinox.filter_value_and_grad`, or one of the same form. Their `grad`s are
+        taken for them. An nnx model that holds statistics, counters or keys needs
+        nnx's.
       **transform_kwargs: passed on to `transform`: `allow_int`, `holomorphic`, ...
 
     Returns:
@@ -76,6 +84,8 @@ def value_and_grad(
       NonScalarLoss: if the loss has axes, or is no number.
       NonFloatingLoss: if it is an integer or boolean.
       MissingAux: if `has_aux` and `fun` returns no pair.
+      TransformError: if `transform` returns no value, or is JAX's own where the model
+        is one of nnx that it cannot differentiate, or whose changes it would lose.
       MicroBatchError: if the batch cannot be cut.
 
     References:
@@ -92,6 +102,7 @@ def value_and_grad(
       >>> float(loss), float(grad), grad.dtype
       (6.0, 2.0, dtype('float32'))
     """
+    transform = with_value(transform)
     if argnums != 0:
         transform_kwargs["argnums"] = argnums
     cut = None
@@ -102,6 +113,7 @@ def value_and_grad(
     @functools.wraps(fun)
     def value_and_grad_of_fun(*args, **kwargs):
         scale = get_loss_scale(_pop_loss_scale(kwargs, fun))
+        check_integers(transform, args, argnums, transform_kwargs)
 
         def differentiate(*args, **kwargs):
             in_float16 = False
@@ -109,12 +121,14 @@ def value_and_grad(
             @functools.wraps(fun)
             def scaled(*args, **kwargs):
                 nonlocal in_float16
-                loss, aux = _split(fun(*args, **kwargs), has_aux, fun)
+                output = call_keeping_states(fun, transform, args, kwargs)
+                loss, aux = _split(output, has_aux, fun)
                 in_float16 = was_float16(loss)
                 return scale_tree(loss, _effective(scale, in_float16)), (loss, aux)
 
             value_and_scaled_grad = transform(scaled, has_aux=True, **transform_kwargs)
-            (_, (loss, aux)), grads = value_and_scaled_grad(*args, **kwargs)
+            result = value_and_scaled_grad(*args, **kwargs)
+            (loss, aux), grads = unpack(result, transform)
             return (loss, aux), unscale_tree(grads, _effective(scale, in_float16))
 
         if cut is None:
@@ -140,7 +154,7 @@ def grad(
       fun: as in `value_and_grad`.
       argnums: as in `value_and_grad`.
       has_aux: as in `value_and_grad`.
-      transform: as in `value_and_grad`; it has to return value and gradient.
+      transform: as in `value_and_grad`.
       **kwargs: the others of `value_and_grad`.
 
     Returns:
