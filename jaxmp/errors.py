@@ -50,6 +50,10 @@ class MissingLossScale(JaxmpError, ValueError):
     """A state was given for its loss scale, and it holds none."""
 
 
+class LossScalePolicyMismatch(JaxmpError, ValueError):
+    """An optimizer has the loss scale of another policy than it is trained under."""
+
+
 class MissingLossScaleArgument(JaxmpError, TypeError):
     """A gradient function was called without `loss_scale=`."""
 
@@ -85,6 +89,10 @@ class MissingAux(JaxmpError, TypeError):
     """`has_aux=True`, but the function does not return `(loss, aux)`."""
 
 
+class TransformError(JaxmpError, TypeError):
+    """`transform=` is none that can differentiate this function."""
+
+
 class GradientTreeMismatch(JaxmpError, ValueError):
     """Gradients and parameters are trees of different structure."""
 
@@ -118,6 +126,13 @@ class MasterWeightsMismatch(JaxmpError, ValueError):
 
 class DtypeMismatch(JaxmpError, ValueError):
     """Arrays are stored in other dtypes than they should be."""
+
+
+# Train states
+
+
+class TrainStateOptionError(JaxmpError, TypeError):
+    """A train state was given a keyword that it has no use for."""
 
 
 # Checkpoints
