@@ -40,9 +40,10 @@ def audit(
     branch of a `cond`. Pallas kernels and `custom_linear_solve` are not looked into.
 
     Args:
-      fn: a loss, a whole training step, or any other function that can be jitted.
+      fn: a loss, a whole training step, or any other function that can be jitted; an
+        nnx module is one too.
       *args: what it is called with: trees of arrays, `jax.ShapeDtypeStruct`s, Python
-        numbers and nnx modules.
+        numbers, strings and nnx modules.
       policy: what the program is meant to compute in, as `get_policy` takes it. None
         stands for the half dtype that occurs in it.
       **kwargs: as `args`.

@@ -195,7 +195,7 @@ def _matmul_rows(audit: Audit) -> list[tuple[Any, ...]]:
         lhs, rhs, out = (_SHORT.get(d, d) for d in (*first.operands, first.output))
         rows.append(
             (
-                f"{first.operation} {_shape(first)}",
+                f"{first.operation} {first.shape}",
                 sum(m.times for m in members),
                 f"{lhs} {rhs} -> {out}",
                 f"{flops / 1e9:.4g}",
@@ -206,13 +206,6 @@ def _matmul_rows(audit: Audit) -> list[tuple[Any, ...]]:
             )
         )
     return rows
-
-
-def _shape(matmul: Matmul) -> str:
-    shape = matmul.shape
-    batch = f"{shape.batch} of " if shape.batch > 1 else ""
-    taps = f" x {shape.taps} taps" if shape.taps > 1 else ""
-    return f"{batch}({shape.m}, {shape.k}) @ ({shape.k}, {shape.n}){taps}"
 
 
 def _plain(value: Any) -> Any:

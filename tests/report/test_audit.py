@@ -939,9 +939,9 @@ BAD_INPUT = {
         ("is no function", "audit(loss_fn, params, batch)"),
     ),
     "no array": (
-        lambda: audit(lambda x, mode: x, X, "train"),
+        lambda: audit(lambda x, mode: x, X, bytes(1)),
         errors.NotAnArray,
-        ("argument mode", "'train'", "close over"),
+        ("argument mode", "b'\\x00'", "close over"),
     ),
     "no array in a tree": (
         lambda: audit(lambda params: params, {"w": X, "act": jnp.tanh}),
