@@ -14,15 +14,21 @@ import jax
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp.casting._ambient import without_ambient_precision
 from jaxmp.casting._autocast import plan_jaxpr, read_settings, run_plan
 from jaxmp.casting._eager import compiled, is_eager
 from jaxmp.casting._plan import JaxprPlan, Settings
 
 
+def region_settings(dtype: np.dtype, precision: Any = None) -> Settings:
+    """What a region depends on: a half compute dtype, and a precision for the rest."""
+    return read_settings(dtype, (), True)._replace(matmul_precision=precision)
+
+
 def run_region(
     function: Callable[..., Any],
     args: Any,
-    dtype: np.dtype,
+    settings: Settings,
     named_scopes: bool,
     watch: Callable[[JaxprPlan], None] | None = None,
     around_rules: Callable[[], Any] = contextlib.nullcontext,
@@ -32,7 +38,7 @@ def run_region(
     Args:
       function: takes the items of `args`.
       args: pytrees; their arrays are traced, all else is as given.
-      dtype: bfloat16 or float16, in which matmuls compute.
+      settings: what the plan depends on, see `region_settings`.
       named_scopes: as for `autocast`.
       watch: is shown the plan before it is run.
       around_rules: what is to be entered where a custom derivative rule is traced,
@@ -57,8 +63,8 @@ def run_region(
         returned[:] = [out_tree, statics]
         return [x for x in outs if isinstance(x, jax.Array)]
 
-    jaxpr = jax.make_jaxpr(flat)(*arrays)
-    settings = read_settings(dtype, (), True)
+    with without_ambient_precision():
+        jaxpr = jax.make_jaxpr(flat)(*arrays)
     plan, planner = plan_jaxpr(jaxpr, settings)
     if watch is not None:
         watch(plan)

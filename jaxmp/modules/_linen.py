@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from flax.core import Scope, freeze
 
-from jaxmp.casting._region import run_region
+from jaxmp.casting._region import region_settings, run_region
 from jaxmp.modules._casts import carry_of, cast_carry
 from jaxmp.modules._handed_down import fields_of, handed_down
 from jaxmp.modules._layers import (
@@ -200,9 +200,10 @@ def _apply_in_region(
         output = cast_carry(_carry(module, args, kwargs), output, dtypes.output)
         return (output, *updates) if updates else output
 
+    settings = region_settings(dtypes.compute, dtypes.precision)
     with inside_region(dtypes.compute):
         return run_region(
-            run, (variables, args, rngs, kwargs), dtypes.compute, named_scopes
+            run, (variables, args, rngs, kwargs), settings, named_scopes
         )
 
 
@@ -354,7 +355,7 @@ class _Interceptor:
         method = context.orig_method.func
         lifted = planned_method(
             method,
-            dtypes.compute,
+            region_settings(dtypes.compute, dtypes.precision),
             self.application.named_scopes,
             finish,
             watch,

@@ -7,16 +7,16 @@ go in as arrays, and what the method writes comes out.
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from flax.core import lift
 from flax.linen import transforms
 
+from jaxmp.casting._plan import Settings
 from jaxmp.casting._region import run_region
 
 
 def planned_method(
     method: Callable[..., Any],
-    dtype: np.dtype,
+    settings: Settings,
     named_scopes: bool,
     finish: Callable[[Any], Any],
     watch: Callable[[Any], None],
@@ -26,8 +26,7 @@ def planned_method(
 
     Args:
       method: an unbound method of a linen class.
-      dtype: the compute dtype of the region.
-      named_scopes: as for `apply_policy`.
+      settings, named_scopes: as for `run_region`.
       finish: what happens to its output inside of the region.
       watch: is shown the region's plan.
       around_rules: as for `run_region`.
@@ -41,7 +40,7 @@ def planned_method(
                 return output, repack_fn(scope)
 
             arguments = (variables, keys, args, kwargs)
-            return run_region(run, arguments, dtype, named_scopes, watch, around_rules)
+            return run_region(run, arguments, settings, named_scopes, watch, around_rules)
 
         return lift.pack(
             inner, (True,), (True,), (True,), name="policy", enable_kwargs=True

@@ -145,6 +145,7 @@ def _apply_to_layer(
         names_output=dtypes.rule is not None and dtypes.rule.output is not None,
         plans=application.own_code == "autocast",
         named_scopes=application.named_scopes,
+        precision=dtypes.precision,
         scope=scope,
     )
     if origin is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmp import _tree
+from jaxmp.casting._region import region_settings
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
 from jaxmp.modules._effect import watching
 from jaxmp.modules._handed_down import fields_of, handed_down
@@ -43,6 +44,7 @@ class Border:
         leaves it.
       plans: whether own code is planned.
       named_scopes: whether what is planned is named.
+      precision: of matmuls that stay in float32, as `precision=`.
       scope: a name scope.
     """
 
@@ -55,6 +57,7 @@ class Border:
     hands_down: np.dtype | None = None
     plans: bool = True
     named_scopes: bool = True
+    precision: Any = None
     scope: str | None = None
 
 
@@ -196,7 +199,7 @@ def _open_region(
                 run,
                 (layer, *args),
                 kwargs,
-                border.compute,
+                region_settings(border.compute, border.precision),
                 border.named_scopes,
                 watching(layer),
                 around,

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxmp.casting._plan import Settings
 from jaxmp.casting._region import run_region
 
 
@@ -25,7 +26,7 @@ def run_method(
     method: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    dtype: np.dtype,
+    settings: Settings,
     named_scopes: bool,
     watch: Callable[[Any], None] | None,
     around_rules: Callable[[], Any],
@@ -35,8 +36,7 @@ def run_method(
     Args:
       method: takes the arguments; the first is the module itself.
       args, kwargs: pytrees of arrays, modules and whatever else.
-      dtype: the compute dtype of the region.
-      named_scopes, watch, around_rules: as for `run_region`.
+      settings, named_scopes, watch, around_rules: as for `run_region`.
 
     Returns:
       What the method returns.
@@ -67,12 +67,12 @@ def run_method(
         written = {
             path: variable
             for path, variable in variables.items()
-            if before.get(path) is not variable.get_raw_value()
+            if before.get(path) is not _raw(variable)
         }
         return output, list(written.values()), tuple(written)
 
     output, values, paths = run_region(
-        run, (state, others), dtype, named_scopes, watch, around_rules
+        run, (state, others), settings, named_scopes, watch, around_rules
     )
     _write_attributes(nodes, attributes)
     if paths:
@@ -86,7 +86,12 @@ def _is_node(x: Any) -> bool:
 
 def _values(nodes: Sequence[Any]) -> dict[Any, Any]:
     flat = nnx.to_flat_state(nnx.state(nodes))
-    return {path: variable.get_raw_value() for path, variable in flat}
+    return {path: _raw(variable) for path, variable in flat}
+
+
+def _raw(value: Any) -> Any:
+    """The array in a variable; a layer may also hold a bare one."""
+    return value.get_raw_value() if isinstance(value, nnx.Variable) else value
 
 
 def _plain(module: nnx.Module) -> dict[str, Any]:
