@@ -35,6 +35,10 @@ class MissingExample(JaxmpError, TypeError):
     """A linen module was to be looked at without arguments to call it with."""
 
 
+class PolicyWithoutEffect(JaxmpError, ValueError):
+    """A half-precision policy leaves every matmul of a model in float32."""
+
+
 class NotAModule(JaxmpError, TypeError):
     """Something else than an instance of a Flax module was given as one."""
 
@@ -219,6 +223,10 @@ class SearchStateMismatch(JaxmpError, ValueError):
 
 
 # Warnings
+
+
+class MostlyFloat32Warning(UserWarning):
+    """Layers with most of a model's parameters stay in float32 under a half policy."""
 
 
 class HalfParamsWarning(UserWarning):

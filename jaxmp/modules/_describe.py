@@ -122,7 +122,7 @@ def describe(
     else:
         rows, replaced = _rows_of_variables(module, application), None
     title = f"policy {application.policy}"
-    if replaced is not None:
+    if replaced is not None and replaced.policy != application.policy:
         title += f", in place of {replaced.policy}"
     return Description(title, tuple(rows))
 
@@ -168,7 +168,7 @@ def _rows_of_linen(
 
 
 def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
-    policied = apply_to_nnx(module, application)
+    policied = apply_to_nnx(module, application, check=False)
     originals = layers_of(nnx.clone(module), application)
     for layer, _ in originals.values():
         forget_earlier_policy(layer)

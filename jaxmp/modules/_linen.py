@@ -28,11 +28,13 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import Scope, freeze
 
 from jaxmp.casting._region import region_settings, run_region
 from jaxmp.modules._casts import carry_of, cast_carry
+from jaxmp.modules._effect import Leaf, check_leaves, check_plan
 from jaxmp.modules._handed_down import fields_of, handed_down
 from jaxmp.modules._layers import (
     Application,
@@ -165,6 +167,8 @@ def _policied(
             "_application": application,
             "_inside": inside,
             "_used_rules": set(),
+            "_leaves": {},
+            "_is_checked": False,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
@@ -200,10 +204,15 @@ def _apply_in_region(
         output = cast_carry(_carry(module, args, kwargs), output, dtypes.output)
         return (output, *updates) if updates else output
 
+    def watch(plan):
+        if static_kwargs.get("method") in (None, "__call__"):
+            name = original_class(type(module)).__name__
+            check_plan(plan, type(module)._leaves, name, application_of(module))
+
     settings = region_settings(dtypes.compute, dtypes.precision)
     with inside_region(dtypes.compute):
         return run_region(
-            run, (variables, args, rngs, kwargs), settings, named_scopes
+            run, (variables, args, rngs, kwargs), settings, named_scopes, watch
         )
 
 
@@ -268,7 +277,7 @@ class _Interceptor:
         self.layers: dict[tuple[Path, type], LayerDtypes] = {}
         self.used: set[PolicyRule] = set()
         self.inside: set[int] = set()
-        self.plan: Any = None
+        self.leaves: dict[str, Leaf] = {}
 
     def covers(self, scope: Scope | None) -> bool:
         """Whether a layer belongs to the module that this was made for."""
@@ -294,15 +303,24 @@ class _Interceptor:
         used.update(self.used)
         if method == "__call__" and self._path_in_model(module) == ():
             check_all_used(self.application.rules, used, self._paths())
+            self._check_effect(module)
         return output
+
+    def _check_effect(self, module: nn.Module) -> None:
+        cls: Any = type(module)
+        cls._leaves.update(self.leaves)
+        if not cls._is_checked and not _watchers.get():
+            cls._is_checked = True
+            name = original_class(cls).__name__
+            check_leaves(self.leaves, name, self.application)
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
         if not self.covers(module.scope):
             return next_fun(*args, **kwargs)
-        if _is_about_layer(module, context.method_name):
-            if self._path_in_model(module) != ():
-                return next_fun(*args, **kwargs)
+        is_root = self._path_in_model(module) == ()
+        if _is_about_layer(module, context.method_name) and not is_root:
+            return next_fun(*args, **kwargs)
         dtypes = self._dtypes_of(module)
         adapt, method = self._adapter(module, dtypes), context.method_name
         is_entry = id(module) not in self.inside and method != "setup"
@@ -325,9 +343,24 @@ class _Interceptor:
         ):
             output = adapt(call)
             if is_entry:
+                self._note(call)
                 self._show(call, output)
         is_flax = is_entry and adapt is adapt_flax_layer
         return as_written(call, output) if is_flax else output
+
+    def _note(self, call: LayerCall) -> None:
+        """Remembers a layer of Flax, to tell whether the policy has an effect."""
+        module, kind = call.module, kind_of(call.module)
+        if not is_leaf(module) or kind in (None, "norm"):
+            return
+        origin = origin_in(module, call.dtypes, call.explicit_dtype)
+        dtype = call.dtypes.compute
+        if origin is Origin.AUTHOR:
+            dtype = jnp.dtype(getattr(module, "dtype"))  # noqa: B009
+        params = module.variables.get("params", {})
+        size = sum(jnp.size(x) for x in jax.tree.leaves(params))
+        name = original_class(type(module)).__name__
+        self.leaves[self._path_string(module)] = Leaf(name, origin, dtype, size)
 
     def _show(self, call: LayerCall, output: Any) -> None:
         for watcher in _watchers.get():
@@ -350,7 +383,8 @@ class _Interceptor:
         def watch(plan):
             is_whole = self._path_in_model(module) == ()
             if is_whole and context.method_name == "__call__":
-                self.plan = plan
+                name = original_class(type(module)).__name__
+                check_plan(plan, self.leaves, name, self.application)
 
         method = context.orig_method.func
         lifted = planned_method(

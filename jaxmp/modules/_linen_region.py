@@ -40,7 +40,9 @@ def planned_method(
                 return output, repack_fn(scope)
 
             arguments = (variables, keys, args, kwargs)
-            return run_region(run, arguments, settings, named_scopes, watch, around_rules)
+            return run_region(
+                run, arguments, settings, named_scopes, watch, around_rules
+            )
 
         return lift.pack(
             inner, (True,), (True,), (True,), name="policy", enable_kwargs=True

@@ -14,14 +14,16 @@ Sharp edges
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxmp import _tree
-from jaxmp.modules._effect import check_layers
+from jaxmp.modules._effect import Leaf, check_leaves
 from jaxmp.modules._handed_down import fields_of, handed_down
 from jaxmp.modules._layers import (
     Application,
@@ -69,7 +71,7 @@ class Given(NamedTuple):
     by_attribute: bool = False
 
 
-def apply_to_nnx(module: M, application: Application) -> M:
+def apply_to_nnx(module: M, application: Application, check: bool = True) -> M:
     """Returns a new graph with a policy applied; `apply_policy` has the whole story."""
     new = nnx.clone(module)
     layers = layers_of(new, application)
@@ -78,7 +80,8 @@ def apply_to_nnx(module: M, application: Application) -> M:
     for layer, _ in layers.values():
         forget_earlier_policy(layer)
     origins = origins_of(layers, application)
-    check_layers(_matmul_layers(layers, origins), application)
+    if check:
+        check_leaves(_leaves(layers, origins), type(new).__name__, application)
     for path, (layer, dtypes) in layers.items():
         _apply_to_layer(path, layer, dtypes, origins.get(path), application)
     return new
@@ -227,14 +230,19 @@ def _holds_float32(module: Any) -> bool:
     )
 
 
-def _matmul_layers(
-    layers: Layers, origins: dict[str, Given]
-) -> dict[str, tuple[Any, LayerDtypes, Origin]]:
-    return {
-        path: (*layers[path], given.origin)
-        for path, given in origins.items()
-        if kind_of(layers[path][0]) not in ("norm", None)
-    }
+def _leaves(layers: Layers, origins: dict[str, Given]) -> dict[str, Leaf]:
+    """The layers of Flax that multiply or look up."""
+    leaves = {}
+    for path, given in origins.items():
+        layer, dtypes = layers[path]
+        if kind_of(layer) in (None, "norm"):
+            continue
+        is_kept = given.origin is Origin.AUTHOR
+        dtype = author_dtype(layer) if is_kept else dtypes.compute
+        parameters = nnx.state(layer, nnx.Param)
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(parameters))
+        leaves[path] = Leaf(type(layer).__name__, given.origin, dtype, size)
+    return leaves
 
 
 def _is_flax(cls: type) -> bool:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxmp import _tree
 from jaxmp.casting._region import region_settings
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
-from jaxmp.modules._effect import watching
+from jaxmp.modules._effect import check_plan
 from jaxmp.modules._handed_down import fields_of, handed_down
 from jaxmp.modules._nnx_region import ReturnsModule, run_method
 from jaxmp.modules._own_code import (
@@ -201,11 +201,18 @@ def _open_region(
                 kwargs,
                 region_settings(border.compute, border.precision),
                 border.named_scopes,
-                watching(layer),
+                functools.partial(_check_plan, layer, method),
                 around,
             )
     except ReturnsModule:
         return method(layer, *args, **kwargs)
+
+
+def _check_plan(layer: nnx.Module, method: Callable[..., Any], plan: Any) -> None:
+    """Raises if the policy changes nothing of a whole model."""
+    application = getattr(type(layer), "_application", None)
+    if application is not None and method.__name__ == "__call__":
+        check_plan(plan, {}, type(layer).__name__, application)
 
 
 def _call_users(
