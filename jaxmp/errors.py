@@ -31,6 +31,10 @@ class UnusedRule(JaxmpError, ValueError):
     """A rule matches no layer of the module it is applied to."""
 
 
+class InvalidOption(JaxmpError, ValueError):
+    """An option of `apply_policy` has a value that means nothing."""
+
+
 class MissingExample(JaxmpError, TypeError):
     """A linen module was to be looked at without arguments to call it with."""
 

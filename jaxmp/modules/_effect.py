@@ -119,7 +119,7 @@ def _raise(
         repair = _repair(application)
     else:
         why = "; ".join(reasons)
-        repair = "Change that line, or leave the policy out: it costs time and saves nothing."
+        repair = "Change what that line asks for, or leave the policy out."
     raise PolicyWithoutEffect(
         f"The policy {str(application.policy)!r} leaves every matmul of {name} in "
         f"float32: {why}. {repair}"
