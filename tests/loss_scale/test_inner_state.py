@@ -66,7 +66,8 @@ def test_injected_hyperparameters_and_trees():
     assert float(inner_state(state).hyperparams["learning_rate"]) == np.float32(0.1)
     slower = optax.tree_utils.tree_set(state, learning_rate=jnp.float32(0.01))
     assert float(inner_state(slower).hyperparams["learning_rate"]) == np.float32(0.01)
-    assert int(optax.tree_utils.tree_get(inner_state(state), "count", None) or 3) == 3
+    moments = optax.tree_utils.tree_get(inner_state(state), "mu")
+    assert (moments["w"] > 0).all()
 
 
 def test_train_states_and_nnx_optimizers_hold_one_too():
