@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from types import FrameType
 
 from jaxmp._sources import is_users
 
@@ -17,24 +16,15 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
       message: what is wrong, and the repair.
       category: class of the warning.
     """
-    frame = _users_frame()
-    registry = frame.f_globals.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(
-        message,
-        category,
-        frame.f_code.co_filename,
-        frame.f_lineno,
-        module=frame.f_globals.get("__name__"),
-        registry=registry,
-        source=None,
-    )
+    warnings.warn(message, category, stacklevel=_users_level())
 
 
-def _users_frame() -> FrameType:
-    outermost = frame = sys._getframe(2)
-    while frame is not None:
+def _users_level() -> int:
+    """The `stacklevel` of the user's line, as `warn` has to pass it."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None:
         file = frame.f_code.co_filename
         if is_users(file) or file.startswith(("<stdin", "<ipython", "<doctest")):
-            return frame
-        outermost, frame = frame, frame.f_back
-    return outermost
+            return level
+        level, frame = level + 1, frame.f_back
+    return level

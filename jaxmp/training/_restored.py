@@ -140,9 +140,9 @@ def adopt(state: Any, policy: Any, *, cls: type[T] = TrainState, **kwargs: Any) 
       >>> from flax.training import train_state
       >>> from jaxmp.training import adopt
       >>> old = train_state.TrainState.create(
-      ...     apply_fn=None, params=jnp.ones(2), tx=optax.adam(0.1)
+      ...     apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.adam(0.1)
       ... )
-      >>> old = old.apply_gradients(grads=jnp.ones(2))
+      >>> old = old.apply_gradients(grads={"w": jnp.ones(2)})
       >>> new = adopt(old, "mixed_float16")
       >>> int(new.step), float(jaxmp.get_loss_scale(new))
       (1, 65536.0)
