@@ -235,3 +235,7 @@ class MostlyFloat32Warning(UserWarning):
 
 class HalfParamsWarning(UserWarning):
     """Half-precision parameters meet an optimizer that keeps no float32 copy."""
+
+
+class UnscaledGradientsWarning(UserWarning):
+    """Gradients meet a float16 optimizer whose loss scale they were not made with."""
