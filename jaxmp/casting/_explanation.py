@@ -1,4 +1,4 @@
-"""What `explain` returns: a summary, the reasons for float32, and a row per operation."""
+"""What `explain` returns: a summary, reasons for float32, a row per operation."""
 
 import dataclasses
 import sys
