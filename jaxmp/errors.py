@@ -169,6 +169,10 @@ class RuleAlreadyRegistered(JaxmpError, ValueError):
     """A primitive was given a second rule."""
 
 
+class NoSuchRows(JaxmpError, ValueError):
+    """Rows of an explanation were asked for by a name that is none of a kind of row."""
+
+
 # Compile targets
 
 
