@@ -39,7 +39,7 @@ STALE = {
     "t5": r"clip\(\) got an unexpected keyword argument 'a_max'",
     "roformer": "has no attribute 'split'|has no attribute split",
 }
-# All are traced in bfloat16. These are also compiled and trained, and the first in every
+# All are traced in bfloat16. These are also compiled and trained, the first in every
 # way; the others in the slow tests.
 TRAINED = ("bert", "gpt2", "t5", "resnet")
 SHARES = {"autocast": 0.95, "apply_policy": 0.9}
