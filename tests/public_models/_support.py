@@ -13,6 +13,7 @@ import optax
 from jax._src import source_info_util
 
 import jaxmp
+from jaxmp import _tree
 from jaxmp._flops import MATMULS, matmul_shape
 
 HALF = ("bfloat16", "float16")
@@ -26,17 +27,25 @@ FAST_COMPILE = {
 FEW = 16
 
 
-def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """All equations of a jaxpr, inner ones included, and how often each is run."""
+class Equation(NamedTuple):
+    """An equation, how often it is run, and whether in the backward pass."""
+
+    equation: Any
+    times: int
+    backward: bool
+
+
+def equations(jaxpr: Any, times: int = 1, backward: bool = False) -> Iterator[Equation]:
+    """All equations of a jaxpr, inner ones included."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield equation, times
-        inner_times = times
-        if equation.primitive.name == "scan":
-            inner_times *= equation.params["length"]
+        is_backward = backward or "transpose(" in str(equation.source_info.name_stack)
+        yield Equation(equation, times, is_backward)
+        is_scan = equation.primitive.name == "scan"
+        inner_times = times * (equation.params["length"] if is_scan else 1)
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                    yield from equations(inner, inner_times)
+                    yield from equations(inner, inner_times, is_backward)
 
 
 def line_of(equation: Any) -> str:
@@ -67,7 +76,7 @@ def matmuls(jaxpr: Any) -> Matmuls:
     """Counts the matmuls of a jaxpr, a loop's as often as they are run."""
     half = total = 0
     others = collections.Counter[str]()
-    for equation, times in equations(jaxpr):
+    for equation, times, _ in equations(jaxpr):
         if equation.primitive.name not in MATMULS:
             continue
         dtypes = [v.aval.dtype for v in equation.invars[:2]]
@@ -83,23 +92,19 @@ def matmuls(jaxpr: Any) -> Matmuls:
 
 
 def sums_in_half(jaxpr: Any, few: int = FEW) -> list[str]:
-    """The sums of more than a few terms that a program makes in half, by line."""
+    """The sums of more than a few terms that a program makes in half, by line.
+
+    The gradient of a bias is none of them: one reduction, which XLA makes in float32.
+    Of a sum in the forward pass the terms are rounded besides, and of a scatter every
+    partial sum.
+    """
     return [
         f"{equation.primitive.name} of {terms} terms at {line_of(equation)}"
-        for equation, _ in equations(jaxpr)
+        for equation, _, backward in equations(jaxpr)
         if (terms := _terms(equation)) > few
         and equation.outvars[0].aval.dtype.name in HALF
-        and not _accumulated_by_the_compiler(equation)
+        and not (backward and equation.primitive.name == "reduce_sum")
     ]
-
-
-def _accumulated_by_the_compiler(equation: Any) -> bool:
-    """Whether it is the gradient of a bias: one reduction, which XLA makes in float32.
-
-    Of a forward sum the terms are rounded too, and of a scatter every partial sum.
-    """
-    backward = "transpose(" in str(equation.source_info.name_stack)
-    return backward and equation.primitive.name == "reduce_sum"
 
 
 def _terms(equation: Any) -> int:
@@ -115,6 +120,53 @@ def _terms(equation: Any) -> int:
     if name in ("scatter-add", "scatter_add", "scatter-mul", "scatter_mul"):
         return math.prod(equation.invars[1].aval.shape[:-1])
     return 0
+
+
+def weights(shapes: Any, seed: int = 0) -> Any:
+    """Random weights in the manner of an initialisation, none of them special.
+
+    Args:
+      shapes: a tree of arrays or of `jax.ShapeDtypeStruct`.
+      seed: of the draw.
+
+    Returns:
+      Float32 arrays: scales and variances about 1, other vectors about 0, and matrices
+      and kernels of variance 1 / fan_in. What is no float is zero, or a key.
+    """
+    rng = np.random.default_rng(seed)
+
+    def fill(path: Any, leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0), leaf.shape)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        *above, name = ("", *_tree.path_string(path).removesuffix("/value").split("/"))
+        draw = rng.standard_normal(leaf.shape)
+        is_vector = len(leaf.shape) < 2
+        if name in ("scale", "var", "weight_g") or (name == "weight" and is_vector):
+            value = 1 + 0.1 * abs(draw)
+        elif name.startswith("cached"):
+            value = 0 * draw
+        elif is_vector or name == "bias":
+            value = 0.1 * draw
+        elif name == "embedding":
+            value = 0.3 * draw
+        else:
+            value = draw / np.prod(leaf.shape[:-1]) ** 0.5
+        # T5 does not divide its attention by the root of d_kv.
+        value = value / 4 if above[-1] == "q" else value
+        return jnp.asarray(value, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+SHARES = {"autocast": 0.95, "apply_policy": 0.9}
+COSINES = {
+    ("autocast", "mixed_bfloat16"): 0.99,
+    ("autocast", "mixed_float16"): 0.995,
+    ("apply_policy", "mixed_bfloat16"): 0.99,
+    ("apply_policy", "mixed_float16"): 0.99,
+}
 
 
 class Training(NamedTuple):
@@ -134,13 +186,26 @@ class Training(NamedTuple):
     before: jaxmp.TrainState
     after: jaxmp.TrainState
 
+    def check(self, full: "Training", way: str, policy: str) -> None:
+        """Fails unless it began as in float32, and goes on as a training should."""
+        np.testing.assert_allclose(self.losses[0], full.losses[0], rtol=0.02)
+        assert {x.dtype.name for x in self.losses} == {"float32"}
+        assert cosine(self.grads, full.grads) >= COSINES[way, policy]
+        assert types(self.grads) == types(full.grads)
+        assert self.compilations == 1
+        # The scale of float16 starts high, and may have to come down twice.
+        skipped = len(self.losses) - self.applied
+        assert skipped <= (2 if policy == "mixed_float16" else 0)
+        assert self.losses[-1] < self.losses[0]
+        assert types(self.after) == types(self.before)
+
     @property
     def applied(self) -> int:
         return int(jaxmp.loss_scale_metrics(self.after)["applied_steps"])
 
 
 def train(
-    loss_fn: Callable[[Any, Any], Any], variables: Any, policy: str, steps: int = 4
+    loss_fn: Callable[[Any, Any], Any], variables: Any, policy: str, steps: int = 5
 ) -> Training:
     """Trains with `jaxmp.TrainState` and Adam.
 

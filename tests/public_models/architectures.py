@@ -288,40 +288,6 @@ def build(name: str) -> Built:
     return Built(models[0], shapes)
 
 
-def weights(shapes: Any, seed: int = 0) -> Any:
-    """Random weights in the manner of an initialisation, none of them special.
-
-    Args:
-      shapes: a tree of `jax.ShapeDtypeStruct`.
-      seed: of the draw.
-
-    Returns:
-      Float32 arrays: scales and variances about 1, other vectors about 0, and matrices
-      and kernels of variance 1 / fan_in.
-    """
-    rng = np.random.default_rng(seed)
-
-    def fill(path: Any, leaf: Any) -> Any:
-        name = path[-1].key
-        draw = rng.standard_normal(leaf.shape)
-        if name in ("scale", "var", "weight_g") or (
-            name == "weight" and len(leaf.shape) == 1
-        ):
-            value = 1 + 0.1 * abs(draw)
-        elif len(leaf.shape) < 2:
-            value = 0.1 * draw
-        elif path[-2:-1] == (jax.tree_util.DictKey("q"),):
-            # T5 does not divide its attention by the root of d_kv.
-            value = draw / np.prod(leaf.shape[:-1]) ** 0.5 / 4
-        elif name == "embedding":
-            value = 0.3 * draw
-        else:
-            value = draw / np.prod(leaf.shape[:-1]) ** 0.5
-        return jnp.asarray(value, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
 def _cross_entropy(logits: Any, labels: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 

@@ -9,13 +9,12 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jaxmp
@@ -28,8 +27,8 @@ except (ImportError, RuntimeError) as error:
     pytest.skip(f"transformers has no Flax here: {error}", allow_module_level=True)
 
 from . import _support
-from ._support import POLICIES, Training, cosine, matmuls, sums_in_half, types
-from .architectures import BY_NAME, TASKS, batch_of, build, weights
+from ._support import POLICIES, SHARES, Training, matmuls, sums_in_half, types, weights
+from .architectures import BY_NAME, TASKS, batch_of, build
 
 # What JAX 0.10 no longer has, and these models still use: their own tests would fail.
 # With the old spelling put back, they are like all others.
@@ -42,13 +41,6 @@ STALE = {
 # All are traced in bfloat16. These are also compiled and trained, the first in every
 # way; the others in the slow tests.
 TRAINED = ("bert", "gpt2", "t5", "resnet")
-SHARES = {"autocast": 0.95, "apply_policy": 0.9}
-COSINES = {
-    ("autocast", "mixed_bfloat16"): 0.99,
-    ("autocast", "mixed_float16"): 0.995,
-    ("apply_policy", "mixed_bfloat16"): 0.99,
-    ("apply_policy", "mixed_float16"): 0.99,
-}
 WAYS = ("autocast", "apply_policy")
 every = pytest.mark.parametrize("name", BY_NAME)
 
@@ -82,8 +74,8 @@ class _Splitting:
 
 
 @pytest.fixture(autouse=True)
-def old_spellings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Puts back what `STALE` lacks, and lets ranks be promoted, as they are there."""
+def old_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts back what `STALE` lacks."""
     clip, attention = jnp.clip, modeling_flax_roformer.FlaxRoFormerSelfAttention
     rotate = attention.apply_rotary_position_embeddings
 
@@ -97,8 +89,6 @@ def old_spellings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         attention, "apply_rotary_position_embeddings", staticmethod(old_rotate)
     )
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def under_policy(name: str, policy: str) -> Any:
@@ -153,7 +143,7 @@ def trace(name: str, way: str, policy: str) -> Any:
 @functools.cache
 def training(name: str, way: str | None, policy: str) -> Training:
     loss = loss_of(name, way, policy)
-    return _support.train(loss, variables(name), policy, 4 if way else 1)
+    return _support.train(loss, variables(name), policy, 5 if way else 1)
 
 
 def test_the_table_has_all_that_transformers_has_in_flax():
@@ -206,19 +196,7 @@ def test_parameters_under_apply_policy_have_the_same_paths_and_types(name):
 
 
 @trained
-def test_loss_and_gradients_are_those_of_float32(name, way, policy):
-    half, full = training(name, way, policy), training(name, None, "float32")
-    np.testing.assert_allclose(half.losses[0], full.losses[0], rtol=0.02)
+def test_a_training_is_that_of_float32(name, way, policy):
     assert matmuls(trace(name, way, policy)).half > 0
-    assert cosine(half.grads, full.grads) >= COSINES[way, policy]
-
-
-@trained
-def test_a_training_compiles_once_and_lowers_the_loss(name, way, policy):
-    found = training(name, way, policy)
-    assert found.compilations == 1
-    # The scale of float16 starts high, and may have to come down once.
-    assert found.applied >= len(found.losses) - (policy == "mixed_float16")
-    assert found.losses[-1] < found.losses[0]
-    assert types(found.after) == types(found.before)
-    assert {x.dtype.name for x in found.losses} == {"float32"}
+    full = training(name, None, "float32")
+    training(name, way, policy).check(full, way, policy)
