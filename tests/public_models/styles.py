@@ -5,11 +5,13 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import jaxmp
@@ -131,8 +133,6 @@ def _clicks(clicked: Any) -> Callable[[Any], Any]:
 
 
 def _equinox(images: Any, labels: Any) -> Style:
-    import equinox as eqx
-
     make = functools.partial(styles_other.EquinoxViT, jax.random.key(0))
     shapes = eqx.filter_eval_shape(make)
     dynamic, static = eqx.partition(shapes, lambda x: hasattr(x, "dtype"))
@@ -144,13 +144,15 @@ def _equinox(images: Any, labels: Any) -> Style:
 
 
 def _haiku(images: Any, labels: Any) -> Style:
-    import haiku as hk
+    def net() -> Any:
+        hk = pytest.importorskip("haiku", reason="dm-haiku is not installed")
+        return hk.without_apply_rng(hk.transform(styles_other.haiku_net))
 
-    net = hk.without_apply_rng(hk.transform(styles_other.haiku_net))
-    make = functools.partial(jax.eval_shape, net.init, jax.random.key(0), images)
+    def make() -> Any:
+        return jax.eval_shape(net().init, jax.random.key(0), images)
 
     def loss(params: Any, images: Any) -> Any:
-        return _cross_entropy(labels)(net.apply(params, images))
+        return _cross_entropy(labels)(net().apply(params, images))
 
     return Style("haiku", make, (images,), loss)
 
