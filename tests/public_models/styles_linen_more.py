@@ -48,7 +48,7 @@ class UNet(nn.Module):
         x = nn.Conv(32, (3, 3), (2, 2), dtype=self.dtype)(first)
         x = ResidualBlock(32, self.dtype)(x, time)
         flat = nn.GroupNorm(4, dtype=self.dtype)(x).reshape(len(x), -1, 32)
-        flat = nn.SelfAttention(2, dtype=self.dtype)(flat)
+        flat = nn.MultiHeadDotProductAttention(2, dtype=self.dtype)(flat)
         x = x + flat.reshape(x.shape)
         x = jax.image.resize(x, (*first.shape[:3], 32), "nearest")
         x = ResidualBlock(16, self.dtype)(jnp.concatenate([x, first], -1), time)
