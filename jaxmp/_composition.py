@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from jaxmp import _tree
-from jaxmp.errors import TransformationOrder
+from jaxmp.errors import MissingState, TransformationOrder
 
 
 def nodes(state: Any) -> Iterator[Any]:
@@ -79,6 +79,37 @@ def nonfinite_leaves(state: Any, member: int) -> dict[str, int]:
         ):
             return found
     return {}
+
+
+def require_state(state: Any, cls: type, name: str) -> None:
+    """Raises unless `update` was given a state that this transformation has made.
+
+    Args:
+      state: what it was given.
+      cls: the class of its own states.
+      name: of the transformation.
+
+    Raises:
+      MissingState: naming both, with the repair.
+    """
+    if isinstance(state, cls):
+        return
+    found = names(state)
+    holds = f" that holds the state of {found[0]}()" if found else ""
+    raise MissingState(
+        f"{name}() was updated with a {type(state).__name__}{holds} in place of its "
+        f"{cls.__name__}. Pass what this transformation's own init made: "
+        f"state = tx.init(params).{_adopting(cls, name)}"
+    )
+
+
+def _adopting(cls: Any, name: str) -> str:
+    if "inner_state" not in cls._fields:
+        return ""
+    return (
+        f" The state of an optimizer that ran without {name}() goes on inside: "
+        "tx.init(params)._replace(inner_state=state)."
+    )
 
 
 def refuse_inside(outer: str, state: Any, repairs: dict[str, str]) -> None:

@@ -24,6 +24,11 @@ class MatmulShape(NamedTuple):
         """Multiplications and additions, as the textbook counts them: 2 m n k."""
         return 2 * self.batch * self.m * self.n * self.k * self.taps
 
+    def __str__(self) -> str:
+        batch = f"{self.batch} of " if self.batch > 1 else ""
+        taps = f" x {self.taps} taps" if self.taps > 1 else ""
+        return f"{batch}({self.m}, {self.k}) @ ({self.k}, {self.n}){taps}"
+
 
 def matmul_shape(eqn: Any) -> MatmulShape:
     """The shape of a matmul or convolution.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -58,6 +58,27 @@ def shard_map_arguments(params: dict[str, Any]) -> dict[str, Any]:
         )
     arguments = {name: params[name] for name in names - {"newly_manual_axes"}}
     return {**arguments, "axis_names": set(params["newly_manual_axes"])}
+
+
+def map_jaxprs(params: dict[str, Any], function: Any) -> dict[str, Any]:
+    """The parameters of an equation with `function(jaxpr)` for each jaxpr in them.
+
+    Returns:
+      The same object if the function returns each jaxpr as it is.
+    """
+
+    def mapped(value: Any) -> Any:
+        if hasattr(value, "eqns"):
+            return function(value)
+        if isinstance(value, tuple) and any(hasattr(item, "eqns") for item in value):
+            items = tuple(map(mapped, value))
+            if all(new is old for new, old in zip(items, value, strict=True)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else items
+        return value
+
+    new = {name: mapped(value) for name, value in params.items()}
+    return new if any(new[name] is not params[name] for name in new) else params
 
 
 def with_lines_of_custom_rules(jaxpr: Any) -> Any:
@@ -132,3 +153,81 @@ def merge_common_subexpressions(module: Any) -> None:
 
     with module.context:
         PassManager.parse("builtin.module(cse)").run(module.operation)
+
+
+class Recorded(NamedTuple):
+    """The equation of an unfinished trace that made a value.
+
+    Attributes:
+      name: of the primitive.
+      inputs: the values that it was given, to be looked up in turn.
+      equation: JAX's own record.
+    """
+
+    name: str
+    inputs: tuple[Any, ...]
+    equation: Any
+
+
+class _Inside(NamedTuple):
+    """A variable of a nested jaxpr, and the equation around it."""
+
+    variable: Any
+    producers: dict[Any, Any]
+    outer: dict[Any, Any]
+
+    @property
+    def aval(self) -> Any:
+        return self.variable.aval
+
+
+def recorded_tangent(x: Any) -> Any:
+    """The tangent of a value that is being differentiated, None if none is recorded."""
+    tangent = getattr(x, "tangent", None)
+    is_recorded = hasattr(tangent, "parent") and hasattr(tangent, "aval")
+    return tangent if is_recorded else None
+
+
+def recorded(x: Any) -> Recorded | None:
+    """Looks up how an unfinished trace made a value; None for inputs and constants.
+
+    A nested function that is called as it is (`jax.jit`, `jax.checkpoint`) is looked
+    into: its result is what the last equation in it made.
+    """
+    if isinstance(x, _Inside):
+        equation = x.producers.get(x.variable)
+        if equation is None:
+            outer = x.outer.get(x.variable)
+            return None if outer is None else recorded(outer)
+        inputs = [v for v in equation.invars if not hasattr(v, "val")]
+        values = [x._replace(variable=v) for v in inputs]
+        if equation.primitive.name in _CALLS:
+            return _last_inside(equation, x.variable, equation.invars, x)
+        return Recorded(equation.primitive.name, tuple(values), equation)
+    equation: Any = getattr(x, "parent", None)
+    if not hasattr(equation, "in_tracers"):
+        return None
+    if equation.primitive.name in _CALLS:
+        return _last_inside(equation, x.val, equation.in_tracers, None)
+    inputs = tuple(v for v in equation.in_tracers if hasattr(v, "aval"))
+    return Recorded(equation.primitive.name, inputs, equation)
+
+
+_CALLS = frozenset(("jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"))
+
+
+def _last_inside(
+    equation: Any, result: Any, inputs: Sequence[Any], around: Any
+) -> Recorded | None:
+    jaxpr = open_jaxpr(equation.params.get("jaxpr", equation.params.get("call_jaxpr")))
+    if len(jaxpr.invars) != len(inputs):
+        return None
+    position = [id(v) for v in equation.outvars].index(id(result))
+    if around is not None:
+        inputs = [around._replace(variable=v) for v in inputs]
+    producers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    outer = dict(zip(jaxpr.invars, inputs, strict=True))
+    variable = jaxpr.outvars[position]
+    if hasattr(variable, "val"):
+        return None
+    return recorded(_Inside(variable, producers, outer))

@@ -35,6 +35,10 @@ class MissingExample(JaxmpError, TypeError):
     """A linen module was to be looked at without arguments to call it with."""
 
 
+class PolicyWithoutEffect(JaxmpError, ValueError):
+    """A half-precision policy leaves every matmul of a model in float32."""
+
+
 class NotAModule(JaxmpError, TypeError):
     """Something else than an instance of a Flax module was given as one."""
 
@@ -48,6 +52,10 @@ class LossScaleOptionError(JaxmpError, ValueError):
 
 class MissingLossScale(JaxmpError, ValueError):
     """A state was given for its loss scale, and it holds none."""
+
+
+class LossScalePolicyMismatch(JaxmpError, ValueError):
+    """An optimizer has the loss scale of another policy than it is trained under."""
 
 
 class MissingLossScaleArgument(JaxmpError, TypeError):
@@ -85,6 +93,10 @@ class MissingAux(JaxmpError, TypeError):
     """`has_aux=True`, but the function does not return `(loss, aux)`."""
 
 
+class TransformError(JaxmpError, TypeError):
+    """`transform=` is none that can differentiate this function."""
+
+
 class GradientTreeMismatch(JaxmpError, ValueError):
     """Gradients and parameters are trees of different structure."""
 
@@ -118,6 +130,13 @@ class MasterWeightsMismatch(JaxmpError, ValueError):
 
 class DtypeMismatch(JaxmpError, ValueError):
     """Arrays are stored in other dtypes than they should be."""
+
+
+# Train states
+
+
+class TrainStateOptionError(JaxmpError, TypeError):
+    """A train state was given a keyword that it has no use for."""
 
 
 # Checkpoints
@@ -204,6 +223,10 @@ class SearchStateMismatch(JaxmpError, ValueError):
 
 
 # Warnings
+
+
+class MostlyFloat32Warning(UserWarning):
+    """Layers with most of a model's parameters stay in float32 under a half policy."""
 
 
 class HalfParamsWarning(UserWarning):

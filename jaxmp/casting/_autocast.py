@@ -5,6 +5,7 @@ The function is traced to a jaxpr, the jaxpr is planned (`_plan`), and the plan 
 the same arguments, to be jitted, differentiated and batched like the one that went in.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp.casting import rules as _call_rules  # noqa: F401  registers their rules
+from jaxmp.casting._ambient import ambient_precision, without_ambient_precision
 from jaxmp.casting._arguments import check_function, flatten_arguments
 from jaxmp.casting._eager import compiled
 from jaxmp.casting._execute import Executor, cast
@@ -104,28 +106,28 @@ def autocast(
     def execute(jaxpr: Any, consts: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
         plan, planner = plan_jaxpr(jaxpr, settings, output_dtype)
         check_rules(planner)
-        with jax.named_scope(AUTOCAST_SCOPE):
-            args = [
-                cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)
-            ]
-            outs = Executor(planner, named_scopes).run(plan, consts, args)
-            return [
-                cast_output(x, v, dtype)
-                for x, v, dtype in zip(
-                    outs,
-                    jaxpr.jaxpr.outvars,
-                    out_dtypes(jaxpr, output_dtype),
-                    strict=True,
-                )
-            ]
+        return run_plan(
+            plan,
+            planner,
+            jaxpr,
+            consts,
+            arrays,
+            output_dtype,
+            named_scopes=named_scopes,
+        )
 
     run = compiled(execute, settings.compute_dtype)
+    as_it_is = with_output_dtype(fn, output_dtype)
     has_paths = any(rule.path is not None for rule in settings.rules)
 
     @functools.wraps(fn, updated=())
     def autocasted(*args: Any, **kwargs: Any) -> Any:
+        if settings.is_plain:
+            with jax.named_scope(AUTOCAST_SCOPE):
+                return as_it_is(*args, **kwargs)
         arguments, arrays = flatten_arguments(fn, args, kwargs)
-        jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=has_paths)
+        with without_ambient_precision():
+            jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=has_paths)
         outs = run(jaxpr, arrays)
         return arguments.finish(jax.tree.unflatten(out_tree, outs))
 
@@ -159,6 +161,29 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
     return precise
 
 
+def run_plan(
+    plan: JaxprPlan,
+    planner: Planner,
+    jaxpr: Any,
+    consts: Sequence[Any],
+    arrays: Sequence[Any],
+    output_dtype: Any = None,
+    *,
+    named_scopes: bool,
+    around_rules: Callable[[], Any] = contextlib.nullcontext,
+) -> list[Any]:
+    """Runs the plan of a whole traced function on its arrays."""
+    with jax.named_scope(AUTOCAST_SCOPE):
+        args = [cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)]
+        executor = Executor(planner, named_scopes, around_rules)
+        outs = executor.run(plan, consts, args)
+        dtypes = out_dtypes(jaxpr, output_dtype)
+        return [
+            cast_output(x, v, dtype)
+            for x, v, dtype in zip(outs, jaxpr.jaxpr.outvars, dtypes, strict=True)
+        ]
+
+
 def read_settings(policy: Any, rules: Sequence[Any], half_residuals: bool) -> Settings:
     """Reads what a plan depends on from the arguments of `autocast`."""
     policy = get_policy(policy)
@@ -174,8 +199,12 @@ def read_settings(policy: Any, rules: Sequence[Any], half_residuals: bool) -> Se
 def plan_jaxpr(
     jaxpr: Any, settings: Settings, output_dtype: Any = None
 ) -> tuple[JaxprPlan, Planner]:
-    """Plans a whole traced function, whose inputs have the dtypes they came in."""
-    planner = Planner(settings)
+    """Plans a whole traced function, whose inputs have the dtypes they came in.
+
+    It was traced under `without_ambient_precision()`; what stays in float32 gets the
+    precision that is ambient now.
+    """
+    planner = Planner(settings._replace(ambient=ambient_precision()))
     in_states = [traced_state(v) for v in jaxpr.jaxpr.invars]
     is_half = output_dtype is not None and jnp.dtype(output_dtype) in _tree.HALF
     out_wants = [is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars]
@@ -189,6 +218,17 @@ def out_dtypes(jaxpr: Any, output_dtype: Any) -> list[np.dtype | None]:
     if output_dtype is None:
         return list(dtypes)
     return [None if dtype is None else jnp.dtype(output_dtype) for dtype in dtypes]
+
+
+def with_output_dtype(fn: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    """The function with floating outputs in a dtype; in its own for None."""
+    if dtype is None:
+        return fn
+
+    def cast_outputs(*args: Any, **kwargs: Any) -> Any:
+        return _tree.cast_floating(fn(*args, **kwargs), dtype)
+
+    return cast_outputs
 
 
 def cast_input(x: Any, state: Any) -> Any:

@@ -39,6 +39,11 @@ class _Program:
         return hash(self._key)
 
 
+def is_eager(jaxpr: Any, arrays: Sequence[Any]) -> bool:
+    """Whether nothing that a traced function takes or closes over is traced itself."""
+    return not any(isinstance(x, jax.core.Tracer) for x in (*jaxpr.consts, *arrays))
+
+
 def compiled(
     execute: Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]], dtype: Any
 ) -> Callable[[Any, Sequence[Any]], list[Any]]:
@@ -55,8 +60,7 @@ def compiled(
     jitted = jax.jit(autocasted, static_argnums=0)
 
     def run(jaxpr, arrays):
-        values = (*jaxpr.consts, *arrays)
-        if not any(isinstance(x, jax.core.Tracer) for x in values):
+        if is_eager(jaxpr, arrays):
             text = jaxpr.pretty_print(source_info=True, name_stack=True)
             if not _CALLBACK.search(text):
                 program = _Program(jaxpr, text, dtype)

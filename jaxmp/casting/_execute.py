@@ -1,7 +1,8 @@
 """Runs a plan: binds the equations again, in the dtypes that the plan gives them."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +28,19 @@ class Executor:
     The cast is made for each reader anew: the cotangents of a float32 value are then
     summed in float32, and XLA merges the casts.
 
-    With `named_scopes`, name stacks tell what is computed in which dtype.
+    With `named_scopes`, name stacks tell what is computed in which dtype. Custom
+    derivative rules are traced when they are needed, under what `around_rules` enters.
     """
 
-    def __init__(self, planner: Planner, named_scopes: bool):
+    def __init__(
+        self,
+        planner: Planner,
+        named_scopes: bool,
+        around_rules: Callable[[], Any] = contextlib.nullcontext,
+    ):
         self.planner = planner
         self.named_scopes = named_scopes
+        self.around_rules = around_rules
         self._islands: dict[Any, Callable[..., list[Any]]] = {}
 
     def run(
@@ -113,7 +121,7 @@ class Executor:
                 rule = _registry.call_rule(eqn.primitive.name)
                 return list(rule.execute(plan, operands, self))
             params = eqn.params if plan.params is None else plan.params
-            if _is_done_cast(eqn, operands):
+            if _is_done_cast(eqn, params, operands):
                 return operands
             if in_island and has_pick(eqn):
                 return bind_with_picks(eqn, operands)
@@ -224,10 +232,10 @@ def _widen(x: Any) -> Any:
     return jax.lax.convert_element_type(x, FLOAT32) if is_half else x
 
 
-def _is_done_cast(eqn: Any, operands: Sequence[Any]) -> bool:
+def _is_done_cast(eqn: Any, params: Mapping[str, Any], operands: Sequence[Any]) -> bool:
     return (
         eqn.primitive.name == "convert_element_type"
-        and jnp.result_type(operands[0]) == eqn.params["new_dtype"]
+        and jnp.result_type(operands[0]) == params["new_dtype"]
     )
 
 

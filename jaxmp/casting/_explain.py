@@ -14,6 +14,7 @@ from jax.extend import source_info_util
 from jaxmp import _html, _table, _tree
 from jaxmp._flops import MATMULS, matmul_shape
 from jaxmp._residuals import residual_jaxpr
+from jaxmp.casting._ambient import without_ambient_precision
 from jaxmp.casting._arguments import flatten_arguments
 from jaxmp.casting._autocast import autocast, check_rules, plan_jaxpr, read_settings
 from jaxmp.casting._cancellation import NOTE, cancelling
@@ -158,7 +159,8 @@ def explain(
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         args, kwargs = jax.tree.map(_concrete, (args, kwargs))
         arguments, arrays = flatten_arguments(fn, args, kwargs)
-        jaxpr, _ = arguments.trace(fn, arrays, name_modules=True)
+        with without_ambient_precision():
+            jaxpr, _ = arguments.trace(fn, arrays, name_modules=True)
         plan, planner = plan_jaxpr(jaxpr, settings)
         check_rules(planner)
         told = list(_walk(plan, (), 1))

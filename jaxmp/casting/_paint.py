@@ -6,27 +6,36 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxmp import _tree
+from jaxmp._flops import MATMULS
 from jaxmp.casting import _registry
+from jaxmp.casting._ambient import with_ambient_precision
 from jaxmp.casting._constants import Constants
 from jaxmp.casting._feeds import Feeds
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting._plan import (
+    AUTOCAST_SCOPE,
+    FULL_PRECISION_SCOPE,
     SPECIAL_FUNCTION,
     Decision,
     EqnPlan,
     JaxprPlan,
     is_backward,
+    is_border,
     is_in_special_function,
+    scope_names,
 )
+from jaxmp.casting._promotion import is_promotion
 from jaxmp.casting._schedule import schedule
 from jaxmp.casting._states import (
     FLOAT32,
     FULL,
+    KEPT,
     NEUTRAL,
     PINNED,
     Kind,
     State,
     castable_dtype,
+    is_integer,
     is_literal,
     low,
     traced_state,
@@ -35,7 +44,7 @@ from jaxmp.casting._states import (
 # Products and quotients with an island's result are gates and normalisations; sums
 # with it are residual streams.
 _GATES = frozenset(("mul", "div"))
-_MATMULS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))
+_DEFAULT = (jax.lax.Precision.DEFAULT, jax.lax.Precision.DEFAULT)
 # What a checkpoint policy saves by name is saved in half.
 _BARRIERS = frozenset(("name", "optimization_barrier"))
 
@@ -80,9 +89,14 @@ class Painter:
     def state(self, atom: Any) -> State | None:
         return traced_state(atom) if is_literal(atom) else self.states[atom]
 
+    def in_backward(self, eqn: Any) -> bool:
+        return self.context.in_backward or is_backward(eqn)
+
     def paint_eqn(self, eqn: Any) -> EqnPlan:
         name = eqn.primitive.name
         states = [self.state(v) for v in eqn.invars]
+        if self.planner.settings.is_plain:
+            return self.untouched(eqn, states, "float32 is the policy: as traced")
         if not any(states) and not any(map(castable_dtype, eqn.outvars)):
             call = _registry.call_rule(name)
             inner = () if call is None else call.bodies(eqn)
@@ -109,22 +123,7 @@ class Painter:
             return self.cast(eqn, states)
         entry = _registry.entry(eqn.primitive.name)
         if entry.op_class is OpClass.COMPUTE:
-            intent = self.planner.matmul_intent(eqn)
-            if intent is None and any(
-                s is not None and s.kind is Kind.PINNED for s in states
-            ):
-                intent = "an operand was cast to float32"
-            if intent is None:
-                return self.compute(eqn, entry.reason)
-            plan = self.untouched(eqn, states, intent)
-            pinned = [
-                PINNED if s is not None and not s.is_low else s for s in plan.out_states
-            ]
-            return dataclasses.replace(
-                plan,
-                out_states=tuple(pinned),
-                params=self.with_precision(eqn, eqn.params),
-            )
+            return self.matmul(eqn, states, entry.reason)
         if entry.op_class is OpClass.FULL:
             return self.full(eqn, states, entry.reason)
         if eqn.primitive.name == "gather" and self.is_lookup(eqn, states):
@@ -141,7 +140,26 @@ class Painter:
     def untouched(self, eqn, states, reason) -> EqnPlan:
         outs = tuple(traced_state(v) for v in eqn.outvars)
         dtypes = tuple(map(castable_dtype, eqn.invars))
-        return EqnPlan(eqn, OpClass.UNTOUCHED, reason, dtypes, outs)
+        params = self.with_precision(eqn)
+        return EqnPlan(eqn, OpClass.UNTOUCHED, reason, dtypes, outs, params=params)
+
+    def matmul(self, eqn, states, reason) -> EqnPlan:
+        """Half, unless the program says otherwise about this one or its operands.
+
+        What it returns is an ordinary value either way.
+        """
+        kinds = {s.kind for s in states if s is not None}
+        intent = self.planner.matmul_intent(eqn)
+        if intent is None and Kind.PINNED in kinds:
+            intent = "an operand was cast to float32"
+        if intent is not None:
+            plan = self.untouched(eqn, states, intent)
+            outs = [FULL if s is NEUTRAL else s for s in plan.out_states]
+            return dataclasses.replace(plan, out_states=tuple(outs))
+        if kinds <= {Kind.NEUTRAL} and _is_outer_product(eqn):
+            return self.full(eqn, [None] * len(states), "a product without a sum")
+        halves = {castable_dtype(v) for v in eqn.invars[:2]} & _tree.HALF
+        return self.compute(eqn, reason, *halves)
 
     def compute(self, eqn, reason, dtype=None) -> EqnPlan:
         dtype = dtype or self.planner.settings.compute_dtype
@@ -150,13 +168,21 @@ class Painter:
             states = [self.state(v) for v in eqn.invars]
             return self.full(eqn, states, bad)
         if dtype == FLOAT32:
-            params = self.with_precision(eqn, eqn.params)
+            params = self.with_precision(eqn)
             in_dtypes = tuple(castable_dtype(v) and FLOAT32 for v in eqn.invars)
             outs = tuple(castable_dtype(v) and NEUTRAL for v in eqn.outvars)
             return EqnPlan(eqn, OpClass.COMPUTE, reason, in_dtypes, outs, params=params)
-        backward = self.context.in_backward or is_backward(eqn)
+        backward = self.in_backward(eqn)
         state = State(Kind.GRADIENT if backward else Kind.LOW, dtype)
-        return self.at(eqn, state, OpClass.COMPUTE, reason)
+        plan = self.at(eqn, state, OpClass.COMPUTE, reason)
+        if eqn.primitive.name not in MATMULS:
+            return plan
+        if any(map(is_integer, eqn.invars[:2])):
+            plan.in_dtypes = (dtype, dtype, *plan.in_dtypes[2:])
+        if self.planner.settings.ambient and eqn.params["precision"] is None:
+            # JAX would give its gradients the ambient precision.
+            plan.params = {**(plan.params or eqn.params), "precision": _DEFAULT}
+        return plan
 
     def at(self, eqn, state: State, op_class, reason) -> EqnPlan:
         """Operands and results in one half dtype."""
@@ -180,7 +206,8 @@ class Painter:
         in_island = is_active and not eqn.effects and self.is_cheap(eqn)
         if in_island:
             self.feeds.add(eqn, states)
-        return EqnPlan(eqn, OpClass.FULL, reason, in_dtypes, outs, in_island)
+        params = self.with_precision(eqn)
+        return EqnPlan(eqn, OpClass.FULL, reason, in_dtypes, outs, in_island, params)
 
     def is_cheap(self, eqn) -> bool:
         call = _registry.call_rule(eqn.primitive.name)
@@ -206,21 +233,31 @@ class Painter:
         """A cast that changes a dtype means it; one that does not is no operation."""
         source, target = states[0], eqn.params["new_dtype"]
         traced = castable_dtype(eqn.invars[0])
+        if is_border(eqn) and source is not None and target in _tree.CASTABLE:
+            params = {**eqn.params, "new_dtype": source.dtype}
+            reason = "a layer's result, shown to code written for float32"
+            return EqnPlan(
+                eqn, OpClass.FOLLOW, reason, (None,), (source,), params=params
+            )
         if traced is None or target not in _tree.CASTABLE:
             return self.untouched(eqn, states, "cast from or to what is no float")
         if traced == target:
             return self.follow(eqn, states, self.chosen(eqn, states))
         if target in _tree.HALF:
-            state = State(Kind.LOW, target)
+            state = State(Kind.GRADIENT if self.in_backward(eqn) else Kind.LOW, target)
             return EqnPlan(
                 eqn, OpClass.UNTOUCHED, f"cast to {target}", (None,), (state,)
             )
         if source is None or not source.is_low:
             return self.untouched(eqn, states, "cast to float32")
+        if self.in_backward(eqn) or is_promotion(eqn):
+            return self.follow(eqn, states, self.uncast(eqn, source))
         return self.full(eqn, states, "cast to float32 by the program", PINNED)
 
     def decided(self, eqn, states, decision: Decision) -> EqnPlan:
         if decision.dtype is None:
+            if eqn.primitive.name == "convert_element_type":
+                return self.decided_cast(eqn, states, decision)
             return self.untouched(eqn, states, decision.reason)
         entry = _registry.entry(eqn.primitive.name)
         if decision.dtype == FLOAT32:
@@ -230,6 +267,14 @@ class Painter:
         else:
             plan = self.compute(eqn, decision.reason, decision.dtype)
         return dataclasses.replace(plan, rule=decision.rule)
+
+    def decided_cast(self, eqn, states, decision: Decision) -> EqnPlan:
+        """A cast to half of what is in half already is none."""
+        plan = self.untouched(eqn, states, decision.reason)
+        state = states[0]
+        if state is not None and state.dtype == eqn.params["new_dtype"] in _tree.HALF:
+            return dataclasses.replace(plan, in_dtypes=(None,))
+        return plan
 
     def composite(self, eqn, states, call) -> EqnPlan | None:
         """A call without a matmul in it is planned like one operation."""
@@ -249,20 +294,28 @@ class Painter:
         choice = self.chosen(eqn, states)
         return None if choice.state.is_low else self.follow(eqn, states, choice)
 
-    def with_precision(self, eqn, params) -> dict[str, Any] | None:
-        """Puts the policy's algorithm into a matmul that stays in float32."""
-        precision = self.planner.settings.matmul_precision
-        if precision is None or params.get("precision") is not None:
-            return None
-        if eqn.primitive.name not in _MATMULS:
-            return None
-        if castable_dtype(eqn.outvars[0]) != FLOAT32:
-            return None
-        if isinstance(precision, jax.lax.Precision):
-            return {**params, "precision": (precision, precision)}
-        if eqn.primitive.name != "dot_general":
-            return None
-        return {**params, "precision": precision}
+    def with_precision(self, eqn) -> dict[str, Any] | None:
+        """The algorithm of what stays in float32: the policy's, or the ambient one."""
+        settings = self.planner.settings
+        asked = settings.matmul_precision
+        if asked is not None and self.takes_precision(eqn, asked):
+            is_pair = isinstance(asked, jax.lax.Precision)
+            precision = (asked, asked) if is_pair else asked
+            return {**eqn.params, "precision": precision}
+        params = with_ambient_precision(eqn, eqn.params, settings.ambient)
+        return None if params is eqn.params else params
+
+    def takes_precision(self, eqn, precision) -> bool:
+        name = eqn.primitive.name
+        is_pair = isinstance(precision, jax.lax.Precision)
+        return (
+            name in MATMULS
+            and (is_pair or name == "dot_general")
+            and eqn.params.get("precision") is None
+            and castable_dtype(eqn.outvars[0]) == FLOAT32
+            and FULL_PRECISION_SCOPE not in scope_names(eqn)
+            and AUTOCAST_SCOPE not in scope_names(eqn)
+        )
 
     # What an operation follows
 
@@ -288,10 +341,12 @@ class Painter:
             dtype = lows[0].dtype if lows else self.planner.settings.compute_dtype
             return _Choice(State(Kind.LOW, dtype), "traced in half")
         if Kind.PINNED in kinds:
-            return _Choice(PINNED, "follows a cast to float32 by the program")
-        in_backward = self.context.in_backward or is_backward(eqn)
-        if Kind.GRADIENT in kinds and not in_backward:
-            return _Choice(PINNED, "a gradient is used: updates are made in float32")
+            state = KEPT if lows else PINNED
+            return _Choice(state, "follows a cast to float32 by the program")
+        if Kind.GRADIENT in kinds and not self.in_backward(eqn):
+            return _Choice(KEPT, "a gradient is used: updates are made in float32")
+        if Kind.KEPT in kinds:
+            return _Choice(KEPT, "follows an update that is made in float32")
         if len({s.dtype for s in lows}) > 1:
             return _Choice(FULL, "operands of two half dtypes")
         state = lows[0] if lows else self.planner.low
@@ -312,6 +367,17 @@ class Painter:
             return _Choice(state, "follows its low operands")
         return _Choice(FULL, "no matmul reads the result in half")
 
+    def uncast(self, eqn, source: State) -> "_Choice":
+        """What follows a cast to float32 that was not asked for.
+
+        It was made for an operand of another dtype, or is the gradient of a cast.
+        """
+        if eqn.outvars[0] in self.wanted:
+            return _Choice(source, "a promotion by JAX decides nothing")
+        if self.in_backward(eqn):
+            return _Choice(KEPT, "the gradient of a cast to half")
+        return _Choice(FULL, "no matmul reads the result in half")
+
     def is_lookup(self, eqn, states) -> bool:
         """Rows looked up in a table of parameters are activations, from there on."""
         table = eqn.invars[0]
@@ -330,6 +396,14 @@ class Painter:
 
     def joins_island(self, eqn, states) -> bool:
         return eqn.primitive.name in _GATES or self.feeds.covers(eqn, states)
+
+
+def _is_outer_product(eqn: Any) -> bool:
+    """A contraction of no axis: `einsum("i,j->ij")` of positions and frequencies."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return not contracted
 
 
 class _Choice(NamedTuple):

@@ -31,11 +31,21 @@ import numpy as np
 
 from jaxmp.casting import _rules
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting._states import State, castable_dtype, traced_state
+from jaxmp.casting._states import FLOAT32, State, castable_dtype, traced_state
 
 FULL_PRECISION_SCOPE = "jaxmp.full_precision"
 AUTOCAST_SCOPE = "jaxmp.autocast"
-_OWN_SCOPES = frozenset((AUTOCAST_SCOPE, FULL_PRECISION_SCOPE))
+# What `apply_policy` has decided about one of Flax's layers.
+LAYER_SCOPE = "jaxmp.layer"
+# A cast that shows a half result to code that was written for float32. It is no wish
+# for float32: the value stays in half, and follows its readers.
+BORDER_SCOPE = "jaxmp.border"
+_DECIDED = {
+    FULL_PRECISION_SCOPE: "full_precision",
+    AUTOCAST_SCOPE: "decided by the autocast inside",
+    LAYER_SCOPE: "a layer of Flax, decided by its policy",
+}
+_OWN_SCOPES = frozenset((*_DECIDED, BORDER_SCOPE))
 
 
 @dataclasses.dataclass(slots=True)
@@ -109,12 +119,25 @@ class Context(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a plan depends on, besides the jaxpr."""
+    """What a plan depends on, besides the jaxpr.
+
+    `ambient` is the precision parameter that matmuls were to get where it was called.
+    """
 
     compute_dtype: np.dtype
     matmul_precision: Any = None
     rules: tuple[_rules.OpRule, ...] = ()
     recompute: bool = True
+    ambient: Any = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is asked for: everything stays as it was traced."""
+        return (
+            self.compute_dtype == FLOAT32
+            and self.matmul_precision is None
+            and not self.rules
+        )
 
 
 class Decision(NamedTuple):
@@ -123,6 +146,25 @@ class Decision(NamedTuple):
     dtype: np.dtype | None
     reason: str
     rule: _rules.OpRule | None = None
+
+
+def decided_by_scope(eqn: Any) -> Decision | None:
+    """What the innermost of jaxmp's own scopes says about an equation."""
+    for name in reversed(scope_names(eqn)):
+        if name in _DECIDED:
+            dtype = FLOAT32 if name == FULL_PRECISION_SCOPE else None
+            return Decision(dtype, _DECIDED[name])
+    return None
+
+
+def is_border(eqn: Any) -> bool:
+    """True for a cast at the border of a layer, which is not meant as a cast."""
+    return BORDER_SCOPE in scope_names(eqn)
+
+
+def is_in_layer(eqn: Any) -> bool:
+    """True for what is computed inside of one of Flax's layers under a policy."""
+    return LAYER_SCOPE in scope_names(eqn)
 
 
 def scope_names(eqn: Any) -> tuple[str, ...]:

@@ -13,17 +13,27 @@ from jaxmp.casting._paint import Painter
 from jaxmp.casting._plan import (
     AUTOCAST_SCOPE,
     FULL_PRECISION_SCOPE,
+    LAYER_SCOPE,
     SPECIAL_FUNCTION,
     Context,
     Decision,
     JaxprPlan,
     Settings,
+    decided_by_scope,
     is_backward,
+    is_in_layer,
     is_in_special_function,
     scope_names,
     scopes,
 )
-from jaxmp.casting._states import FLOAT32, State, castable_dtype, is_literal, low
+from jaxmp.casting._states import (
+    FLOAT32,
+    State,
+    castable_dtype,
+    is_integer,
+    is_literal,
+    low,
+)
 
 
 class Planner:
@@ -80,7 +90,7 @@ class Planner:
             return nothing
         name = eqn.primitive.name
         call = _registry.call_rule(name)
-        decided = self.decided(eqn, context)
+        decided = None if is_in_layer(eqn) else self.decided(eqn, context)
         if decided is not None:
             is_low = decided.dtype in _tree.HALF
             return tuple(is_low and castable_dtype(v) is not None for v in eqn.invars)
@@ -155,13 +165,9 @@ class Planner:
 
     def decided(self, eqn: Any, context: Context) -> Decision | None:
         """What the user decided about an equation, wherever it stands."""
-        names = scope_names(eqn)
-        if FULL_PRECISION_SCOPE in names:
-            return Decision(FLOAT32, "full_precision")
-        if AUTOCAST_SCOPE in names:
-            return Decision(None, "decided by the autocast inside")
-        if not self.settings.rules:
-            return None
+        decision = decided_by_scope(eqn)
+        if decision is not None or not self.settings.rules:
+            return decision
         around = context.scopes + scopes(eqn)
         name = eqn.primitive.name
         for rule in self.settings.rules:
@@ -171,13 +177,17 @@ class Planner:
         return None
 
     def matmul_intent(self, eqn: Any) -> str | None:
-        """Why a matmul keeps the dtypes it was traced with, or None."""
-        traced = [d for d in map(castable_dtype, eqn.invars) if d is not None]
+        """Why a matmul keeps the dtypes it was traced with, or None.
+
+        Integers are exact and take the dtype of the other operand.
+        """
+        operands = eqn.invars[:2]
+        traced = [d for d in map(castable_dtype, operands) if d is not None]
         result = castable_dtype(eqn.outvars[0])
-        if result is None or len(traced) < 2:
+        if result is None or not traced or not all(map(_can_be_float, operands)):
             return "no float32 matmul"
-        if any(dtype in _tree.HALF for dtype in traced):
-            if result == FLOAT32 and all(dtype in _tree.HALF for dtype in traced):
+        if all(dtype in _tree.HALF for dtype in traced):
+            if result == FLOAT32:
                 return "a float32 result was asked of half operands"
             return "traced in half"
         precision = eqn.params.get("precision")
@@ -260,7 +270,8 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
         call = _registry.call_rule(name)
         has_float = has_float or any(dtypes)
         names = scope_names(eqn)
-        if any(dtype in _tree.HALF for dtype in dtypes) or AUTOCAST_SCOPE in names:
+        is_decided = AUTOCAST_SCOPE in names or LAYER_SCOPE in names
+        if any(dtype in _tree.HALF for dtype in dtypes) or is_decided:
             is_simple = False
         if call is not None:
             inner = [planner.contents(body) for body in call.bodies(eqn)]
@@ -283,6 +294,10 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
         is_simple = is_simple and _registry.is_cheap(name)
     is_special = bool(jaxpr.eqns) and all(map(planner.is_special, jaxpr.eqns))
     return Contents(has_float, has_matmul, has_full, has_lookup, is_simple, is_special)
+
+
+def _can_be_float(atom: Any) -> bool:
+    return castable_dtype(atom) is not None or is_integer(atom)
 
 
 def _is_array(atom: Any) -> bool:

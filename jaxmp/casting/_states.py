@@ -29,7 +29,11 @@ class Kind(enum.Enum):
     FULL = "full"
     """Result of a float32 island; handed back in half where half is wanted."""
     PINNED = "pinned"
-    """float32 because the program asks for it; stays so in what follows."""
+    """Cast to float32 by the program: what reads it directly, or through layout and
+    elementwise operations, is float32 too."""
+    KEPT = "kept"
+    """What a gradient or a cast to float32 was added to: elementwise operations and the
+    carries of loops keep it in float32, matmuls read it in half."""
 
 
 class State(NamedTuple):
@@ -46,6 +50,7 @@ class State(NamedTuple):
 NEUTRAL = State(Kind.NEUTRAL, FLOAT32)
 FULL = State(Kind.FULL, FLOAT32)
 PINNED = State(Kind.PINNED, FLOAT32)
+KEPT = State(Kind.KEPT, FLOAT32)
 
 
 def low(dtype: np.dtype) -> State:
@@ -57,6 +62,11 @@ def castable_dtype(atom: Any) -> np.dtype | None:
     """The dtype of a float16, bfloat16 or float32 value; None for all others."""
     dtype = getattr(atom.aval, "dtype", None)
     return dtype if dtype in _tree.CASTABLE else None
+
+
+def is_integer(atom: Any) -> bool:
+    """True for integers and booleans, which a cast to a float is no decision about."""
+    return getattr(getattr(atom.aval, "dtype", None), "kind", "") in ("i", "u", "b")
 
 
 def traced_state(atom: Any) -> State | None:
@@ -79,8 +89,12 @@ def join(states: Iterable[State | None], wanted: bool) -> State | None:
         return None
     kinds = {s.kind for s in known}
     lows = {s.dtype for s in known if s.is_low}
-    if len(lows) > 1 or Kind.PINNED in kinds:
+    if Kind.PINNED in kinds:
         return PINNED
+    if Kind.KEPT in kinds:
+        return KEPT
+    if len(lows) > 1:
+        return FULL
     if lows and (len(lows) == len(kinds) or wanted):
         return next(s for s in known if s.is_low)
     return FULL if Kind.FULL in kinds or lows else NEUTRAL

@@ -7,7 +7,7 @@ from jaxmp.cli._load import HELP, load_function, make_step, stay_on_cpu, takes_p
 from jaxmp.cli._output import Output
 from jaxmp.report import audit
 
-KINDS = ("upcast", "matmul", "collective", "alignment")
+KINDS = ("accumulation", "upcast", "matmul", "collective", "alignment")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxmp.cli._source import check_source
 from jaxmp.errors import InvalidStep
 
 HELP = (
@@ -36,6 +37,7 @@ def load_function(spec: str) -> Callable[..., Any]:
             f"{spec!r} names no function. Write MODULE:FUNCTION, such as "
             "train:make_step, or FILE.py:FUNCTION."
         )
+    check_source(module_name, name)
     module = _import(module_name)
     function = module
     for part in name.split("."):

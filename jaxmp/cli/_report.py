@@ -10,6 +10,8 @@ from pathlib import Path
 from jaxmp.cli._load import HELP, load_function, make_step, stay_on_cpu, takes_policy
 from jaxmp.cli._output import Output
 from jaxmp.report import StepReport, compile_step, compile_step_of
+from jaxmp.report._progress import Progress
+from jaxmp.report._targets import read_target
 
 KINDS = ("does-not-fit",)
 _LOCAL = ("gpu", "tpu")
@@ -36,14 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--png", metavar="FILE", help="write a bar chart, too")
     parser.add_argument("--no-cache", action="store_true", help="compile everything")
+    parser.add_argument(
+        "--quiet", action="store_true", help="do not say what is done meanwhile"
+    )
 
 
 def run(options: argparse.Namespace) -> Output:
     """Compiles the step."""
+    progress = not options.quiet
     chosen = options.target or ["h100", "tpu-v5e"]
+    for target in chosen:
+        read_target(target)
     if not any(target.partition(":")[0] in _LOCAL for target in chosen):
         stay_on_cpu()
-    told = _compile(options, chosen)
+    Progress(progress).say(f"loading {options.step}")
+    told = _compile(options, chosen, progress)
     if options.png:
         told.to_png(Path(options.png))
     too_large = any(row.fits is False for row in told.rows)
@@ -51,13 +60,16 @@ def run(options: argparse.Namespace) -> Output:
     return Output(str(told), told.to_rows(), told.to_html, kinds)
 
 
-def _compile(options: argparse.Namespace, chosen: list[str]) -> StepReport:
+def _compile(
+    options: argparse.Namespace, chosen: list[str], progress: bool
+) -> StepReport:
     function = load_function(options.step)
     settings = {
         "policies": options.policy or ["float32", "mixed_bfloat16", "mixed_float16"],
         "targets": chosen,
         "donate_argnums": options.donate,
         "cache": not options.no_cache,
+        "progress": progress,
     }
     if takes_policy(function):
         return compile_step_of(lambda policy: make_step(function, policy), **settings)

@@ -7,7 +7,7 @@ accumulation and Optax see what they would see without it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,13 @@ from jaxmp.errors import (
     NonScalarLoss,
 )
 from jaxmp.loss_scale._access import get_loss_scale
+from jaxmp.loss_scale._differentiate import (
+    call_keeping_states,
+    check_integers,
+    unpack,
+    with_value,
+)
+from jaxmp.loss_scale._float16_losses import was_float16
 from jaxmp.loss_scale._micro_batches import MicroBatches
 from jaxmp.loss_scale._unscale import scale_tree, unscale_tree
 
@@ -35,7 +42,7 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     micro_batches: int | None = None,
-    batch_argnums: int | tuple[int, ...] = 1,
+    batch_argnums: int | str | Sequence[int | str] | None = None,
     micro_batch_aux: str = "stack",
     transform: Callable[..., Any] = jax.value_and_grad,
     **transform_kwargs: Any,
@@ -49,13 +56,17 @@ def value_and_grad(
       micro_batches: into how many parts the batch is cut. They are run one after the
         other with the memory of one, and losses and gradients are averaged in float32,
         which is the same up to rounding if `fun` averages over examples.
-      batch_argnums: positions of the arguments that are cut along the first axis of
-        their arrays. Part j takes the examples j, j + micro_batches, ... A single
-        random key in them is split.
+      batch_argnums: positions, or keywords, of the arguments that are cut along the
+        first axis of their arrays. By default every argument is cut that holds such
+        arrays and is not differentiated; models and other states are not, and arrays
+        whose first axes differ are an error. Part j takes the examples j,
+        j + micro_batches, ... A single random key is split.
       micro_batch_aux: `"stack"` gives the auxiliary outputs a first axis of parts;
         `"mean"` averages the floating ones and takes the others from the last part.
       transform: what differentiates: `jax.value_and_grad`, `nnx.value_and_grad`,
-        `equinox.filter_value_and_grad`, or one of the same form.
+        `equinox.filter_value_and_grad`, or one of the same form. Their `grad`s are
+        taken for them. An nnx model that holds statistics, counters or keys needs
+        nnx's.
       **transform_kwargs: passed on to `transform`: `allow_int`, `holomorphic`, ...
 
     Returns:
@@ -73,6 +84,8 @@ def value_and_grad(
       NonScalarLoss: if the loss has axes, or is no number.
       NonFloatingLoss: if it is an integer or boolean.
       MissingAux: if `has_aux` and `fun` returns no pair.
+      TransformError: if `transform` returns no value, or is JAX's own where the model
+        is one of nnx that it cannot differentiate, or whose changes it would lose.
       MicroBatchError: if the batch cannot be cut.
 
     References:
@@ -89,27 +102,39 @@ def value_and_grad(
       >>> float(loss), float(grad), grad.dtype
       (6.0, 2.0, dtype('float32'))
     """
+    transform = with_value(transform)
     if argnums != 0:
         transform_kwargs["argnums"] = argnums
     cut = None
     if micro_batches is not None:
-        cut = MicroBatches(micro_batches, _as_tuple(batch_argnums), micro_batch_aux)
+        batch = None if batch_argnums is None else _as_tuple(batch_argnums)
+        cut = MicroBatches(micro_batches, batch, argnums, micro_batch_aux)
 
     @functools.wraps(fun)
     def value_and_grad_of_fun(*args, **kwargs):
         scale = get_loss_scale(_pop_loss_scale(kwargs, fun))
+        check_integers(transform, args, argnums, transform_kwargs)
 
-        @functools.wraps(fun)
-        def scaled(*args, **kwargs):
-            loss, aux = _split(fun(*args, **kwargs), has_aux, fun)
-            return scale_tree(loss, _effective(scale, loss)), (loss, aux)
+        def differentiate(*args, **kwargs):
+            in_float16 = False
 
-        def differentiate(*args):
+            @functools.wraps(fun)
+            def scaled(*args, **kwargs):
+                nonlocal in_float16
+                output = call_keeping_states(fun, transform, args, kwargs)
+                loss, aux = _split(output, has_aux, fun)
+                in_float16 = was_float16(loss)
+                return scale_tree(loss, _effective(scale, in_float16)), (loss, aux)
+
             value_and_scaled_grad = transform(scaled, has_aux=True, **transform_kwargs)
-            (_, (loss, aux)), grads = value_and_scaled_grad(*args, **kwargs)
-            return (loss, aux), unscale_tree(grads, _effective(scale, loss))
+            result = value_and_scaled_grad(*args, **kwargs)
+            (loss, aux), grads = unpack(result, transform)
+            return (loss, aux), unscale_tree(grads, _effective(scale, in_float16))
 
-        value, grads = cut(differentiate, args) if cut else differentiate(*args)
+        if cut is None:
+            value, grads = differentiate(*args, **kwargs)
+        else:
+            value, grads = cut(differentiate, args, kwargs)
         return (value if has_aux else value[0]), grads
 
     return value_and_grad_of_fun
@@ -129,7 +154,7 @@ def grad(
       fun: as in `value_and_grad`.
       argnums: as in `value_and_grad`.
       has_aux: as in `value_and_grad`.
-      transform: as in `value_and_grad`; it has to return value and gradient.
+      transform: as in `value_and_grad`.
       **kwargs: the others of `value_and_grad`.
 
     Returns:
@@ -168,8 +193,8 @@ def _pop_loss_scale(kwargs: dict[str, Any], fun: Callable[..., Any]) -> Any:
     return kwargs.pop("loss_scale")
 
 
-def _as_tuple(argnums: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (argnums,) if isinstance(argnums, int) else tuple(argnums)
+def _as_tuple(names: int | str | Sequence[int | str]) -> tuple[int | str, ...]:
+    return (names,) if isinstance(names, (int, str)) else tuple(names)
 
 
 def _split(output: Any, has_aux: bool, fun: Callable[..., Any]) -> tuple[Any, Any]:
@@ -207,7 +232,5 @@ def _describe(x: Any) -> str:
     return f"a {type(x).__name__}"
 
 
-def _effective(scale: jax.Array, loss: jax.Array) -> jax.Array:
-    if jnp.result_type(loss) == jnp.float16:
-        return jnp.minimum(scale, LARGEST_FLOAT16_SCALE)
-    return scale
+def _effective(scale: jax.Array, in_float16: bool) -> jax.Array:
+    return jnp.minimum(scale, LARGEST_FLOAT16_SCALE) if in_float16 else scale

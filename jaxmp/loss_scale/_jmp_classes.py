@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import jmp
 import numpy as np
 
 from jaxmp import _tree
@@ -183,6 +184,24 @@ class DynamicLossScale:
 
 LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
 """Any of the three, for annotations and `isinstance`."""
+
+
+def of_jmp(x: Any) -> Any:
+    """Makes ours of a loss scale of the library jmp; anything else passes."""
+    match x:
+        case jmp.NoOpLossScale():
+            return NoOpLossScale()
+        case jmp.StaticLossScale():
+            return StaticLossScale(x.loss_scale)
+        case jmp.DynamicLossScale():
+            return DynamicLossScale(
+                x.loss_scale, x.counter, x.period, x.factor, _number(x.min_loss_scale)
+            )
+    return x
+
+
+def _number(x: Any) -> Any:
+    return x.item() if _tree.is_array(x) else x
 
 
 def select_tree(pred: jax.Array, a: T, b: T) -> T:

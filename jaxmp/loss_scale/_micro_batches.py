@@ -6,7 +6,7 @@ would all lie on one of them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,13 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp.errors import MicroBatchError
+from jaxmp.loss_scale._batch_arguments import (
+    Name,
+    argument_name,
+    find_batch,
+    is_single_key,
+    leading_sizes,
+)
 from jaxmp.loss_scale._unscale import OVERWRITE_WITH_GRADIENT
 
 PyTree = Any
@@ -27,7 +34,10 @@ class MicroBatches:
     """How a batch is cut, and what becomes of the auxiliary outputs."""
 
     count: int
-    argnums: tuple[int, ...]
+    batch: Sequence[Name] | None
+    """Positions and keywords of what is cut; None finds them."""
+    differentiated: Any
+    """`argnums`, as the transform takes it: never cut unless `batch` says so."""
     aux: str = STACK
 
     def __post_init__(self):
@@ -44,59 +54,73 @@ class MicroBatches:
             )
 
     def __call__(
-        self, value_and_grad: Callable[..., Any], args: tuple[Any, ...]
+        self,
+        value_and_grad: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[jax.Array, Any], PyTree]:
         """Averages losses and gradients over micro-batches, in float32 at least.
 
         Args:
-          value_and_grad: function of `args` that returns `((loss, aux), grads)`.
-          args: those at `argnums` hold the batch.
+          value_and_grad: function that returns `((loss, aux), grads)`.
+          args: its positional arguments.
+          kwargs: its keyword arguments.
 
         Returns:
           `((loss, aux), grads)`, in the dtypes that `value_and_grad` returns.
         """
-        batches = {i: self._cut(args, i) for i in self.argnums}
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        cut = self._cut(args, kwargs)
 
         def run(micro_batch):
-            micro_args = [micro_batch.get(i, x) for i, x in enumerate(args)]
-            (loss, aux), grads = value_and_grad(*micro_args)
+            part = [micro_batch.get(i, x) for i, x in enumerate(leaves)]
+            some_args, some_kwargs = jax.tree.unflatten(structure, part)
+            (loss, aux), grads = value_and_grad(*some_args, **some_kwargs)
             return (loss, grads), aux
 
         def add(totals, micro_batch):
             results, aux = run(micro_batch)
             return _add(totals, results), aux
 
-        first = jax.tree.map(lambda x: x[0], batches)
+        first = jax.tree.map(lambda x: x[0], cut)
         results, _ = jax.eval_shape(run, first)
         zeros = [_zeros(x) for x in _carried(results)]
-        totals, aux = jax.lax.scan(add, zeros, batches, length=self.count)
+        totals, aux = jax.lax.scan(add, zeros, cut, length=self.count)
         loss, grads = _average(totals, results, self.count)
         return (loss, jax.tree.map(self._finish_aux, aux)), grads
 
-    def _cut(self, args: tuple[Any, ...], argnum: int) -> PyTree:
-        if argnum >= len(args):
+    def _cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Any]:
+        """Cuts the arrays of the batch; what has no axis goes to every part whole."""
+        given: dict[Name, Any] = {**dict(enumerate(args)), **kwargs}
+        if self.batch is None:
+            chosen = find_batch(given, self.differentiated, self.count)
+        else:
+            positions = sum(isinstance(name, int) for name in given)
+            chosen = [_existing(name, given, positions) for name in self.batch]
+        sizes = {size for name in chosen for size in leading_sizes(given[name])}
+        cut = {}
+        paths = jax.tree_util.tree_leaves_with_path((args, kwargs))
+        for i, ((_, argument, *inside), x) in enumerate(paths):
+            name = getattr(argument, "key", getattr(argument, "idx", None))
+            if name not in chosen or not _tree.is_array(x):
+                continue
+            if is_single_key(x, sizes):
+                cut[i] = jax.random.split(x, self.count)
+            elif np.ndim(x) > 0:
+                cut[i] = self._interleaved(x, name, tuple(inside))
+        return cut
+
+    def _interleaved(self, x: Any, name: Name, path: Any) -> jax.Array:
+        size, *rest = np.shape(x)
+        if size % self.count:
             raise MicroBatchError(
-                f"batch_argnums names argument {argnum}, and there are {len(args)}. "
-                "Pass the batch by position, and its position as batch_argnums."
+                f"{argument_name(name, path)} has the shape {[size, *rest]}, which "
+                f"{self.count} micro-batches cannot share. Use a number that divides "
+                "the first axis of every array of the batch, and pass what has no such "
+                "axis as another argument."
             )
-
-        def cut(path, x):
-            shape = np.shape(x)
-            if _is_key(x) and not shape:
-                return jax.random.split(x, self.count)
-            if not shape or shape[0] % self.count:
-                name = f"args[{argnum}]/{_tree.path_string(path)}".rstrip("/")
-                raise MicroBatchError(
-                    f"{name} has the shape {list(shape)}, which {self.count} "
-                    "micro-batches cannot share. Use a number that divides the first "
-                    "axis of every array of the batch, and pass what has no such axis "
-                    "as another argument."
-                )
-            x = jnp.asarray(x)
-            x = x.reshape(shape[0] // self.count, self.count, *shape[1:])
-            return x.swapaxes(0, 1)
-
-        return jax.tree_util.tree_map_with_path(cut, args[argnum])
+        x = jnp.asarray(x).reshape(size // self.count, self.count, *rest)
+        return x.swapaxes(0, 1)
 
     def _finish_aux(self, x: jax.Array) -> jax.Array:
         if self.aux == STACK:
@@ -106,8 +130,21 @@ class MicroBatches:
         return _tree.at_least_float32(x).mean(0).astype(x.dtype)
 
 
-def _is_key(x: Any) -> bool:
-    return _tree.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+def _existing(name: Name, given: dict[Name, Any], positions: int) -> Name:
+    if isinstance(name, int) and name < 0:
+        name += positions
+    if name not in given:
+        raise MicroBatchError(
+            f"batch_argnums names argument {name!r}, and there are {positions} by "
+            f"position{_keywords(given)}. Name those that hold the batch, by position "
+            "or by keyword, as they are passed."
+        )
+    return name
+
+
+def _keywords(given: dict[Name, Any]) -> str:
+    keywords = [name for name in given if isinstance(name, str)]
+    return f" and {keywords} by keyword" if keywords else ""
 
 
 def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jmp
 import optax
 
 from jaxmp.errors import MissingLossScale, MultipleLossScales
@@ -11,6 +12,7 @@ from jaxmp.loss_scale._jmp_classes import (
     LossScale,
     NoOpLossScale,
     StaticLossScale,
+    of_jmp,
 )
 
 LOSS_UNKNOWN, LOSS_NONFINITE, LOSS_FINITE = -1, 0, 1
@@ -31,7 +33,7 @@ class LossScaleState(NamedTuple):
     hysteresis_left: jax.Array
     """int32: non-finite steps to come before the scale backs off."""
     grads_finite: jax.Array
-    """bool: whether every gradient of the last step was finite."""
+    """bool: whether every gradient that the last step used was finite."""
     loss_finite: jax.Array
     """int32: 1 and 0 for the last step's loss, -1 where no `value=` was passed."""
     applied_steps: jax.Array
@@ -44,7 +46,15 @@ class LossScaleState(NamedTuple):
     transformation = "loss_scaling"
 
 
-_KINDS = (LossScaleState, NoOpLossScale, StaticLossScale, DynamicLossScale)
+_KINDS = (
+    LossScaleState,
+    NoOpLossScale,
+    StaticLossScale,
+    DynamicLossScale,
+    jmp.NoOpLossScale,
+    jmp.StaticLossScale,
+    jmp.DynamicLossScale,
+)
 
 
 def find_all(tree: Any) -> list[LossScaleState | LossScale]:
@@ -52,7 +62,7 @@ def find_all(tree: Any) -> list[LossScaleState | LossScale]:
     found = []
     for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _KINDS)):
         if isinstance(node, _KINDS):
-            found.append(node)
+            found.append(of_jmp(node))
         if isinstance(node, LossScaleState):
             found += find_all(node.inner_state)
     return found

@@ -16,6 +16,9 @@ which is passed to every transformation that takes it, and what stands between s
 gradient of zero in place of the bad one. State beside `accumulate`, which would move on
 that zero, is refused by `init`.
 
+What is checked are the gradients that the inner transformation looks at: those of a
+frozen part, which reach nothing, cost no step (`jaxmp/loss_scale/_used_gradients.py`).
+
 Sharp edges
 - The skip is a select behind the inner update, which XLA fuses into it. `lax.cond`
   around the inner update would double the step's memory traffic, because its branches
@@ -39,16 +42,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp import _composition, _tree
-from jaxmp.errors import (
-    LossScaleOptionError,
-    MultipleLossScales,
-)
+from jaxmp._composition import require_state
+from jaxmp.errors import MultipleLossScales
 from jaxmp.loss_scale._checks import check_same_tree, warn_about_half_params
-from jaxmp.loss_scale._jmp_classes import (
-    DynamicLossScale,
-    NoOpLossScale,
-    StaticLossScale,
-)
+from jaxmp.loss_scale._made_with import MadeWith, note, read_made_with
 from jaxmp.loss_scale._state import (
     LOSS_UNKNOWN,
     LossScaleState,
@@ -57,13 +54,11 @@ from jaxmp.loss_scale._state import (
 )
 from jaxmp.loss_scale._state_machines import (
     DynamicMachine,
-    Machine,
     Scale,
     StaticMachine,
-    dynamic_machine,
 )
 from jaxmp.loss_scale._unscale import unscale_tree
-from jaxmp.policy import Policy, get_policy
+from jaxmp.loss_scale._used_gradients import UsedGradients
 
 AxisName = str | tuple[str, ...]
 
@@ -122,8 +117,10 @@ def loss_scaling(
       >>> int(state.applied_steps), float(state.loss_scale)
       (1, 65536.0)
     """
-    machine = _machine_for(policy_or_scale, options)
-    return _transformation(inner, machine, skip_nonfinite, grads_are_scaled, axis_name)
+    made_with = read_made_with(policy_or_scale, options)
+    return _transformation(
+        inner, made_with, skip_nonfinite, grads_are_scaled, axis_name
+    )
 
 
 def dynamic_loss_scaling(
@@ -183,7 +180,9 @@ def dynamic_loss_scaling(
         max_scale=max_scale,
         hysteresis=hysteresis,
     )
-    return _transformation(inner, machine, skip_nonfinite, grads_are_scaled, axis_name)
+    return _transformation(
+        inner, MadeWith(None, machine), skip_nonfinite, grads_are_scaled, axis_name
+    )
 
 
 def static_loss_scaling(
@@ -213,52 +212,15 @@ def static_loss_scaling(
       >>> import jaxmp, optax
       >>> tx = jaxmp.static_loss_scaling(optax.sgd(0.1), 1024)
     """
-    machine = StaticMachine(scale)
-    return _transformation(inner, machine, skip_nonfinite, grads_are_scaled, axis_name)
-
-
-def _machine_for(policy_or_scale: Any, options: dict[str, Any]) -> Machine:
-    if _tree.is_array(policy_or_scale) and policy_or_scale.ndim == 0:
-        policy_or_scale = policy_or_scale.item()
-    if isinstance(policy_or_scale, DynamicLossScale):
-        options = {**_options_of(policy_or_scale), **options}
-    dynamic = dynamic_machine(options)
-    match policy_or_scale:
-        case bool():
-            raise LossScaleOptionError(
-                f"Expected a policy or a scale, not {policy_or_scale}. Use a policy "
-                "such as 'mixed_float16', or a power of two."
-            )
-        case int() | float():
-            return StaticMachine(policy_or_scale)
-        case NoOpLossScale():
-            return StaticMachine()
-        case StaticLossScale():
-            return StaticMachine(policy_or_scale.loss_scale)
-        case DynamicLossScale():
-            return dynamic
-    return dynamic if _has_float16(get_policy(policy_or_scale)) else StaticMachine()
-
-
-def _options_of(scale: DynamicLossScale) -> dict[str, Any]:
-    return {
-        "init_scale": float(scale.loss_scale),
-        "growth_interval": scale.period,
-        "growth_factor": scale.factor,
-        "backoff_factor": 1 / scale.factor,
-        "min_scale": scale.min_loss_scale,
-    }
-
-
-def _has_float16(policy: Policy) -> bool:
-    # A float16 parameter or output gets a float16 cotangent, whatever lies between.
-    dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
-    return jnp.float16 in dtypes
+    made_with = MadeWith(None, StaticMachine(scale))
+    return _transformation(
+        inner, made_with, skip_nonfinite, grads_are_scaled, axis_name
+    )
 
 
 def _transformation(
     inner: Any,
-    machine: Machine,
+    made_with: MadeWith,
     skip_nonfinite: bool,
     grads_are_scaled: bool,
     axis_name: AxisName | None,
@@ -266,6 +228,8 @@ def _transformation(
     if hasattr(inner, "gradient_transformation"):  # optax.MultiSteps
         inner = inner.gradient_transformation()
     inner = optax.with_extra_args_support(inner)
+    machine = made_with.machine
+    used = UsedGradients()
     looks_at_gradients = skip_nonfinite or isinstance(machine, DynamicMachine)
 
     def init_fn(params):
@@ -279,21 +243,30 @@ def _transformation(
         return _first_state(inner_state, machine.init())
 
     def update_fn(updates, state, params=None, *, value=None, **extra_args):
+        require_state(state, LossScaleState, "loss_scaling")
         check_same_tree(updates, params)
         if grads_are_scaled:
             grads = unscale_tree(updates, state.loss_scale)
         else:
             grads = jax.tree.map(_tree.at_least_float32, updates)
+        if value is not None:
+            extra_args["value"] = value
         if looks_at_gradients:
-            finite = _agree(_tree.all_finite(grads), axis_name)
+            looked_at = used(
+                lambda grads, state, params, extra_args: _tell(
+                    functools.partial(inner.update, grads, state, params),
+                    jnp.bool_(True),
+                    extra_args,
+                ),
+                *(grads, state.inner_state, params, extra_args),
+            )
+            finite = _agree(_tree.all_finite(looked_at), axis_name)
         else:
             finite = jnp.bool_(True)
         decides = _composition.decides_on_nonfinite(state.inner_state)
         if decides:
             nothing = jax.tree.map(_tree.negative_zero, grads)
             grads = _tree.select(finite, grads, nothing)
-        if value is not None:
-            extra_args["value"] = value
         update = functools.partial(inner.update, grads, state.inner_state, params)
         updates, inner_state = _tell(update, finite, extra_args)
         inner_state = jax.tree.map(_tree.like, inner_state, state.inner_state)
@@ -306,7 +279,7 @@ def _transformation(
         new_state = _next_state(state, inner_state, scale, finite, applied)
         return updates, new_state._replace(loss_finite=_loss_finite(value, axis_name))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(note(init_fn, made_with), update_fn)
 
 
 def _first_state(inner_state: optax.OptState, scale: Scale) -> LossScaleState:

@@ -1,6 +1,6 @@
 """`apply_policy`: a Flax module in, the same module under a policy out."""
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 from flax import nnx
@@ -16,7 +16,13 @@ M = TypeVar("M")
 
 
 def apply_policy(
-    module: M, policy: Any, *, rules: Any = default_rules, named_scopes: bool = True
+    module: M,
+    policy: Any,
+    *,
+    rules: Any = default_rules,
+    explicit_dtype: Literal["override", "keep"] | None = None,
+    own_code: Literal["autocast", "half"] = "autocast",
+    named_scopes: bool = True,
 ) -> M:
     """Makes every layer of a Flax module store, compute and return what a policy says.
 
@@ -55,7 +61,9 @@ def apply_policy(
       >>> variables["params"]["kernel"].dtype, model.apply(variables, jnp.ones(3)).dtype
       (dtype('float32'), dtype('float32'))
     """
-    application = Application(get_policy(policy), check_rules(rules), named_scopes)
+    application = Application(
+        get_policy(policy), check_rules(rules), named_scopes, explicit_dtype, own_code
+    )
     if isinstance(module, nn.Module):
         return apply_to_linen(module, application)
     if isinstance(module, nnx.Module):

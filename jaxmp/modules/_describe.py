@@ -12,7 +12,12 @@ from flax import nnx, traverse_util
 
 from jaxmp import _tree
 from jaxmp.errors import MissingExample
-from jaxmp.modules._layers import Application, LayerDtypes
+from jaxmp.modules._layers import (
+    Application,
+    LayerDtypes,
+    Origin,
+    is_flax_layer,
+)
 from jaxmp.modules._linen import (
     Visit,
     application_of,
@@ -20,13 +25,20 @@ from jaxmp.modules._linen import (
     original_class,
     watch,
 )
-from jaxmp.modules._linen_layers import authors_dtype, is_transparent
-from jaxmp.modules._nnx import apply_to_nnx, layers_of, own_parameters
-from jaxmp.modules._nnx_settings import has_settings, settings_for
+from jaxmp.modules._linen_layers import is_transparent
+from jaxmp.modules._nnx import (
+    apply_to_nnx,
+    forget_earlier_policy,
+    layers_of,
+    origins_of,
+    own_parameters,
+)
 from jaxmp.modules._nnx_settings import is_transparent as is_transparent_in_nnx
 from jaxmp.modules._variables import layer_dtypes_of_variables
 from jaxmp.policy import PolicyRule, default_rules, get_policy
 from jaxmp.policy._rules import check_rules
+
+F32 = jnp.dtype(jnp.float32)
 
 
 class Row(NamedTuple):
@@ -110,7 +122,7 @@ def describe(
     else:
         rows, replaced = _rows_of_variables(module, application), None
     title = f"policy {application.policy}"
-    if replaced is not None:
+    if replaced is not None and replaced.policy != application.policy:
         title += f", in place of {replaced.policy}"
     return Description(title, tuple(rows))
 
@@ -137,6 +149,8 @@ def _rows_of_linen(
     for visit in visits:
         name = _class_name(type(visit.module))
         returns = _dtypes_in(visit.output)
+        if visit.path and _is_planned(visit.module, visit.dtypes, application):
+            returns = "as planned"
         if (visit.path, name) in rows:
             before = rows[visit.path, name].returns
             returns = _joined({*before.split(", "), *returns.split(", ")})
@@ -146,23 +160,32 @@ def _rows_of_linen(
             stored.get(visit.path, ""),
             visit.dtypes,
             returns=returns,
-            author=authors_dtype(visit.module, visit.dtypes),
+            origin=visit.origin,
+            author=getattr(visit.module, "dtype", None),
             is_applied=visit.path == "" or not is_transparent(visit.module),
         )
     return _outer_first(rows.values())
 
 
 def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
-    policied = apply_to_nnx(module, application)
+    policied = apply_to_nnx(module, application, check=False)
+    originals = layers_of(nnx.clone(module), application)
+    for layer, _ in originals.values():
+        forget_earlier_policy(layer)
+    origins = origins_of(originals, application)
     rows = []
     layer: Any
     for path, (layer, dtypes) in layers_of(policied, application).items():
         parameters = own_parameters(layer).values()
         stored = _joined({str(p.dtype) for found in parameters for p in found})
-        is_authors = has_settings(layer) and settings_for(layer, dtypes) is None
-        author = jnp.dtype(layer.dtype) if is_authors else None
+        origin = origins[path].origin if path in origins else Origin.POLICY
+        is_authors = origin is Origin.AUTHOR
         is_applied = path == "" or not is_transparent_in_nnx(type(layer))
-        returns = str(author or dtypes.output) if is_applied else "as given"
+        returns = str(dtypes.output) if is_applied else "as given"
+        if is_authors:
+            returns = str(jnp.dtype(layer.dtype))
+        elif path and is_applied and _is_planned(layer, dtypes, application):
+            returns = "as planned"
         rows.append(
             _row(
                 path,
@@ -170,7 +193,8 @@ def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
                 stored,
                 dtypes,
                 returns=returns,
-                author=author,
+                origin=origin,
+                author=layer.dtype if is_authors else None,
                 is_applied=is_applied,
             )
         )
@@ -191,15 +215,26 @@ def _row(
     dtypes: LayerDtypes,
     *,
     returns: str,
+    origin: Origin = Origin.POLICY,
     author: Any = None,
     is_applied: bool = True,
 ) -> Row:
-    if author is not None:
-        return Row(
-            path, name, stored, str(jnp.dtype(author)), returns, "author's dtype"
-        )
+    if origin is Origin.AUTHOR:
+        computes = str(jnp.dtype(author))
+        return Row(path, name, stored, computes, returns, Origin.AUTHOR.value)
     computes = str(dtypes.compute) if is_applied else "as given"
-    return Row(path, name, stored, computes, returns, _rule_text(dtypes.rule))
+    is_handed_down = origin is Origin.HANDED_DOWN and dtypes.rule is None
+    decided = Origin.HANDED_DOWN.value if is_handed_down else _rule_text(dtypes.rule)
+    return Row(path, name, stored, computes, returns, decided)
+
+
+def _is_planned(module: Any, dtypes: LayerDtypes, application: Application) -> bool:
+    """Whether the plan decides in which dtype a layer's result is read."""
+    if application.own_code != "autocast" or application.policy.compute_dtype == F32:
+        return False
+    is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
+    names_output = dtypes.rule is not None and dtypes.rule.output is not None
+    return not is_flax and not names_output
 
 
 def _rule_text(rule: PolicyRule | None) -> str:

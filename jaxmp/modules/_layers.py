@@ -1,6 +1,7 @@
 """What is known of a layer: its kind, and its dtypes under a policy and rules."""
 
 import difflib
+import enum
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -66,17 +67,57 @@ def kind_of(module: Any) -> str | None:
 
 
 class Application(NamedTuple):
-    """What is applied to one module: policy, rules, and whether layers are named."""
+    """What is applied to one module.
+
+    Attributes:
+      policy: the policy.
+      rules: the rules, in order.
+      named_scopes: whether layers are named in HLO dumps and profiles.
+      explicit_dtype: "override" or "keep" a layer's own dtype; None keeps what was not
+        handed down.
+      own_code: "autocast" plans the code of the user's layers, "half" casts what goes
+        in and out.
+    """
 
     policy: Policy
     rules: tuple[PolicyRule, ...]
     named_scopes: bool = True
+    explicit_dtype: str | None = None
+    own_code: str = "autocast"
 
 
 def scope_of(module: Any, dtype: Any) -> str | None:
     """The name scope of a layer that computes in a dtype; None for one of no kind."""
     kind = kind_of(module)
     return None if kind is None else f"jaxmp/{kind}/{jnp.dtype(dtype)}"
+
+
+class Origin(enum.Enum):
+    """Who decided about the dtype of a layer."""
+
+    POLICY = "policy"
+    RULE = "rule"
+    HANDED_DOWN = "handed down"
+    AUTHOR = "author's dtype"
+
+
+def origin_of(
+    author: Any, expected: np.dtype, dtypes: "LayerDtypes", explicit_dtype: str | None
+) -> Origin:
+    """Tells who decides about a layer of Flax.
+
+    Args:
+      author: the layer's own `dtype`, while what is handed down is handed down.
+      expected: the one that the policy would give it.
+      dtypes: the layer's dtypes under policy and rules.
+      explicit_dtype: as in `Application`.
+    """
+    if dtypes.rule is not None and not dtypes.rule.yields_to_author:
+        return Origin.RULE
+    if author is not None and explicit_dtype != "override":
+        is_given = jnp.dtype(author) == expected
+        return Origin.HANDED_DOWN if is_given else Origin.AUTHOR
+    return Origin.POLICY if dtypes.rule is None else Origin.RULE
 
 
 class LayerDtypes(NamedTuple):

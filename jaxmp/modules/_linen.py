@@ -28,13 +28,21 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax.core import Scope, freeze
 
+from jaxmp.casting._region import region_settings, run_region
+from jaxmp.modules._casts import carry_of, cast_carry
+from jaxmp.modules._effect import Leaf, check_leaves, check_plan
+from jaxmp.modules._handed_down import fields_of, handed_down
 from jaxmp.modules._layers import (
     Application,
     LayerDtypes,
+    Origin,
     check_all_used,
     is_flax_layer,
+    kind_of,
     of_layer,
     of_root,
     scope_of,
@@ -44,13 +52,19 @@ from jaxmp.modules._linen_layers import (
     adapt_flax_layer,
     adapt_transparent_layer,
     adapt_user_layer,
-    authors_dtype,
+    as_written,
+    attributes,
+    is_leaf,
     is_transparent,
+    origin_in,
 )
+from jaxmp.modules._linen_region import planned_method
+from jaxmp.modules._own_code import inside_region, opens_region, region_dtype
 from jaxmp.policy import PolicyRule
 
 Path = tuple[str, ...]
 _FLAG = "jaxmp"
+_REGION_FLAG = "jaxmp_region"
 
 
 class Visit(NamedTuple):
@@ -59,6 +73,7 @@ class Visit(NamedTuple):
     path: str
     module: nn.Module
     dtypes: LayerDtypes
+    origin: Origin
     output: Any
 
 
@@ -126,6 +141,12 @@ def _policied(
     def get_missing_attribute(self, name):
         return _policy_children(self, name, cls.__getattr__(self, name))
 
+    def apply(self, variables, *args, rngs=None, mutable=False, **kwargs):
+        run = functools.partial(cls.apply, self, mutable=mutable)
+        if self.scope is not None or not _plans_own_code(self, application):
+            return run(variables, *args, rngs=rngs, **kwargs)
+        return _apply_in_region(self, run, variables, args, rngs, mutable, kwargs)
+
     def reduce(self):
         return _rebuild, (cls, _fields(self), self.name, application, inside)
 
@@ -135,6 +156,7 @@ def _policied(
         "__getattribute__": get_attribute,
         "__getattr__": get_missing_attribute,
         "__reduce__": reduce,
+        "apply": apply,
     }
     return type(
         cls.__name__,
@@ -145,11 +167,53 @@ def _policied(
             "_application": application,
             "_inside": inside,
             "_used_rules": set(),
+            "_leaves": {},
+            "_is_checked": False,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
         },
     )
+
+
+def _plans_own_code(module: nn.Module, application: Application) -> bool:
+    """Whether the code of a module, and of what is inside, is planned when applied."""
+    dtype = of_root(application.policy, application.rules, module).compute
+    is_planned = application.own_code == "autocast" and opens_region(dtype)
+    return is_planned and not is_leaf(module)
+
+
+def _apply_in_region(
+    module: Any,
+    apply: Callable[..., Any],
+    variables: Any,
+    args: tuple[Any, ...],
+    rngs: Any,
+    mutable: Any,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls `module.apply` as one region: a pure function, traced and planned."""
+    policy, rules, named_scopes = application_of(module)[:3]
+    dtypes = of_root(policy, rules, module)
+    static = ("method", "capture_intermediates")
+    static_kwargs = {name: kwargs.pop(name) for name in static if name in kwargs}
+
+    def run(variables, args, rngs, kwargs):
+        output = apply(variables, *args, rngs=rngs, **kwargs, **static_kwargs)
+        output, *updates = output if mutable is not False else (output,)
+        output = cast_carry(_carry(module, args, kwargs), output, dtypes.output)
+        return (output, *updates) if updates else output
+
+    def watch(plan):
+        if static_kwargs.get("method") in (None, "__call__"):
+            name = original_class(type(module)).__name__
+            check_plan(plan, type(module)._leaves, name, application_of(module))
+
+    settings = region_settings(dtypes.compute, dtypes.precision)
+    with inside_region(dtypes.compute):
+        return run_region(
+            run, (variables, args, rngs, kwargs), settings, named_scopes, watch
+        )
 
 
 def _rebuild(cls, fields, name, application, inside):
@@ -213,6 +277,7 @@ class _Interceptor:
         self.layers: dict[tuple[Path, type], LayerDtypes] = {}
         self.used: set[PolicyRule] = set()
         self.inside: set[int] = set()
+        self.leaves: dict[str, Leaf] = {}
 
     def covers(self, scope: Scope | None) -> bool:
         """Whether a layer belongs to the module that this was made for."""
@@ -238,24 +303,121 @@ class _Interceptor:
         used.update(self.used)
         if method == "__call__" and self._path_in_model(module) == ():
             check_all_used(self.application.rules, used, self._paths())
+            self._check_effect(module)
         return output
+
+    def _check_effect(self, module: nn.Module) -> None:
+        cls: Any = type(module)
+        cls._leaves.update(self.leaves)
+        if not cls._is_checked and not _watchers.get():
+            cls._is_checked = True
+            name = original_class(cls).__name__
+            check_leaves(self.leaves, name, self.application)
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
         if not self.covers(module.scope):
             return next_fun(*args, **kwargs)
+        is_root = self._path_in_model(module) == ()
+        if _is_about_layer(module, context.method_name) and not is_root:
+            return next_fun(*args, **kwargs)
         dtypes = self._dtypes_of(module)
-        with self._flagged(module.scope), self._entered(module) as from_outside:
-            adapt = self._adapter(module, dtypes)
-            method = context.method_name
-            is_entry = from_outside and method != "setup"
-            call = LayerCall(module, method, dtypes, is_entry, next_fun, args, kwargs)
-            with self._named(module, dtypes) if is_entry else contextlib.nullcontext():
-                output = adapt(call)
-        if is_entry:
-            for watcher in _watchers.get():
-                watcher(Visit(self._path_string(module), module, dtypes, output))
-        return output
+        adapt, method = self._adapter(module, dtypes), context.method_name
+        is_entry = id(module) not in self.inside and method != "setup"
+        if is_entry and adapt is adapt_user_layer and self._opens_region(dtypes):
+            if not module.is_initializing():
+                return self._run_region(module, dtypes, context, args, kwargs)
+            with inside_region(dtypes.compute):
+                output = self(next_fun, args, kwargs, context)
+            return cast_carry(_carry(module, args, kwargs), output, dtypes.output)
+        handed = self._handed_down(module, dtypes, adapt)
+        explicit = self.application.explicit_dtype
+        call = LayerCall(
+            module, method, dtypes, explicit, is_entry, next_fun, args, kwargs
+        )
+        with (
+            self._flagged(module.scope),
+            self._entered(module),
+            attributes(module, handed),
+            self._named(module, dtypes) if is_entry else contextlib.nullcontext(),
+        ):
+            output = adapt(call)
+            if is_entry:
+                self._note(call)
+                self._show(call, output)
+        is_flax = is_entry and adapt is adapt_flax_layer
+        return as_written(call, output) if is_flax else output
+
+    def _note(self, call: LayerCall) -> None:
+        """Remembers a layer of Flax, to tell whether the policy has an effect."""
+        module, kind = call.module, kind_of(call.module)
+        if not is_leaf(module) or kind in (None, "norm"):
+            return
+        origin = origin_in(module, call.dtypes, call.explicit_dtype)
+        dtype = call.dtypes.compute
+        if origin is Origin.AUTHOR:
+            dtype = jnp.dtype(getattr(module, "dtype"))  # noqa: B009
+        params = module.variables.get("params", {})
+        size = sum(jnp.size(x) for x in jax.tree.leaves(params))
+        name = original_class(type(module)).__name__
+        self.leaves[self._path_string(module)] = Leaf(name, origin, dtype, size)
+
+    def _show(self, call: LayerCall, output: Any) -> None:
+        for watcher in _watchers.get():
+            origin = origin_in(call.module, call.dtypes, call.explicit_dtype)
+            path = self._path_string(call.module)
+            watcher(Visit(path, call.module, call.dtypes, origin, output))
+
+    def _opens_region(self, dtypes: LayerDtypes) -> bool:
+        return self.application.own_code == "autocast" and opens_region(dtypes.compute)
+
+    def _run_region(self, module, dtypes, context, args, kwargs) -> Any:
+        """Runs a method whose own operations are planned, and those of layers inside.
+
+        The method is traced by a lifted transformation, as by `nn.remat`.
+        """
+
+        def finish(output):
+            return cast_carry(_carry(module, args, kwargs), output, dtypes.output)
+
+        def watch(plan):
+            is_whole = self._path_in_model(module) == ()
+            if is_whole and context.method_name == "__call__":
+                name = original_class(type(module)).__name__
+                check_plan(plan, self.leaves, name, self.application)
+
+        method = context.orig_method.func
+        lifted = planned_method(
+            method,
+            region_settings(dtypes.compute, dtypes.precision),
+            self.application.named_scopes,
+            finish,
+            watch,
+            functools.partial(self._around_rules, dtypes.compute),
+        )
+        with inside_region(dtypes.compute):
+            return lifted(module, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _around_rules(self, dtype: np.dtype) -> Iterator[None]:
+        token = _running.set((*_running.get(), self))
+        try:
+            with nn.intercept_methods(self), inside_region(dtype):
+                yield
+        finally:
+            _running.reset(token)
+
+    def _handed_down(
+        self, module: nn.Module, dtypes: LayerDtypes, adapt: Any
+    ) -> dict[str, Any]:
+        """The fields in which a user's layer hands its dtypes down."""
+        if self.application.explicit_dtype == "keep" or adapt is adapt_flax_layer:
+            return {}
+        if any(is_flax_layer(cls) for cls in type(module).__mro__):
+            return {}
+        is_norm = kind_of(module) == "norm"
+        compute = dtypes.output if is_norm else dtypes.compute
+        return handed_down(fields_of(module), compute, dtypes.params)
 
     def _adapter(
         self, module: nn.Module, dtypes: LayerDtypes
@@ -264,22 +426,21 @@ class _Interceptor:
         named = dtypes.rule is not None and not dtypes.rule.yields_to_author
         if is_transparent(module) and not (is_root or named):
             return adapt_transparent_layer
-        is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
-        has_dtype = "dtype" in module.__dataclass_fields__
-        if is_own and has_dtype and not is_transparent(module):
-            return adapt_flax_layer
-        return adapt_user_layer
+        return adapt_flax_layer if is_leaf(module) else adapt_user_layer
 
     def _named(self, module: nn.Module, dtypes: LayerDtypes) -> Any:
         """A name scope for a layer of a known kind."""
-        dtype = authors_dtype(module, dtypes) or dtypes.compute
+        origin = origin_in(module, dtypes, self.application.explicit_dtype)
+        dtype = dtypes.compute
+        if origin is Origin.AUTHOR:
+            dtype = getattr(module, "dtype")  # noqa: B009  only layers of Flax have one
         name = scope_of(module, dtype) if self.application.named_scopes else None
         return contextlib.nullcontext() if name is None else jax.named_scope(name)
 
     def _dtypes_of(self, module: nn.Module) -> LayerDtypes:
         key = (module.path, original_class(type(module)))
         if key not in self.layers:
-            policy, rules, _ = self.application
+            policy, rules = self.application[:2]
             if self._path_in_model(module) == () and not self.layers:
                 dtypes = of_root(policy, rules, module)
             else:
@@ -302,7 +463,7 @@ class _Interceptor:
         ]
         if around:
             return self.layers[max(around, key=lambda key: len(key[0]))]
-        policy, rules, _ = self.application
+        policy, rules = self.application[:2]
         dtypes = of_root(policy, rules, None)
         for end in range(1, len(self.unbound_from)):
             path = "/".join(self.unbound_from[:end])
@@ -321,21 +482,37 @@ class _Interceptor:
     @contextlib.contextmanager
     def _flagged(self, scope: Scope) -> Iterator[None]:
         flags = scope.flags
-        scope.flags = freeze({**flags, _FLAG: self.application})
+        # What runs in a region is traced otherwise than what does not.
+        flag = {_FLAG: self.application, _REGION_FLAG: region_dtype()}
+        scope.flags = freeze({**flags, **flag})
         try:
             yield
         finally:
             scope.flags = flags
 
     @contextlib.contextmanager
-    def _entered(self, module: nn.Module) -> Iterator[bool]:
+    def _entered(self, module: nn.Module) -> Iterator[None]:
         from_outside = id(module) not in self.inside
         self.inside.add(id(module))
         try:
-            yield from_outside
+            yield
         finally:
             if from_outside:
                 self.inside.discard(id(module))
+
+
+def _is_about_layer(module: nn.Module, method: str) -> bool:
+    """Whether a function of the user's is run as if it were a method of Flax's layer.
+
+    As the functions are that `nn.vjp` and `nn.custom_vjp` are given.
+    """
+    is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
+    return is_flax and not hasattr(type(module), method)
+
+
+def _carry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    is_cell = isinstance(module, nn.RNNCellBase)
+    return carry_of(args, kwargs) if is_cell else None
 
 
 _watchers: contextvars.ContextVar[tuple[Callable[[Visit], None], ...]] = (

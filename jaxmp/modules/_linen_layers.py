@@ -11,7 +11,20 @@ import numpy as np
 from jaxmp import _tree
 from jaxmp.modules._attention import dot_product_attention
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
-from jaxmp.modules._layers import LayerDtypes, is_flax_layer, kind_of
+from jaxmp.modules._layers import (
+    LayerDtypes,
+    Origin,
+    is_flax_layer,
+    kind_of,
+    origin_of,
+)
+from jaxmp.modules._own_code import (
+    as_decided,
+    has_half,
+    in_float32,
+    region_dtype,
+    shown,
+)
 
 # They have a `dtype` and are not to be given another one: FP8 operations manage their
 # own, and these norms normalise the parameters of the layer that they wrap.
@@ -29,6 +42,13 @@ def is_transparent(module: nn.Module) -> bool:
     return False
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """True for layers of Flax that compute in a `dtype` of theirs."""
+    is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
+    has_dtype = "dtype" in module.__dataclass_fields__
+    return is_own and has_dtype and not is_transparent(module)
+
+
 class LayerCall(NamedTuple):
     """One call of one layer, with the dtypes that it is to have.
 
@@ -36,6 +56,7 @@ class LayerCall(NamedTuple):
       module: the layer.
       method: name of the method.
       dtypes: its dtypes.
+      explicit_dtype: as in `Application`.
       is_entry: whether it is called from outside, and not by itself.
       fun: the method.
       args, kwargs: what it is called with.
@@ -44,6 +65,7 @@ class LayerCall(NamedTuple):
     module: nn.Module
     method: str
     dtypes: LayerDtypes
+    explicit_dtype: str | None
     is_entry: bool
     fun: Callable[..., Any]
     args: tuple[Any, ...]
@@ -63,23 +85,61 @@ class LayerCall(NamedTuple):
 def adapt_flax_layer(call: LayerCall) -> Any:
     """Calls a layer of Flax's own with `dtype` set to what it has to compute in."""
     module, dtypes = call.module, call.dtypes
+    author = _own_dtype(module)
     settings = _settings(module, call.method, dtypes)
-    if _is_authors_choice(module, settings, dtypes):
-        with _parameters(module, dtypes.params, None):
-            return call.run()
-    with _attributes(module, settings), _parameters(module, dtypes.params, None):
-        output = call.run()
-    return cast_carry(call.carry, output, dtypes.output) if call.is_entry else output
+    origin = origin_of(
+        author, expected_dtype(module, dtypes), dtypes, call.explicit_dtype
+    )
+    if origin is Origin.AUTHOR:
+        settings = {}
+    with _parameters(module, dtypes.params, None):
+        if not call.is_entry:
+            with attributes(module, settings):
+                return call.run()
+        with attributes(module, settings), as_decided():
+            output = call.run()
+            if origin is not Origin.AUTHOR:
+                output = cast_carry(call.carry, output, dtypes.output)
+            return output
 
 
 def adapt_user_layer(call: LayerCall) -> Any:
-    """Calls a layer of the user's with inputs and parameters cast, and its output."""
-    dtypes = call.dtypes
-    with _parameters(call.module, dtypes.params, dtypes.compute):
+    """Calls a layer of the user's.
+
+    In a region its code is planned, or left in float32 where a rule says so. Outside of
+    every region, its inputs, parameters and outputs are cast.
+    """
+    dtypes, region = call.dtypes, region_dtype()
+    if region is None:
+        return _cast_around(call, dtypes.compute)
+    with _parameters(call.module, dtypes.params, _show_parameter):
         if not call.is_entry:
             return call.run()
-        args, kwargs = cast_inputs(call.args, call.kwargs, dtypes.compute, call.carry)
-        return cast_carry(call.carry, call.fun(*args, **kwargs), dtypes.output)
+        if dtypes.compute == region:
+            output = call.run()
+        else:
+            args, kwargs = cast_inputs(
+                call.args, call.kwargs, dtypes.compute, call.carry
+            )
+            with in_float32(dtypes.compute):
+                output = call.fun(*args, **kwargs)
+        # What took half is to return half; what took float32 is read as it has to be.
+        is_narrowed = dtypes.compute != region and has_half((call.args, call.kwargs))
+        if is_narrowed or names_output(dtypes):
+            return cast_carry(call.carry, output, dtypes.output)
+        return output
+
+
+def _cast_around(call: LayerCall, dtype: np.dtype) -> Any:
+    def read(x):
+        return _tree.cast_floating(x, dtype)
+
+    with _parameters(call.module, call.dtypes.params, read):
+        if not call.is_entry:
+            return call.run()
+        args, kwargs = cast_inputs(call.args, call.kwargs, dtype, call.carry)
+        output = call.fun(*args, **kwargs)
+        return cast_carry(call.carry, output, call.dtypes.output)
 
 
 def adapt_transparent_layer(call: LayerCall) -> Any:
@@ -90,8 +150,49 @@ def adapt_transparent_layer(call: LayerCall) -> Any:
     module, stored = call.module, call.dtypes.params
     is_weight_norm = isinstance(module, (nn.SpectralNorm, nn.WeightNorm))
     settings = {"dtype": stored} if is_weight_norm else {}
-    with _attributes(module, settings), _parameters(module, stored, None):
+    with attributes(module, settings), _parameters(module, stored, None):
         return call.run()
+
+
+def names_output(dtypes: LayerDtypes) -> bool:
+    return dtypes.rule is not None and dtypes.rule.output is not None
+
+
+def as_written(call: LayerCall, output: Any) -> Any:
+    """The result of one of Flax's layers as its author sees it, who wrote no dtype."""
+    is_handed_down = _own_dtype(call.module) is not None
+    if region_dtype() is None or is_handed_down or names_output(call.dtypes):
+        return output
+    declared = _declared_dtype(call.module)
+    if call.carry is None or not isinstance(output, tuple) or len(output) != 2:
+        return shown(output, declared)
+    new_carry, result = output
+    return new_carry, shown(result, declared)
+
+
+def _show_parameter(x: Any) -> Any:
+    return shown(x, jnp.float32)
+
+
+def _own_dtype(module: Any) -> Any:
+    """The `dtype` of a layer of Flax."""
+    return module.dtype
+
+
+def expected_dtype(module: nn.Module, dtypes: LayerDtypes) -> np.dtype:
+    """The `dtype` that a layer of Flax has if it was handed the policy's."""
+    is_norm = kind_of(module) == "norm" and dtypes.compute.itemsize >= 4
+    return dtypes.output if is_norm else dtypes.compute
+
+
+def _declared_dtype(module: Any) -> np.dtype:
+    """The dtype in which the author would store parameters; float32 if none is said."""
+    fields = getattr(type(module), "__dataclass_fields__", {})
+    declared = vars(module).get("param_dtype") if "param_dtype" in fields else None
+    try:
+        return jnp.dtype(jnp.float32 if declared is None else declared)
+    except TypeError:  # a field of the user's that means something else
+        return jnp.dtype(jnp.float32)
 
 
 def _settings(module: nn.Module, method: str, dtypes: LayerDtypes) -> dict[str, Any]:
@@ -127,47 +228,43 @@ def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, 
     return {"dtype": dtypes.compute}
 
 
-def authors_dtype(module: nn.Module, dtypes: LayerDtypes) -> Any:
-    """Returns the `dtype` of a layer's author if it is to be kept, else None."""
-    is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
-    if not is_own or not hasattr(module, "dtype") or is_transparent(module):
-        return None
-    settings = _settings(module, "__call__", dtypes)
-    is_kept = _is_authors_choice(module, settings, dtypes)
-    return module.dtype if is_kept else None
-
-
-def _is_authors_choice(
-    module: nn.Module, settings: dict[str, Any], dtypes: LayerDtypes
-) -> bool:
-    """Whether the model's author set a dtype that no rule of the user's overrides."""
-    dtype = getattr(module, "dtype", None)
-    if dtype is None or dtype == settings["dtype"]:
-        return False
-    return dtypes.rule is None or dtypes.rule.yields_to_author
+def origin_in(
+    module: nn.Module, dtypes: LayerDtypes, explicit_dtype: str | None
+) -> Origin:
+    """Who decides about the dtype of a layer, of Flax or of the user's."""
+    if not is_leaf(module):
+        return Origin.POLICY if dtypes.rule is None else Origin.RULE
+    expected = expected_dtype(module, dtypes)
+    return origin_of(_own_dtype(module), expected, dtypes, explicit_dtype)
 
 
 @contextlib.contextmanager
-def _attributes(module: nn.Module, settings: dict[str, Any]) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in settings}
+def attributes(module: nn.Module, settings: dict[str, Any]) -> Iterator[None]:
+    before = {name: vars(module).get(name, _MISSING) for name in settings}
     for name, value in settings.items():
         object.__setattr__(module, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            object.__setattr__(module, name, value)
+            if value is _MISSING:
+                object.__delattr__(module, name)
+            else:
+                object.__setattr__(module, name, value)
+
+
+_MISSING = object()
 
 
 @contextlib.contextmanager
 def _parameters(
-    module: nn.Module, stored: np.dtype, read: np.dtype | None
+    module: nn.Module, stored: np.dtype, read: Callable[[Any], Any] | None
 ) -> Iterator[None]:
-    """Makes `module.param` store in one dtype and return another; None: as stored."""
+    """Makes `module.param` store in one dtype, and return what `read` makes of it."""
     if "param" in vars(module):
         yield
         return
-    declared = jnp.dtype(getattr(module, "param_dtype", None) or jnp.float32)
+    declared = _declared_dtype(module)
     stored = stored if declared == jnp.float32 else declared
 
     def param(name, init_fn, *args, **kwargs):
@@ -175,7 +272,7 @@ def _parameters(
             return _tree.cast_floating(init_fn(*args, **kwargs), stored)
 
         value = type(module).param(module, name, init_as_stored, *args, **kwargs)
-        return value if read is None else _tree.cast_floating(value, read)
+        return value if read is None else read(value)
 
     object.__setattr__(module, "param", param)
     try:

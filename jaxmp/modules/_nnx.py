@@ -13,19 +13,28 @@ Sharp edges
   stored.
 """
 
-from typing import Any, TypeVar
+import dataclasses
+import math
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxmp import _tree
+from jaxmp.modules._effect import Leaf, check_leaves
+from jaxmp.modules._handed_down import fields_of, handed_down
 from jaxmp.modules._layers import (
     Application,
     LayerDtypes,
+    Origin,
     check_all_used,
+    is_flax_layer,
+    kind_of,
     of_layer,
     of_root,
+    origin_of,
     scope_of,
 )
 from jaxmp.modules._nnx_border import (
@@ -36,10 +45,11 @@ from jaxmp.modules._nnx_border import (
 )
 from jaxmp.modules._nnx_settings import (
     WEIGHT_NORMS,
+    author_dtype,
+    expected_dtype,
     forget_default,
     has_settings,
     is_transparent,
-    natural_output,
     settings_for,
     undo_settings,
 )
@@ -48,15 +58,32 @@ M = TypeVar("M", bound=nnx.Module)
 Layers = dict[str, tuple[nnx.Module, LayerDtypes]]
 
 
-def apply_to_nnx(module: M, application: Application) -> M:
+class Given(NamedTuple):
+    """Who decided about the `dtype` of one of Flax's layers.
+
+    Attributes:
+      origin: who did.
+      by_attribute: whether the module around holds the dtype that was handed down, so
+        that its code follows it.
+    """
+
+    origin: Origin
+    by_attribute: bool = False
+
+
+def apply_to_nnx(module: M, application: Application, check: bool = True) -> M:
     """Returns a new graph with a policy applied; `apply_policy` has the whole story."""
     new = nnx.clone(module)
     layers = layers_of(new, application)
     used = [dtypes.rule for _, dtypes in layers.values() if dtypes.rule is not None]
     check_all_used(application.rules, used, layers)
+    for layer, _ in layers.values():
+        forget_earlier_policy(layer)
+    origins = origins_of(layers, application)
+    if check:
+        check_leaves(_leaves(layers, origins), type(new).__name__, application)
     for path, (layer, dtypes) in layers.items():
-        scope = scope_of(layer, dtypes.compute) if application.named_scopes else None
-        _apply_to_layer(layer, dtypes, scope, application if path == "" else None)
+        _apply_to_layer(path, layer, dtypes, origins.get(path), application)
     return new
 
 
@@ -90,43 +117,152 @@ def own_parameters(layer: nnx.Module) -> dict[str, list[nnx.Param]]:
     return found
 
 
-def _apply_to_layer(
-    layer: Any,
-    dtypes: LayerDtypes,
-    scope: str | None,
-    application: Application | None,
-) -> None:
-    """Applies dtypes to one layer; `application` is given for the outermost one."""
-    is_root = application is not None
-    cls = original_class(type(layer))
-    object.__setattr__(layer, "__class__", cls)
+def forget_earlier_policy(layer: Any) -> None:
+    """Makes a layer again what its author built."""
+    object.__setattr__(layer, "__class__", original_class(type(layer)))
     undo_settings(layer)
     forget_default(layer)
+
+
+def _apply_to_layer(
+    path: str,
+    layer: Any,
+    dtypes: LayerDtypes,
+    origin: Given | None,
+    application: Application,
+) -> None:
+    """Applies dtypes to one layer."""
+    cls, is_root = type(layer), path == ""
     _store_parameters(layer, dtypes.params)
     named = dtypes.rule is not None and not dtypes.rule.yields_to_author
     if issubclass(cls, WEIGHT_NORMS):
         layer.dtype = dtypes.params
     if is_transparent(cls) and not (is_root or named):
         return
-    border = Border(dtypes.compute, dtypes.compute, dtypes.output, scope)
-    if has_settings(layer):
-        settings = settings_for(layer, dtypes)
-        if settings is None:
-            return
-        for name, value in settings.items():
-            setattr(layer, name, value)
-        border = Border(None, None, dtypes.output, scope)
-        is_attention = isinstance(layer, nnx.MultiHeadAttention)
-        is_natural = natural_output(layer, settings) == dtypes.output
-        if is_natural and not is_attention and not is_root:
-            if scope is None:
-                return
-            border = Border(None, None, None, scope)
-    object.__setattr__(layer, "__class__", with_border(cls, border, application))
+    scope = scope_of(layer, dtypes.compute) if application.named_scopes else None
+    border = Border(
+        is_leaf=False,
+        compute=dtypes.compute,
+        params=dtypes.params,
+        output=dtypes.output,
+        names_output=dtypes.rule is not None and dtypes.rule.output is not None,
+        plans=application.own_code == "autocast",
+        named_scopes=application.named_scopes,
+        precision=dtypes.precision,
+        scope=scope,
+    )
+    if origin is not None:
+        border = _leaf_border(layer, dtypes, border, origin)
+    elif application.explicit_dtype != "keep" and not _is_flax(cls):
+        is_norm = kind_of(layer) == "norm"
+        handed = dtypes.output if is_norm else dtypes.compute
+        border = dataclasses.replace(border, hands_down=handed)
+    applied = application if is_root else None
+    object.__setattr__(layer, "__class__", with_border(cls, border, applied))
+
+
+def _leaf_border(
+    layer: Any, dtypes: LayerDtypes, border: Border, given: Given
+) -> Border:
+    """Sets one of Flax's layers up, and returns what is left to do around it."""
+    if given.origin is Origin.AUTHOR:
+        return dataclasses.replace(border, is_leaf=True, output=None)
+    shown = None
+    if not given.by_attribute and not border.names_output:
+        shown = _declared_dtype(layer)
+    for name, value in settings_for(layer, dtypes).items():
+        setattr(layer, name, value)
+    return dataclasses.replace(border, is_leaf=True, shown=shown)
+
+
+def origins_of(layers: Layers, application: Application) -> dict[str, Given]:
+    """Tells for every layer of Flax who decided about its dtype.
+
+    A layer that is built with float32 was handed it where a module around it has a
+    float32 `dtype`, in an attribute or in a config, or where every layer says so.
+    """
+    leaves = {
+        path: (layer, dtypes)
+        for path, (layer, dtypes) in layers.items()
+        if has_settings(layer)
+    }
+    counted = [x for x, _ in leaves.values() if kind_of(x) != "norm"]
+    all_say_so = all(author_dtype(layer) == _FLOAT32 for layer in counted)
+    return {
+        path: _given(path, *leaf, layers, all_say_so, application.explicit_dtype)
+        for path, leaf in leaves.items()
+    }
+
+
+def _given(
+    path: str,
+    layer: Any,
+    dtypes: LayerDtypes,
+    layers: Layers,
+    all_say_so: bool,
+    explicit_dtype: str | None,
+) -> Given:
+    author = author_dtype(layer)
+    around = _modules_around(path, layers)
+    by_attribute = explicit_dtype != "keep" and any(map(_holds_float32, around))
+    handed = by_attribute or all_say_so or path == ""
+    if explicit_dtype != "keep" and author == _FLOAT32 and handed:
+        is_ruled = dtypes.rule is not None and not dtypes.rule.yields_to_author
+        return Given(Origin.RULE if is_ruled else Origin.HANDED_DOWN, by_attribute)
+    expected = expected_dtype(layer, dtypes)
+    return Given(origin_of(author, expected, dtypes, explicit_dtype))
+
+
+def _modules_around(path: str, layers: Layers) -> list[Any]:
+    """The modules around a layer, the nearest first."""
+    around = []
+    while path:
+        path = path.rpartition("/")[0]
+        if path in layers:
+            around.append(layers[path][0])
+    return around
+
+
+def _holds_float32(module: Any) -> bool:
+    half = jnp.dtype(jnp.bfloat16)
+    return not _is_flax(type(module)) and bool(
+        handed_down(fields_of(module), half, _FLOAT32)
+    )
+
+
+def _leaves(layers: Layers, origins: dict[str, Given]) -> dict[str, Leaf]:
+    """The layers of Flax that multiply or look up."""
+    leaves = {}
+    for path, given in origins.items():
+        layer, dtypes = layers[path]
+        if kind_of(layer) in (None, "norm"):
+            continue
+        is_kept = given.origin is Origin.AUTHOR
+        dtype = author_dtype(layer) if is_kept else dtypes.compute
+        parameters = nnx.state(layer, nnx.Param)
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(parameters))
+        leaves[path] = Leaf(type(layer).__name__, given.origin, dtype, size)
+    return leaves
+
+
+def _is_flax(cls: type) -> bool:
+    return any(map(is_flax_layer, original_class(cls).__mro__))
+
+
+def _declared_dtype(layer: Any) -> np.dtype:
+    """The dtype in which the author stores parameters; float32 if none is said."""
+    declared = vars(layer).get("param_dtype")
+    try:
+        return jnp.dtype(jnp.float32 if declared is None else declared)
+    except TypeError:  # an attribute of the user's that means something else
+        return _FLOAT32
+
+
+_FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def _store_parameters(layer: nnx.Module, dtype: np.dtype) -> None:
-    declared = jnp.dtype(getattr(layer, "param_dtype", None) or jnp.float32)
+    declared = _declared_dtype(layer)
     dtype = dtype if declared == jnp.float32 else declared
     for parameters in own_parameters(layer).values():
         for parameter in parameters:

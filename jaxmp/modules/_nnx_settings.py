@@ -35,8 +35,22 @@ def has_settings(layer: nnx.Module) -> bool:
     return is_own and hasattr(layer, "dtype") and _promotion_name(layer) is not None
 
 
-def settings_for(layer: Any, dtypes: LayerDtypes) -> dict[str, Any] | None:
-    """The attributes to set; None where the author's own `dtype` is to be kept."""
+def author_dtype(layer: Any) -> Any:
+    """The `dtype` that a layer of Flax was built with, None if none was given."""
+    dtype = layer.dtype
+    if isinstance(layer, nnx.Embed) and dtype == layer.param_dtype:
+        return None  # what Embed makes of no dtype at all
+    return None if dtype is None else jnp.dtype(dtype)
+
+
+def expected_dtype(layer: Any, dtypes: LayerDtypes) -> np.dtype:
+    """The `dtype` that a layer of Flax has if it was built for the policy."""
+    is_norm = kind_of(layer) == "norm" and dtypes.compute.itemsize >= 4
+    return dtypes.output if is_norm else dtypes.compute
+
+
+def settings_for(layer: Any, dtypes: LayerDtypes) -> dict[str, Any]:
+    """The attributes to set."""
     kind, name = kind_of(layer), _promotion_name(layer)
     assert name is not None
     dtype, promotes = dtypes.compute, "dtype"
@@ -46,8 +60,6 @@ def settings_for(layer: Any, dtypes: LayerDtypes) -> dict[str, Any] | None:
     if kind == "embed":
         # The rows are cast after the lookup, not the whole table before it.
         promotes = "table"
-    if _is_authors_choice(layer, dtype, dtypes):
-        return None
     no_precision = getattr(layer, "precision", ...) is None
     settings = {
         "dtype": dtype,
@@ -85,12 +97,6 @@ def forget_default(layer: nnx.Module) -> None:
             part.dtype = None
 
 
-def natural_output(layer: Any, settings: dict[str, Any]) -> np.dtype | None:
-    """The dtype that a layer returns by itself; None if that depends on its input."""
-    kind = kind_of(layer)
-    return None if kind in ("embed", "recurrent") else settings["dtype"]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Promotion:
     author: Any
@@ -109,12 +115,3 @@ class _Promotion:
 def _promotion_name(layer: nnx.Module) -> str | None:
     names = ("promote_dtype", "qkv_promote_dtype")
     return next((name for name in names if hasattr(layer, name)), None)
-
-
-def _is_authors_choice(layer: Any, dtype: np.dtype, dtypes: LayerDtypes) -> bool:
-    author = layer.dtype
-    if isinstance(layer, nnx.Embed) and author == layer.param_dtype:
-        author = None  # what Embed makes of no dtype at all
-    if author is None or author == dtype:
-        return False
-    return dtypes.rule is None or dtypes.rule.yields_to_author

@@ -25,7 +25,7 @@ def layer_dtypes_of_variables(
     Rules by path apply. A layer whose parameters are a `scale`, with or without a
     `bias`, is a norm: no other layer of Flax has a parameter of that name.
     """
-    policy, rules, _ = application
+    policy, rules = application[:2]
     params = variables.get("params", variables)
     found: dict[str, set[str]] = {}
     for path in traverse_util.flatten_dict(params):

@@ -5,12 +5,11 @@ for all: derivatives, infinities that were there before, the trap of `where`, wh
 other branch the gradient meets, and the rule that keeps a layer in float32.
 """
 
-import re
 from typing import Any
 
+from jaxmp._scopes import layer_path
 from jaxmp.numerics._cause_of_operation import NARROW, Cause, at, cause_of_operation
 from jaxmp.numerics._origin import Origin, ancestors
-from jaxmp.numerics._site import Site
 
 
 def explain(
@@ -43,19 +42,11 @@ def explain(
     return Cause(cause, f"{repair} {_rule(made)}".strip())
 
 
-def layer_path(site: Site) -> str:
-    """The scopes as `PolicyRule(path=...)` has them: without the root module's name."""
-    scopes = site.scopes
-    if scopes and re.fullmatch(r"[A-Z]\w*?(?<!_\d)(?<!_\d\d)", scopes[0]):
-        scopes = scopes[1:]
-    return "/".join(scopes)
-
-
 def _rule(made: Origin) -> str:
     dtypes = [x.dtype for x in (*made.operands, made.result) if x is not None]
     if not any(dtype in NARROW for dtype in dtypes):
         return ""
-    path = layer_path(made.site)
+    path = layer_path(made.site.scopes)
     if not path:
         return "Or compute this in float32: x.astype(jnp.float32)."
     return (

@@ -132,6 +132,7 @@ def accumulate(
     def update_fn(
         updates, state, params=None, *, grads_finite=None, value=None, **extra_args
     ):
+        _composition.require_state(state, AccumulationState, "accumulate")
         grads = float32_view(updates)
         finite = _tree.all_finite(grads) if grads_finite is None else grads_finite
         state = _add(state, grads, value, finite)

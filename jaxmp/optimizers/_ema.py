@@ -72,6 +72,7 @@ def ema(decay: float) -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        _composition.require_state(state, EmaState, "ema")
         require_params(params, "ema")
         moved = optax.apply_updates(float32_view(params), updates)
         shadow = jax.tree.map(_average, state.shadow, moved)

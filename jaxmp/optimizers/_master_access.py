@@ -9,6 +9,7 @@ import optax
 
 from jaxmp import _composition, _tree
 from jaxmp.errors import MasterWeightsMismatch, MissingState
+from jaxmp.optimizers._copies import Weights, replace_copies
 from jaxmp.optimizers._master_weights import (
     MasterWeightsState,
     is_masked,
@@ -95,14 +96,27 @@ def load_master_weights(
         if not isinstance(node, MasterWeightsState):
             return node
         trees = (node.master, weights, working)
+        old = jax.tree.map(weight_of, node.master, params, is_leaf=is_masked)
         working = jax.tree.map(round_weight, *trees, is_leaf=is_masked)
         master = jax.tree.map(new_master, *trees, is_leaf=is_masked)
-        return node._replace(master=master)
+        new = jax.tree.map(weight_of, master, working, is_leaf=is_masked)
+        inner_state = replace_copies(node.inner_state, Weights(old, new))
+        return node._replace(inner_state=inner_state, master=master)
 
-    opt_state = jax.tree.map(
-        load, opt_state, is_leaf=lambda x: isinstance(x, MasterWeightsState)
-    )
-    return working, opt_state
+    def is_ours(x):
+        return isinstance(x, MasterWeightsState)
+
+    opt_state = jax.tree.map(load, opt_state, is_leaf=is_ours)
+    # What stands beside the masters sees the working weights, some of it in float32.
+    nodes, structure = jax.tree.flatten(opt_state, is_leaf=is_ours)
+    beside = [None if is_ours(x) else x for x in nodes]
+    beside = jax.tree.unflatten(structure, beside)
+    for cast in (lambda x: x, _tree.at_least_float32):
+        views = (jax.tree.map(cast, tree) for tree in (params, working))
+        beside = replace_copies(beside, Weights(*views))
+    rest = jax.tree.leaves(beside, is_leaf=lambda x: x is None)
+    nodes = [y if x is None else x for x, y in zip(rest, nodes, strict=True)]
+    return working, jax.tree.unflatten(structure, nodes)
 
 
 def check_master_weights(opt_state: optax.OptState, params: PyTree) -> None:

@@ -128,6 +128,7 @@ def master_weights(
         return MasterWeightsState(inner_state, master)
 
     def update_fn(updates, state, params=None, **extra_args):
+        _composition.require_state(state, MasterWeightsState, "master_weights")
         require_params(params, "master_weights")
         moving = _hide_frozen(params, trainable)
         weights = jax.tree_util.tree_map_with_path(_weight, moving, state.master)

@@ -132,6 +132,7 @@ def cast_state(
         return CastStateState(inner_state, jnp.int32(0) if stochastic else None)
 
     def update_fn(updates, state, params=None, **extra_args):
+        _composition.require_state(state, CastStateState, "cast_state")
         moments = jax.tree.map(
             lambda x: _tree.at_least_float32(x) if _is_stored(x) else x,
             state.inner_state,

@@ -102,6 +102,9 @@ def stochastic_rounding(
         return StochasticRoundingState(inner_state, jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
+        _composition.require_state(
+            state, StochasticRoundingState, "stochastic_rounding"
+        )
         require_params(params, "stochastic_rounding")
         weights = float32_view(params)
         updates, inner_state = inner.update(

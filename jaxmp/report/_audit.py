@@ -33,6 +33,8 @@ def audit(
       operand, a `np.float32` scalar, a constant, a parameter. Casts that are written
       down, as in `x.astype(jnp.float32)`, are not silent, nor is what a float32 operand
       widens in a layer that casts its result back, nor what autocast decides.
+    - *Sums in half*: a loop's carry, a `scatter-add`, a `cumsum` and so on, whose
+      accumulator has too few bits for its number of terms.
     - What is kept for the backward pass, by dtype.
     - float32 collectives, and shapes that tensor cores or a TPU have to pad.
 
@@ -40,9 +42,10 @@ def audit(
     branch of a `cond`. Pallas kernels and `custom_linear_solve` are not looked into.
 
     Args:
-      fn: a loss, a whole training step, or any other function that can be jitted.
+      fn: a loss, a whole training step, or any other function that can be jitted; an
+        nnx module is one too.
       *args: what it is called with: trees of arrays, `jax.ShapeDtypeStruct`s, Python
-        numbers and nnx modules.
+        numbers, strings and nnx modules.
       policy: what the program is meant to compute in, as `get_policy` takes it. None
         stands for the half dtype that occurs in it.
       **kwargs: as `args`.
@@ -72,7 +75,8 @@ def audit(
     opened = open_jaxpr(jaxpr)
     observer = Observer()
     inputs = [entering(v, name) for v, name in zip(opened.invars, names, strict=True)]
-    outputs = Walker(observer.look).walk(jaxpr, inputs, Context())
+    walker = Walker(observer.look, observer.sums.body)
+    outputs = walker.walk(jaxpr, inputs, Context())
     observer.outputs(opened.outvars, outputs)
     widenings = observer.widenings.told()
     silent = observer.widenings.silent_keys()
@@ -90,6 +94,7 @@ def audit(
         residuals(jaxpr),
         tuple(observer.collectives),
         misalignments(matmuls),
+        observer.sums.found(),
     )
 
 

@@ -12,15 +12,17 @@ from jaxmp.casting._arguments import flatten_arguments
 from jaxmp.errors import NotAnArray, StepDoesNotTrace
 
 _SCALARS = (bool, int, float, complex)
+_STATIC = (*_SCALARS, str)
 
 
 def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[str]]:
     """Traces a function without computing anything.
 
     Args:
-      fn: a function, jitted or not.
-      args, kwargs: trees of arrays, `jax.ShapeDtypeStruct`s, Python numbers and nnx
-        modules.
+      fn: a function, jitted or not; an nnx module or a method of one stands for a
+        function of that module.
+      args, kwargs: trees of arrays, `jax.ShapeDtypeStruct`s, Python numbers, strings
+        and nnx modules; a function may be an argument too.
 
     Returns:
       Its jaxpr, and the name of each of the jaxpr's inputs.
@@ -34,6 +36,8 @@ def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[str
             f"audit() takes a function and its arguments, and {fn!r} is no function. "
             "Write audit(loss_fn, params, batch)."
         )
+    called = _name(fn)
+    fn, args = _open_module(fn, args)
     named = _named_leaves(fn, args, kwargs)
     _check(named)
     try:
@@ -43,13 +47,26 @@ def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[str
         shown = ", ".join(f"{name}: {_shown(leaf)}" for name, leaf in named[:8])
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
         raise StepDoesNotTrace(
-            f"{_name(fn)!r} does not trace with {shown or 'no arguments'}{more}. "
+            f"{called!r} does not trace with {shown or 'no arguments'}{more}. "
             f"{type(error).__name__}: {error}\n"
             "Call it with these shapes and dtypes under jax.make_jaxpr to see the "
             "whole traceback."
         ) from error
-    names = [name for name, leaf in named if not isinstance(leaf, (*_SCALARS, str))]
-    return jaxpr, names
+    return jaxpr, [name for name, leaf in named if _is_array(leaf)]
+
+
+def _open_module(fn: Any, args: Any) -> tuple[Any, Any]:
+    """Makes an nnx module that is called, or whose method is, the first argument.
+
+    Its variables are then inputs of the program, and may be written to.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(fn, nnx.Module):
+        return type(fn).__call__, (fn, *args)
+    owner = getattr(fn, "__self__", None)
+    if nnx is not None and isinstance(owner, nnx.Module):
+        return fn.__func__, (owner, *args)
+    return fn, args
 
 
 def _named_leaves(fn: Any, args: Any, kwargs: Any) -> list[tuple[str, Any]]:
@@ -88,17 +105,22 @@ def _parameter_names(fn: Any, count: int) -> list[str]:
 
 def _check(named: list[tuple[str, Any]]) -> None:
     for name, leaf in named:
-        is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
-        if not is_array and not isinstance(leaf, _SCALARS):
+        is_option = callable(leaf) and name.isidentifier()
+        if not _is_array(leaf) and not is_option and not isinstance(leaf, _STATIC):
             raise NotAnArray(
                 f"The argument {name} of audit() is no array but {leaf!r}. Arguments "
-                "are arrays, jax.ShapeDtypeStructs, numbers, nnx modules, and trees of "
-                "these; close over anything else: audit(lambda x: f(x, option), x)."
+                "are arrays, jax.ShapeDtypeStructs, numbers, strings, nnx modules, and "
+                "trees of these; close over anything else: "
+                "audit(lambda x: f(x, option), x)."
             )
 
 
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
 def _shown(leaf: Any) -> str:
-    if hasattr(leaf, "dtype"):
+    if _is_array(leaf):
         return f"{leaf.dtype}{list(leaf.shape)}"
     return repr(leaf)
 

@@ -4,16 +4,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jaxmp import _sources
+from jaxmp.report._audit_advice import matmul_repair, sum_repair
 from jaxmp.report._audit_alignment import Misalignment
 from jaxmp.report._audit_records import Collective, Matmul
+from jaxmp.report._audit_sums import Accumulation
 from jaxmp.report._audit_widenings import Widening
+
+# A matmul of fewer FLOPs takes no longer on an accelerator than it takes to start one.
+_TINY = 10**8
 
 
 class Finding(NamedTuple):
     """One thing to mend.
 
     Attributes:
-      kind: `"upcast"`, `"matmul"`, `"collective"` or `"alignment"`.
+      kind: `"accumulation"`, `"upcast"`, `"matmul"`, `"collective"` or `"alignment"`.
       source: the user's line.
       path: name scopes and modules around it.
       message: what was found.
@@ -35,20 +40,39 @@ def find(
     widenings: Iterable[Widening],
     matmuls: Sequence[Matmul],
     collectives: Iterable[Collective],
-    misalignments: Iterable[Misalignment],
+    misalignments: Sequence[Misalignment],
+    accumulations: Iterable[Accumulation],
 ) -> tuple[Finding, ...]:
-    """Makes findings of what was recorded, the gravest kind first.
+    """Makes findings of what was recorded, what costs most first.
 
     Args:
       half: the half dtype that the program is meant for; None if it is float32.
-      widenings, matmuls, collectives, misalignments: what the program has.
+      widenings, matmuls, collectives, misalignments, accumulations: what the program
+        has.
     """
     flops = sum(matmul.flops for matmul in matmuls)
-    found = [_upcast(widening, flops) for widening in widenings]
+    slow = [(w.flops, _upcast(w, flops)) for w in widenings]
     if half is not None:
-        found += _wide_matmuls(half, matmuls)
+        slow += _wide_matmuls(half, matmuls)
+    slow.sort(key=lambda item: -item[0])
+    found = [finding for _, finding in slow]
+    if half is not None:
         found += _wide_collectives(half, collectives)
-    return (*found, *map(_alignment, misalignments))
+    return (
+        *map(_accumulation, accumulations),
+        *found,
+        *_alignments(misalignments),
+    )
+
+
+def _accumulation(found: Accumulation) -> Finding:
+    meaning = "from there on, sum + term rounds to the sum"
+    if not found.is_sequential:
+        meaning += ", unless the compiler keeps more bits than are asked for"
+    way = ", in the backward pass" if found.is_backward else ""
+    message = f"{found}: {meaning} ({_times(found.times)}{way})"
+    repair = sum_repair(found)
+    return Finding("accumulation", found.source, found.path, message, repair)
 
 
 def _upcast(widening: Widening, flops: int) -> Finding:
@@ -64,32 +88,37 @@ def _upcast(widening: Widening, flops: int) -> Finding:
     return Finding("upcast", widening.source, widening.path, message, widening.repair)
 
 
-def _wide_matmuls(half: str, matmuls: Sequence[Matmul]) -> list[Finding]:
+def _wide_matmuls(half: str, matmuls: Sequence[Matmul]) -> list[tuple[int, Finding]]:
     """Matmuls that are not in the half dtype, for no reason that a widening gives."""
     groups: dict[Any, list[Matmul]] = {}
     total = max(sum(m.flops for m in matmuls), 1)
+    has_policy = any(matmul.under == "apply_policy" for matmul in matmuls)
     for matmul in matmuls:
         other_half = matmul.is_half and half not in matmul.operands
         if (matmul.is_wide or other_half) and not matmul.is_widened:
             groups.setdefault((matmul.source, matmul.operands), []).append(matmul)
     found = []
     for (source, operands), members in groups.items():
-        share = sum(m.flops for m in members) / total
+        flops = sum(m.flops for m in members)
         what = f"{members[0].operation} of {' and '.join(dict.fromkeys(operands))}"
         message = (
             f"{what} in a program meant for {half} "
-            f"({_times(sum(m.times for m in members))}, {share:.1%} of the FLOPs)"
+            f"({_times(sum(m.times for m in members))}, {flops / total:.1%} of the "
+            "FLOPs)"
         )
-        repair = (
-            f"If this is not on purpose, cast both operands to {half}, or use "
-            "jaxmp.apply_policy or jaxmp.autocast."
-        )
-        found.append(Finding("matmul", source, members[0].path, message, repair))
+        first = members[0]
+        repair = matmul_repair(first, half, has_policy)
+        found.append((flops, Finding("matmul", source, first.path, message, repair)))
     return found
 
 
 def _wide_collectives(half: str, collectives: Iterable[Collective]) -> list[Finding]:
     """What is sent in float32; single numbers, such as a loss, may well be."""
+    sent = [
+        c
+        for c in collectives
+        if c.dtype in ("float32", "float64") and c.shape and max(c.shape) > 1
+    ]
     return [
         Finding(
             "collective",
@@ -101,9 +130,27 @@ def _wide_collectives(half: str, collectives: Iterable[Collective]) -> list[Find
             f"Cast before and after: {c.operation}(x.astype(jnp.{half})) moves "
             "half the bytes. Over many devices a sum is better kept in float32.",
         )
-        for c in collectives
-        if c.dtype in ("float32", "float64") and c.shape and max(c.shape) > 1
+        for c in sorted(sent, key=lambda c: -c.bytes)
     ]
+
+
+def _alignments(found: Sequence[Misalignment]) -> list[Finding]:
+    """One finding for each shape that is padded, and one for all that are tiny."""
+    tiny = [m for m in found if m.shape.flops < _TINY]
+    told = [_alignment(m) for m in found if m.shape.flops >= _TINY]
+    if not tiny:
+        return told
+    first = tiny[0]
+    largest = max(m.shape.flops for m in tiny) / 1e6
+    shapes = counted(len(tiny), "shape")
+    message = (
+        f"{shapes} of small matmuls (at most {largest:.2g} MFLOPs) that the hardware "
+        f"pads, such as {first}"
+    )
+    repair = (
+        "At this size padding costs next to nothing: starting a kernel takes longer."
+    )
+    return [*told, Finding("alignment", first.source, first.path, message, repair)]
 
 
 def _alignment(found: Misalignment) -> Finding:

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxmp._flops import MATMULS, matmul_shape
 from jaxmp.report._audit_records import Collective, Matmul
+from jaxmp.report._audit_sums import Sums
 from jaxmp.report._audit_values import (
     WIDE,
     Origin,
@@ -67,12 +68,14 @@ class Observer:
       widenings: the promotions that were found.
       matmuls: one for each, however often it runs.
       collectives: likewise.
+      sums: those that are too long for their dtype.
     """
 
     def __init__(self):
         self.widenings = Widenings()
         self.matmuls: list[tuple[Matmul, frozenset[Any]]] = []
         self.collectives: list[Collective] = []
+        self.sums = Sums()
         # A backward equation has the line of the forward one that it comes from.
         self._narrowings: set[Any] = set()
         self._forward: dict[Any, frozenset[Any]] = {}
@@ -81,6 +84,17 @@ class Observer:
         self, eqn: Any, values: Sequence[Value], context: Context
     ) -> Sequence[Value]:
         """Notes an equation that is no call, and says what is known of its results."""
+        if context.is_settled:
+            self.sums.look(eqn, values, context)
+        results = self.results(eqn, values, context)
+        if not _is_data(eqn, values):
+            return results
+        return [result._replace(is_data=True) for result in results]
+
+    def results(
+        self, eqn: Any, values: Sequence[Value], context: Context
+    ) -> Sequence[Value]:
+        """Follows where the dtypes of the results come from."""
         name = eqn.primitive.name
         is_gradient = context.in_backward or any(v.is_gradient for v in values)
         self.widenings.used({key for v in values for key in v.groups}, context.site)
@@ -89,7 +103,7 @@ class Observer:
         if name == "optimization_barrier":
             return values
         if name in _STRUCTURAL:
-            return [values[0]._replace(is_gradient=is_gradient)]
+            return [values[0]._replace(is_gradient=is_gradient, is_data=False)]
         groups = self.meeting(eqn, values, context, is_gradient)
         if name in MATMULS:
             groups = self.matmul(eqn, groups, context)
@@ -196,6 +210,8 @@ class Observer:
             "/".join(context.path),
             context.in_backward,
             bool(groups),
+            context.under,
+            context.site.library or "",
         )
         if matmul.is_wide:
             for key in groups:
@@ -231,6 +247,34 @@ class Observer:
                 group: Group = self.widenings.groups[key]
                 group.reaches_scalar |= atom.aval.size == 1
                 group.reaches_output |= atom.aval.size > 1 and not value.is_gradient
+
+
+# How an index is made of what is given: negative ones count from the end.
+_INDEXING = frozenset(
+    (
+        "add",
+        "clamp",
+        "concatenate",
+        "convert_element_type",
+        "lt",
+        "max",
+        "min",
+        "rem",
+        "select_n",
+        "sub",
+    )
+)
+
+
+def _is_data(eqn: Any, values: Sequence[Value]) -> bool:
+    """Whether integers are those of an argument, moved about or made an index."""
+    dtype = getattr(eqn.outvars[0].aval, "dtype", None)
+    if getattr(dtype, "kind", "") not in ("i", "u", "b"):
+        return False
+    name = eqn.primitive.name
+    if name in _STRUCTURAL:
+        return values[0].is_data
+    return name in _INDEXING and all(value.is_data for value in values)
 
 
 def _line(context: Context) -> Any:

@@ -20,6 +20,10 @@ class Matmul(NamedTuple):
       path: name scopes and modules around it.
       is_backward: whether it is part of a backward pass.
       is_widened: whether it runs in float32 because of a silent widening.
+      under: `"autocast"`, `"full_precision"` or `"apply_policy"` if it is inside of
+        one.
+      library: the package whose code it is, such as `"flax"`; empty for the user's
+        own.
     """
 
     operation: str
@@ -32,6 +36,8 @@ class Matmul(NamedTuple):
     path: str
     is_backward: bool
     is_widened: bool
+    under: str
+    library: str
 
     @property
     def is_wide(self) -> bool:

@@ -11,12 +11,14 @@ from jaxmp.report._audit_alignment import Misalignment
 from jaxmp.report._audit_findings import Finding, at, counted, find, mib
 from jaxmp.report._audit_records import Collective, Matmul
 from jaxmp.report._audit_residuals import Residual
+from jaxmp.report._audit_sums import Accumulation
 from jaxmp.report._audit_widenings import Widening
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 _MARKS = {
     "upcast": "bad",
     "matmul": "bad",
+    "accumulation": "bad",
     "collective": "note",
     "alignment": "quiet",
 }
@@ -41,6 +43,8 @@ class Audit:
         program has no derivative.
       collectives: every communication inside of `jax.shard_map`.
       misalignments: shapes that do not fit the hardware, the most wasteful first.
+      accumulations: sums that are too long for their half accumulator, the longest
+        first.
     """
 
     half: str | None
@@ -49,6 +53,7 @@ class Audit:
     residuals: tuple[Residual, ...] | None
     collectives: tuple[Collective, ...]
     misalignments: tuple[Misalignment, ...]
+    accumulations: tuple[Accumulation, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -71,13 +76,18 @@ class Audit:
 
     @functools.cached_property
     def findings(self) -> tuple[Finding, ...]:
-        """What to mend: upcasts, matmuls, collectives, alignments, in this order."""
+        """What to mend, what costs most first.
+
+        Sums that lose their terms come before what is only slow: upcasts and matmuls by
+        their FLOPs, collectives by their bytes, and alignments.
+        """
         return find(
             self.half,
             self.widenings,
             self.matmuls,
             self.collectives,
             self.misalignments,
+            self.accumulations,
         )
 
     @property
@@ -132,6 +142,7 @@ class Audit:
                 ("residual", self.residuals or ()),
                 ("collective", self.collectives),
                 ("misalignment", self.misalignments),
+                ("accumulation", self.accumulations),
             )
             for row in rows
         ]
@@ -195,7 +206,7 @@ def _matmul_rows(audit: Audit) -> list[tuple[Any, ...]]:
         lhs, rhs, out = (_SHORT.get(d, d) for d in (*first.operands, first.output))
         rows.append(
             (
-                f"{first.operation} {_shape(first)}",
+                f"{first.operation} {first.shape}",
                 sum(m.times for m in members),
                 f"{lhs} {rhs} -> {out}",
                 f"{flops / 1e9:.4g}",
@@ -206,13 +217,6 @@ def _matmul_rows(audit: Audit) -> list[tuple[Any, ...]]:
             )
         )
     return rows
-
-
-def _shape(matmul: Matmul) -> str:
-    shape = matmul.shape
-    batch = f"{shape.batch} of " if shape.batch > 1 else ""
-    taps = f" x {shape.taps} taps" if shape.taps > 1 else ""
-    return f"{batch}({shape.m}, {shape.k}) @ ({shape.k}, {shape.n}){taps}"
 
 
 def _plain(value: Any) -> Any:

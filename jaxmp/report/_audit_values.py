@@ -104,6 +104,7 @@ class Value(NamedTuple):
       is_gradient: whether a backward pass had a part in it.
       promotion: the cast that made it, if that was type promotion.
       size: of the array that it was broadcast from.
+      is_data: whether it comes from the arguments, moved about or as an index is made.
     """
 
     origin: Origin | None = None
@@ -111,12 +112,14 @@ class Value(NamedTuple):
     is_gradient: bool = False
     promotion: Promotion | None = None
     size: int = 1
+    is_data: bool = False
 
     def joined(self, other: "Value") -> "Value":
         """What is known of a value that is the one or the other."""
         return self._replace(
             groups=self.groups | other.groups,
             is_gradient=self.is_gradient or other.is_gradient,
+            is_data=self.is_data and other.is_data,
         )
 
 
@@ -143,7 +146,7 @@ def _rank(value: Value) -> tuple[bool, int]:
 def entering(atom: Any, path: str) -> Value:
     """The value of an argument."""
     size = getattr(atom.aval, "size", 1)
-    return Value(Origin("argument", path, argument=path), size=size)
+    return Value(Origin("argument", path, argument=path), size=size, is_data=True)
 
 
 def constant(atom: Any) -> Value:
@@ -154,4 +157,5 @@ def constant(atom: Any) -> Value:
     if aval.size == 1 and hasattr(atom, "val") and aval.dtype in WIDE:
         number = np.asarray(atom.val, aval.dtype)[()]
         return Value(Origin("scalar", str(number)))
-    return Value(Origin("constant", f"{aval.dtype}{list(aval.shape)}"), size=aval.size)
+    origin = Origin("constant", f"{aval.dtype}{list(aval.shape)}")
+    return Value(origin, size=aval.size, is_data=aval.size == 1)

@@ -5,11 +5,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxmp._jax_internals import open_jaxpr, scan_arity
-from jaxmp.casting._plan import AUTOCAST_SCOPE, is_backward, scope_names, scopes
+from jaxmp.casting._plan import (
+    AUTOCAST_SCOPE,
+    FULL_PRECISION_SCOPE,
+    is_backward,
+    scope_names,
+    scopes,
+)
 from jaxmp.report._audit_values import Site, Value, constant
 
 # Kernels are programs of their own, on blocks of what is passed to them.
 _OPAQUE = frozenset(("pallas_call", "core_map", "run_state", "mosaic_gpu_call"))
+
+# What they hold says how two numbers become one, and is no call.
+_REDUCERS = frozenset(("reduce", "reduce_window"))
 
 
 class Context(NamedTuple):
@@ -21,6 +30,7 @@ class Context(NamedTuple):
       path: name scopes and modules.
       in_backward: whether the call is part of a backward pass.
       in_autocast: whether autocast decides about its dtypes.
+      in_full_precision: whether `full_precision` keeps autocast from it.
       site: where the call stands.
       is_settled: False while the carries of a loop around it are being found out.
     """
@@ -30,17 +40,29 @@ class Context(NamedTuple):
     path: tuple[str, ...] = ()
     in_backward: bool = False
     in_autocast: bool = False
+    in_full_precision: bool = False
     site: Site = Site(None, None)
     is_settled: bool = True
 
     def at(self, eqn: Any) -> "Context":
         """The context of an equation, and of the bodies that it holds."""
+        names = scope_names(eqn)
         return self._replace(
             path=self.path + scopes(eqn),
             in_backward=self.in_backward or is_backward(eqn),
-            in_autocast=self.in_autocast or AUTOCAST_SCOPE in scope_names(eqn),
+            in_autocast=self.in_autocast or AUTOCAST_SCOPE in names,
+            in_full_precision=self.in_full_precision or FULL_PRECISION_SCOPE in names,
             site=Site(eqn.source_info.traceback, self.site),
         )
+
+    @property
+    def under(self) -> str:
+        """What of jaxmp's decides about the dtypes here, or an empty string."""
+        if self.in_full_precision:
+            return "full_precision"
+        if self.in_autocast:
+            return "autocast"
+        return "apply_policy" if "jaxmp.modules" in self.site.packages else ""
 
 
 class Walker:
@@ -49,10 +71,12 @@ class Walker:
     Attributes:
       look: a function `(equation, values of its operands, context)` that returns the
         values of its results.
+      body: a function `(jaxpr, context)` that is called before each jaxpr is walked.
     """
 
-    def __init__(self, look: Any):
+    def __init__(self, look: Any, body: Any):
         self.look = look
+        self.body = body
 
     def walk(self, jaxpr: Any, inputs: Sequence[Value], context: Context) -> list[Any]:
         """Walks one jaxpr.
@@ -65,6 +89,7 @@ class Walker:
         Returns:
           What is known of its outputs.
         """
+        self.body(jaxpr, context)
         opened = open_jaxpr(jaxpr)
         values = {v: constant(v) for v in opened.constvars}
         values |= zip(opened.invars, inputs, strict=True)
@@ -155,7 +180,7 @@ def _unpromoted(value: Value) -> Value:
 
 def _body(eqn: Any) -> Any:
     """The jaxpr of a call that runs it once, on its own operands."""
-    if eqn.primitive.name in _OPAQUE:
+    if eqn.primitive.name in _OPAQUE | _REDUCERS:
         return None
     for name in ("jaxpr", "call_jaxpr"):
         body = eqn.params.get(name)
@@ -168,7 +193,7 @@ def _body(eqn: Any) -> Any:
 
 def bodies(eqn: Any) -> list[Any]:
     """Every jaxpr that an equation holds, but those of kernels."""
-    if eqn.primitive.name in _OPAQUE:
+    if eqn.primitive.name in _OPAQUE | _REDUCERS:
         return []
     found = []
     for value in eqn.params.values():

@@ -10,15 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import jax
 
 from jaxmp.errors import CompilerFailed
 from jaxmp.report._programs import Program
+from jaxmp.report._progress import Progress
 from jaxmp.report._targets import TARGET_ENVIRONMENT, check_packages
 from jaxmp.report._worker import Answer, Request, compile_request
 
@@ -35,14 +35,19 @@ def cache_directory() -> Path:
 
 
 def compile_programs(
-    programs: Sequence[Program], *, cache: bool = True, progress: bool | None = None
+    programs: Sequence[Program],
+    *,
+    names: Sequence[str] | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
 ) -> list[Answer]:
     """Compiles programs, one after the other, and keeps what the compilers said.
 
     Args:
       programs: what to compile.
+      names: what to call each; by default by its target.
       cache: whether answers of earlier runs are used and those of this one kept.
-      progress: whether to show a bar; by default if a person is looking.
+      progress: what says how far it has come; by default in a terminal.
 
     Returns:
       An answer for each program. One that does not fit into the memory of its target
@@ -56,14 +61,21 @@ def compile_programs(
     for program, answer in zip(programs, answers, strict=True):
         if answer is None:
             check_packages(program.target)
-    with _Worker() as worker, _bar(len(programs), progress) as bar:
-        for i, program in enumerate(programs):
-            bar.set_description(f"compiling for {program.target}")
-            if answers[i] is None:
-                answers[i] = _compile(program, worker)
-                if cache:
-                    _save(program, answers[i])
-            bar.update()
+    progress = progress or Progress()
+    progress.expect(answers.count(None))
+    names = names or [str(program.target) for program in programs]
+    with _Worker() as worker:
+        for i, (program, name) in enumerate(zip(programs, names, strict=True)):
+            what = f"{i + 1} of {len(programs)}: {name}"
+            if answers[i] is not None:
+                progress.say(f"{what}: known from an earlier run")
+                continue
+            progress.say(f"{what}: compiling")
+            start = time.monotonic()
+            answers[i] = _compile(program, worker)
+            progress.compiled(what, time.monotonic() - start)
+            if cache:
+                _save(program, answers[i])
     return [answer for answer in answers if answer is not None]
 
 
@@ -154,26 +166,6 @@ def _start(log: Path) -> subprocess.Popen[str]:
             text=True,
             env=environment,
         )
-
-
-@contextlib.contextmanager
-def _bar(total: int, progress: bool | None) -> Iterator[Any]:
-    wanted = sys.stderr.isatty() if progress is None else progress
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        yield _NoBar()
-        return
-    with tqdm(total=total, disable=not wanted) as bar:
-        yield bar
-
-
-class _NoBar:
-    def set_description(self, text: str) -> None:
-        """Shows nothing."""
-
-    def update(self) -> None:
-        """Shows nothing."""
 
 
 def _entry(program: Program) -> Path:

@@ -23,6 +23,7 @@ from jaxmp.report._programs import (
     export_program,
     under_policy,
 )
+from jaxmp.report._progress import Progress
 from jaxmp.report._roofline import Roofline, roofline
 from jaxmp.report._targets import Target, read_target, target_devices
 from jaxmp.report._views import bar_chart, report_page, report_text
@@ -161,7 +162,8 @@ def compile_step(
       compiler_options: of XLA, by name, as for `jax.stages.Lowered.compile`; for all
         targets.
       cache: whether to use and keep answers on disk.
-      progress: whether to show a bar; by default in a terminal.
+      progress: whether to say on the standard error what is done, and how long it will
+        take; by default in a terminal.
 
     Returns:
       A `StepReport`. A step that does not fit into a target's memory is a row of it.
@@ -192,7 +194,7 @@ def compile_step(
         targets,
         compiler_options,
         cache,
-        progress,
+        Progress(progress),
     )
 
 
@@ -235,37 +237,38 @@ def compile_step_of(
       [256, 128]
     """
     jobs = []
+    said = Progress(progress)
     for policy in policies:
+        said.say(f"making the step under {policy}")
         step, *args = step_of_policy(policy)
         donate = donate_argnums
         if donate is None:
             donate = donated_arguments(step, args)
         jobs.append((policy, step, args, donate))
-    return _report(jobs, targets, compiler_options, cache, progress)
+    return _report(jobs, targets, compiler_options, cache, said)
 
 
 def _report(
-    jobs: Sequence[tuple[Any, Callable[..., Any], Sequence[Any], Sequence[int]]],
+    jobs: list[tuple[Any, Callable[..., Any], Sequence[Any], Sequence[int]]],
     targets: Sequence[str],
     options: Mapping[str, Any] | None,
     cache: bool,
-    progress: bool | None,
+    progress: Progress,
 ) -> StepReport:
-    read = [read_target(target) for target in targets]
-    asked = [
-        (str(policy), export_program(step, args, target, donate, options))
-        for target in read
-        for policy, step, args, donate in jobs
-    ]
-    answers = compile_programs(
-        [program for _, program in asked], cache=cache, progress=progress
-    )
-    return StepReport(
-        tuple(
-            read_answer(policy, program, answer)
-            for (policy, program), answer in zip(asked, answers, strict=True)
-        )
-    )
+    names, programs = [], []
+    for target in [read_target(target) for target in targets]:
+        for policy, step, args, donate in jobs:
+            names.append(f"{policy} on {target}")
+            progress.say(f"tracing {names[-1]}")
+            programs.append(export_program(step, args, target, donate, options))
+    answers = compile_programs(programs, names=names, cache=cache, progress=progress)
+    rows = []
+    for (policy, *_), name, program, answer in zip(
+        jobs * len(targets), names, programs, answers, strict=True
+    ):
+        progress.say(f"reading {name}")
+        rows.append(read_answer(str(policy), program, answer))
+    return StepReport(tuple(rows))
 
 
 def read_answer(policy: str, program: Program, answer: Answer) -> Row:

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from jaxmp.testing._assert_matmuls import assert_matmuls_in, assert_matmuls_in_half
 from jaxmp.testing._assertions import (
-    assert_matmuls_in,
     assert_max_traces,
     assert_no_upcast,
     assert_precision_close,
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "assert_no_upcast",
     "assert_matmuls_in",
+    "assert_matmuls_in_half",
     "assert_max_traces",
     "assert_precision_close",
     "ZooModel",

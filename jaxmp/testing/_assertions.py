@@ -1,13 +1,8 @@
-"""Assertions about precision, for people's own tests, in the manner of chex.
+"""Assertions about precision, for people's own tests, in the manner of chex."""
 
-Each raises an `AssertionError` that begins with `[jaxmp] Assertion <name> failed:` and
-names the line, or the leaf, that is at fault.
-"""
-
-import collections
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.core
@@ -16,10 +11,8 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp.errors import InvalidAssertion
-from jaxmp.policy._dtypes import read_dtype
 from jaxmp.report import audit
-
-_MOST = 5
+from jaxmp.testing._failure import fail, floating_dtype, listed
 
 
 def assert_no_upcast(
@@ -55,52 +48,7 @@ def assert_no_upcast(
     upcasts = [finding for finding in found if finding.kind == "upcast"]
     if upcasts:
         count = "1 upcast" if len(upcasts) == 1 else f"{len(upcasts)} upcasts"
-        _fail("assert_no_upcast", f"{count} in the program.{_list(upcasts)}")
-
-
-def assert_matmuls_in(
-    dtype: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any
-) -> None:
-    """Checks that every floating matmul and convolution of a program is in one dtype.
-
-    Args:
-      dtype: that of both operands of each; in what dtype they accumulate is free.
-      fn: a loss, a training step, or any other function that can be jitted.
-      *args: what it is called with; as for `assert_no_upcast`.
-      **kwargs: as `args`.
-
-    Returns:
-      None.
-
-    Raises:
-      AssertionError: with the lines of those in another dtype, or if there are no
-        matmuls at all.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxmp
-      >>> from jaxmp.testing import assert_matmuls_in
-      >>> w = jnp.ones((8, 8))
-      >>> assert_matmuls_in("float32", jnp.matmul, w, w)
-      >>> assert_matmuls_in("bfloat16", jaxmp.autocast(jnp.matmul), w, w)
-    """
-    name = str(_dtype(dtype))
-    matmuls = [
-        m
-        for m in audit(fn, *args, **kwargs).matmuls
-        if all(jnp.issubdtype(d, jnp.floating) for d in m.operands)
-    ]
-    if not matmuls:
-        _fail("assert_matmuls_in", "the program has no floating matmul.")
-    wrong = collections.Counter[str]()
-    for m in matmuls:
-        if m.operands != (name, name):
-            dtypes = " and ".join(dict.fromkeys(m.operands))
-            inside = f" in {m.path}" if m.path else ""
-            wrong[f"{m.source}: {m.operation} of {dtypes}{inside}"] += m.times
-    if wrong:
-        lines = [f"{line} ({times} x)" for line, times in wrong.items()]
-        share = f"{wrong.total()} of {sum(m.times for m in matmuls)}"
-        _fail("assert_matmuls_in", f"{share} matmuls are not in {name}.{_list(lines)}")
+        fail("assert_no_upcast", f"{count} in the program.{listed(upcasts)}")
 
 
 def assert_max_traces(
@@ -160,10 +108,10 @@ def _counting(fn: Callable[..., Any], n: int) -> Callable[..., Any]:
             traces.append(", ".join(map(_typed, leaves)))
         if len(traces) > n:
             name = getattr(fn, "__name__", repr(fn))
-            _fail(
+            fail(
                 "assert_max_traces",
                 f"{name!r} is traced {len(traces)} times, and {n} allowed. What "
-                f"differs from one line to the next causes it:{_list(traces)}",
+                f"differs from one line to the next causes it:{listed(traces)}",
             )
         return fn(*args, **kwargs)
 
@@ -211,11 +159,11 @@ def assert_precision_close(
       AssertionError: [jaxmp] Assertion assert_precision_close failed: ...
     """
     name = "assert_precision_close"
-    dtype = _dtype(dtype)
+    dtype = floating_dtype(dtype)
     allowed = roundings * float(jnp.finfo(dtype).eps)
     structures = jax.tree.structure(actual), jax.tree.structure(expected)
     if structures[0] != structures[1]:
-        _fail(name, f"the trees differ: {structures[0]} and {structures[1]}.")
+        fail(name, f"the trees differ: {structures[0]} and {structures[1]}.")
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(actual),
         jax.tree.leaves(expected),
@@ -229,7 +177,7 @@ def assert_precision_close(
     if off:
         limit = f"{roundings:g} roundings of {dtype}, {allowed:.2%} of the norm"
         count = f"{len(off)} of {structures[1].num_leaves}"
-        _fail(name, f"{count} leaves are not within {limit}.{_list(off)}")
+        fail(name, f"{count} leaves are not within {limit}.{listed(off)}")
 
 
 def _difference(x: Any, y: Any, allowed: float, atol: float) -> str:
@@ -257,27 +205,6 @@ def _difference(x: Any, y: Any, allowed: float, atol: float) -> str:
     return f"is {relative}; the furthest element{at} is {found:.6g}, not {wanted:.6g}"
 
 
-def _dtype(dtype: Any) -> np.dtype:
-    found = read_dtype(dtype)
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise InvalidAssertion(
-            f"{dtype!r} is no floating dtype. Write 'bfloat16', 'float16', 'float32', "
-            "or a dtype such as jnp.bfloat16."
-        )
-    return found
-
-
 def _typed(leaf: Any) -> str:
     is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
     return f"{leaf.dtype}{list(leaf.shape)}" if is_array else repr(leaf)
-
-
-def _list(items: Iterable[Any]) -> str:
-    """The first of some items, a line each."""
-    lines = list(map(str, items))
-    more = [f"and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
-    return "".join(f"\n  {line}" for line in [*lines[:_MOST], *more])
-
-
-def _fail(name: str, message: str) -> NoReturn:
-    raise AssertionError(f"[jaxmp] Assertion {name} failed: {message}")

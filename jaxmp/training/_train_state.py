@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import serialization, struct
@@ -13,16 +12,16 @@ from flax.training import train_state
 
 from jaxmp import _composition
 from jaxmp.errors import InvalidCheckpoint
-from jaxmp.loss_scale import loss_scaling, select_applied, value_and_grad
-from jaxmp.loss_scale._state import find_all
+from jaxmp.loss_scale import select_applied, value_and_grad
 from jaxmp.loss_scale._unscale import OVERWRITE_WITH_GRADIENT
 from jaxmp.optimizers import check_master_weights
-from jaxmp.policy import Policy, get_policy
+from jaxmp.policy import Policy
 from jaxmp.training._checkpoint_policy import (
     POLICY_KEY,
     check_checkpoint_policy,
     convert_like,
 )
+from jaxmp.training._create import read_policy, split_options, with_loss_scale
 
 
 class TrainState(train_state.TrainState):
@@ -75,13 +74,19 @@ class TrainState(train_state.TrainState):
           tx: an Optax transformation. It is wrapped as `loss_scaling(tx, policy)`
             unless its state has a loss scale already.
           policy: what `get_policy` takes.
-          **kwargs: fields of a subclass.
+          **kwargs: fields of a subclass; what is no field is an option of
+            `loss_scaling`: `init_scale`, `growth_interval`, `axis_name`, ...
 
         Returns:
           A `TrainState`.
 
         Raises:
           PolicyError: for a policy that cannot be read.
+          LossScalePolicyMismatch: if `tx` has the loss scale of a policy that needs
+            another one.
+          TrainStateOptionError: for a keyword that is neither a field nor an option,
+            and for an option if `tx` has a loss scale already.
+          LossScaleOptionError: for an option out of range.
 
         Example:
           >>> import jax.numpy as jnp, jaxmp, optax
@@ -92,11 +97,10 @@ class TrainState(train_state.TrainState):
           ...     policy="float32",
           ... )
         """
-        policy = get_policy(policy)
+        policy = read_policy(policy)
+        fields, options = split_options(cls, kwargs)
         trained = params["params"] if _has_fp8_metadata(params) else params
-        # A look at the shapes: two optimizer states at once may not fit into memory.
-        if not find_all(jax.eval_shape(tx.init, trained)):
-            tx = loss_scaling(tx, policy)
+        tx = with_loss_scale(tx, trained, policy, options)
         return cls(
             step=jnp.zeros((), jnp.int32),
             apply_fn=apply_fn,
@@ -104,7 +108,7 @@ class TrainState(train_state.TrainState):
             tx=tx,
             opt_state=tx.init(trained),
             policy=policy,
-            **kwargs,
+            **fields,
         )
 
     def value_and_grad(

@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and returns, and how it takes mistakes."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,9 @@ import pytest
 
 import jaxmp
 from jaxmp.cli import main
+from jaxmp.cli._source import check_source
+from jaxmp.errors import InvalidStep
+from jaxmp.report._progress import Progress
 
 MODULE = """
 import jax
@@ -151,9 +155,13 @@ def test_audit_fails_on_a_widening_and_names_its_line(capsys):
             ["report", "steps:make_stp"],
             "no 'make_stp'. Did you mean make_step",
         ),
+        (["report", "steps.py:make_stp"], "Its functions: step, make_step, make_half"),
+        (["audit", "steps.py:make_stp"], "Did you mean make_step"),
+        (["diagnose", "steps:make_stp"], "Nothing was run."),
         (["report", "steps"], "'steps' names no function"),
         (["report", "stepps:make_step"], "'stepps' cannot be imported"),
-        (["report", "nofile.py:make_step"], "'nofile.py' cannot be imported"),
+        (["report", "nofile.py:make_step"], "There is no file 'nofile.py'"),
+        (["audit", "nofile.py:make_step"], "end in .py: steps.py."),
         (["report", "steps:number"], "steps:number is 3, which cannot be called"),
         (["report", "steps:make_nothing"], "make_nothing returned int"),
         (["audit", "steps:make_error"], "raised KeyError: 'no data here'"),
@@ -167,9 +175,111 @@ def test_a_mistake_is_told_in_a_line_and_ends_with_status_2(arguments, words, ca
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert words in printed.err
-    assert printed.err.startswith(f"jaxmp {arguments[0]}: ")
+    said = [line for line in printed.err.splitlines() if line[:1] != "["]
+    assert said[0].startswith(f"jaxmp {arguments[0]}: ")
     assert "Traceback" not in printed.err
     assert not printed.out
+
+
+SCRIPT = """
+{first}
+raise SystemExit("This script has trained for hours.")
+"""
+SCRIPTS = {
+    "function": "def make_step():\n    pass",
+    "decorated": "import functools\n@functools.cache\ndef make_step():\n    pass",
+    "assigned": "make_step = lambda: None",
+    "unpacked": "a, (make_step, b) = 1, (2, 3)",
+    "imported": "from math import sin as make_step",
+    "module": "import make_step.inner",
+    "branch": "try:\n    x = 1\nexcept OSError:\n    def make_step():\n        pass",
+    "star": "from math import *",
+    "dynamic": "globals()['make_step'] = None",
+    "on demand": "def __getattr__(name):\n    return None",
+    "broken": "def make_step(:",
+}
+WITHOUT = {
+    "another function": "def make_steps():\n    pass",
+    "inside of a function": "def other():\n    make_step = 1\n    return make_step",
+    "inside of a class": "class A:\n    def make_step(self):\n        pass",
+    "read only": "import os\nprint(os, __name__)",
+}
+
+
+@pytest.mark.parametrize("form", WITHOUT)
+@pytest.mark.parametrize("command", ["report", "audit", "diagnose"])
+def test_a_script_without_the_function_is_not_run(command, form, folder, capsys):
+    (folder / "script.py").write_text(SCRIPT.format(first=WITHOUT[form]))
+    assert main([command, "script.py:make_step"]) == 2
+    told = capsys.readouterr().err
+    assert "script.py has no 'make_step'." in told
+    assert "Nothing was run." in told
+    assert main([command, "script:make_step"]) == 2
+    assert "Nothing was run." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", SCRIPTS)
+def test_a_name_that_the_source_may_bind_is_looked_up(form, folder):
+    (folder / "script.py").write_text(SCRIPTS[form])
+    check_source("script", "make_step")
+    check_source("script.py", "make_step.inner")
+
+
+def test_modules_without_a_source_are_looked_up():
+    check_source("math", "make_step")
+    check_source("no.such.module", "make_step")
+
+
+def test_the_functions_of_a_script_are_listed(folder):
+    names = [f"function_{i}" for i in range(15)]
+    source = "\n".join(f"def {name}(): pass" for name in [*names, "_private"])
+    (folder / "script.py").write_text(source)
+    with pytest.raises(InvalidStep, match=r"functions: function_0, .*11 and 3 more\."):
+        check_source("script.py", "train")
+
+
+# Progress
+
+
+def test_a_report_says_what_it_does_and_how_long_it_takes(capsys):
+    command = ["report", "steps:make_half", "--target", "cpu"]
+    policies = ["--policy", "float32", "--policy", "bfloat16"]
+    assert main([*command, *policies]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"\[ *\d+ s\] ", line) for line in lines)
+    said = [line.partition("] ")[2] for line in lines]
+    assert said[0] == "loading steps:make_half"
+    assert said[1] == "making the step under float32"
+    assert "tracing bfloat16 on cpu" in said
+    assert "1 of 2: float32 on cpu: compiling" in said
+    first, second = (line for line in said if "compiled in" in line)
+    assert re.search(r"compiled in \d+ s; about \d+ s left$", first)
+    assert re.search(r"2 of 2: bfloat16 on cpu: compiled in \d+ s$", second)
+    assert main([*command, *policies]) == 0
+    assert "known from an earlier run" in capsys.readouterr().err
+    assert main([*command, "--quiet"]) == 0
+    assert not capsys.readouterr().err
+
+
+def test_the_time_that_is_left_is_that_of_the_programs_before(capsys):
+    progress = Progress(shown=True)
+    progress.expect(4)
+    progress.compiled("a", 80.0)
+    progress.compiled("b", 160.0)
+    progress.compiled("c", 30.0)
+    progress.compiled("d", 30.0)
+    said = [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        "a: compiled in 80 s; about 4 min left",
+        "b: compiled in 3 min; about 4 min left",
+        "c: compiled in 30 s; about 90 s left",
+        "d: compiled in 30 s",
+    ]
+
+
+def test_nothing_is_said_where_nobody_looks(capsys):
+    Progress().say("hello")
+    assert not capsys.readouterr().err
 
 
 def test_the_module_runs_as_a_program():

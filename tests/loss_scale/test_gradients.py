@@ -286,10 +286,10 @@ def test_jit_with_the_state_as_an_argument_compiles_once():
 
 
 def test_the_scale_of_the_call_is_used_not_one_of_before():
-    step = jaxmp.grad(lambda w: (w * jnp.float16(1)).astype(jnp.float32))
+    step = jaxmp.grad(lambda w: (w * jnp.float16(4)).astype(jnp.float32))
     w = jnp.float16(1)
     assert not np.isfinite(step(w, loss_scale=state_with(2.0**17)))
-    assert float(step(w, loss_scale=state_with(2.0**15))) == 1.0
+    assert float(step(w, loss_scale=state_with(2.0**13))) == 4.0
 
 
 def test_vmap_over_an_ensemble_with_a_scale_each():

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jmp
 import numpy as np
 import pytest
 
@@ -78,3 +79,20 @@ def test_select_tree_takes_one_side_whole():
     good, bad = {"a": jnp.ones(2)}, {"a": jnp.full(2, jnp.nan)}
     for pred in (True, jnp.bool_(True), np.bool_(True)):
         np.testing.assert_array_equal(jaxmp.select_tree(pred, good, bad)["a"], 1.0)
+
+
+OF_JMP = {
+    "none": jmp.NoOpLossScale(),
+    "static": jmp.StaticLossScale(jnp.float32(8)),
+    "dynamic": jmp.DynamicLossScale(jnp.float32(8)),
+    "in a state": {"scale": jmp.DynamicLossScale(jnp.float32(8))},
+}
+
+
+@pytest.mark.parametrize("name", OF_JMP)
+def test_the_scales_of_jmp_itself_are_taken_as_ours(name):
+    scale = OF_JMP[name]
+    assert float(jaxmp.get_loss_scale(scale)) == (1 if name == "none" else 8)
+    step = jax.jit(jaxmp.value_and_grad(lambda w: w**2))
+    loss, grad = step(jnp.float32(3), loss_scale=scale)
+    assert (float(loss), float(grad)) == (9.0, 6.0)

@@ -1,5 +1,6 @@
 """`value_and_grad(micro_batches=k)`: the result of a batch, the memory of a part."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,19 +121,134 @@ def test_the_memory_is_that_of_one_part():
     assert in_parts < 1.2 * part + batch_itself
 
 
-def test_several_arguments_and_a_random_key():
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("batch_argnums", [None, (1, 2), [1, -2]])
+def test_several_arguments_and_a_random_key(make_key, batch_argnums):
     def noisy(w, x, key, offset):
         noise = jax.random.normal(key, x.shape)
         return jnp.mean(w * (x + noise) + offset), noise
 
     step = jaxmp.value_and_grad(
-        noisy, has_aux=True, micro_batches=2, batch_argnums=(1, 2)
+        noisy, has_aux=True, micro_batches=2, batch_argnums=batch_argnums
     )
-    (_, noise), _ = step(
-        jnp.ones(()), jnp.zeros(6), jax.random.key(0), 1.0, loss_scale=SCALE
-    )
+    (_, noise), _ = step(jnp.ones(()), jnp.zeros(6), make_key(0), 1.0, loss_scale=SCALE)
     assert noise.shape == (2, 3)
     assert (noise[0] != noise[1]).all()
+
+
+# Which arguments are cut, if nobody says so
+
+
+def mse(params, x, y, mask=None, *, weight=1.0, kind="mean", extra=None):
+    assert kind == "mean"
+    predicted = jnp.tanh(x @ params["w"] + params["b"][None])
+    errors = jnp.mean((predicted - y) ** 2, -1)
+    errors = errors if mask is None else errors * mask
+    return weight * jnp.mean(errors if extra is None else errors + extra["offset"])
+
+
+MASK = jnp.arange(8.0)
+X, Y = batch()["x"], batch()["y"]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((PARAMS, X, Y), {}),
+        ((PARAMS, X, Y, MASK), {}),
+        ((PARAMS, X, Y, None), {"weight": 0.5}),
+        ((PARAMS, X), {"y": Y, "mask": MASK, "kind": "mean"}),
+        ((PARAMS,), {"x": X, "y": np.asarray(Y), "weight": jnp.float32(2)}),
+        ((PARAMS, X, Y), {"extra": {"offset": MASK, "name": None, "n": jnp.int32(1)}}),
+    ],
+)
+def test_every_batch_argument_is_cut(args, kwargs):
+    whole = jax.value_and_grad(mse)(*args, **kwargs)
+    parts = jaxmp.value_and_grad(mse, micro_batches=4)
+    close(parts(*args, **kwargs, loss_scale=SCALE), whole)
+
+
+@pytest.mark.parametrize("argnums", [1, -1, (1,), (1, 2)])
+def test_what_is_differentiated_is_not_cut_wherever_it_stands(argnums):
+    def fun(x, params, bias):
+        return jnp.mean((x @ params["w"] + params["b"][None] + bias) ** 2)
+
+    if argnums == -1:
+        fun, args = (lambda x, p: mse(p, x, 0.0)), (X, PARAMS)
+    else:
+        args = (X, PARAMS, jnp.ones((8, 3)) if argnums == (1,) else jnp.float32(1))
+    whole = jax.value_and_grad(fun, argnums)(*args)
+    parts = jaxmp.value_and_grad(fun, argnums, micro_batches=4)
+    close(parts(*args, loss_scale=SCALE), whole)
+
+
+class Linear(nnx.Module):
+    def __init__(self, features):
+        self.w = nnx.Param(jnp.linspace(-1.0, 1.0, 4 * features).reshape(4, features))
+
+
+def states():
+    tx = jaxmp.loss_scaling(optax.adam(0.1), "float32")
+    return {
+        "nnx module": Linear(3),
+        "nnx state": nnx.state(Linear(3)),
+        "equinox module": eqx.nn.Linear(4, 3, key=jax.random.key(0)),
+        "TrainState": jaxmp.TrainState.create(
+            apply_fn=None, params=PARAMS, tx=tx, policy="float32"
+        ),
+        "optimizer state": tx.init(PARAMS),
+        "batch_stats": {"BatchNorm_0": {"mean": jnp.ones(3), "var": jnp.ones(3)}},
+        "in a dictionary": {"teacher": Linear(3), "temperature": 2.0},
+    }
+
+
+@pytest.mark.parametrize("name", states())
+def test_models_and_states_are_not_cut(name):
+    def fun(params, state, x, y):
+        weights = [p for p in jax.tree.leaves(state) if jnp.ndim(p)]
+        return mse(params, x, y) + sum(jnp.sum(p) for p in weights)
+
+    args = (PARAMS, states()[name], X, Y)
+    parts = jaxmp.value_and_grad(fun, micro_batches=4)
+    close(parts(*args, loss_scale=SCALE), jax.value_and_grad(fun)(*args))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            (PARAMS, X, Y, jnp.ones((1, 8))),
+            ("args[1] has the shape [8, 4]", "args[3] [1, 8]", "batch_argnums=(1, 2)"),
+        ),
+        ((PARAMS, X, Y[:4]), ("args[1]", "args[2] [4, 3]", "batch_argnums=1")),
+        ((PARAMS, X, [0.0] * 8), ("args[2] holds 8 Python numbers", "jnp.asarray")),
+        (
+            (PARAMS, X, Y, {"norm": {"mean": jnp.ones(8), "var": jnp.ones(8)}}),
+            ("args[3]", "state or a part of the batch", "batch_argnums=(1, 2, 3)"),
+        ),
+        ((PARAMS, 1.0, jnp.float32(2)), ("nothing to cut", "batch_argnums=1")),
+        ((PARAMS, Linear(3), 0.0), ("nothing to cut", "args[1] are passed whole")),
+        (
+            (PARAMS, X[:2], Y[:2], jax.random.PRNGKey(0)),
+            ("args[3] is uint32[2]", "jax.random.key"),
+        ),
+    ],
+)
+def test_what_may_be_no_batch_is_an_error_that_names_it(args, words):
+    with pytest.raises(MicroBatchError) as error:
+        jaxmp.value_and_grad(mse, micro_batches=2)(*args, loss_scale=SCALE)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_mask_of_another_first_axis_is_passed_whole_if_the_batch_is_named():
+    def fun(params, x, y, mask, *, z):
+        return mse(params, x, y) * jnp.sum(mask) + jnp.mean(z)
+
+    args = (PARAMS, X, Y, jnp.ones((1, 5)))
+    parts = jaxmp.value_and_grad(fun, micro_batches=4, batch_argnums=(1, 2, "z"))
+    whole = jax.value_and_grad(fun)(*args, z=MASK)
+    close(parts(*args, z=MASK, loss_scale=SCALE), whole)
 
 
 def test_integer_leaves_have_no_gradient():
@@ -178,7 +294,10 @@ def test_a_split_nnx_model():
         ({"micro_batches": 0}, "micro_batches=0.*integer from 1"),
         ({"micro_batches": 2.0}, "micro_batches=2.0"),
         ({"micro_batches": 3}, r"args\[1\]/x has the shape \[8, 4\], which 3"),
-        ({"micro_batches": 2, "batch_argnums": 2}, "argument 2, and there are 2"),
+        (
+            {"micro_batches": 2, "batch_argnums": 2},
+            "argument 2, and there are 2 by position",
+        ),
         ({"micro_batches": 2, "micro_batch_aux": "sum"}, "'sum'.*'stack'.*'mean'"),
     ],
 )

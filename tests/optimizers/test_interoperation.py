@@ -11,7 +11,7 @@ from flax import nnx, serialization
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxmp
-from jaxmp.errors import MasterWeightsMismatch
+from jaxmp.errors import MasterWeightsMismatch, MissingState
 from jaxmp.optimizers import (
     accumulate,
     cast_state,
@@ -265,3 +265,48 @@ def test_a_train_state_of_two_steps_is_an_error_that_names_the_leaf():
     saved["params"] = {**saved["params"], "b": saved["params"]["b"] * 2}
     with pytest.raises(MasterWeightsMismatch, match="4 of 4 weights of 'b'"):
         serialization.from_state_dict(create(), saved)
+
+
+WRAPPERS = {
+    "loss_scaling": lambda tx: jaxmp.loss_scaling(tx, "mixed_float16"),
+    "dynamic_loss_scaling": jaxmp.dynamic_loss_scaling,
+    "static_loss_scaling": lambda tx: jaxmp.static_loss_scaling(tx, 8),
+    "master_weights": jaxmp.master_weights,
+    "accumulate": lambda tx: jaxmp.accumulate(tx, 2),
+    "stochastic_rounding": lambda tx: jaxmp.stochastic_rounding(tx, seed=0),
+    "cast_state": lambda tx: jaxmp.cast_state(tx, "bfloat16"),
+    "ema": lambda tx: jaxmp.optimizers.ema(0.9),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("other", ["optax", "none", "dict", "jaxmp"])
+def test_the_state_of_another_transformation_is_named(name, other):
+    params = {"w": jnp.ones(2)}
+    wrong = {
+        "optax": optax.adam(0.1).init(params),
+        "none": None,
+        "dict": {"inner_state": ()},
+        "jaxmp": jaxmp.optimizers.ema(0.9).init(params),
+    }[other]
+    if (name, other) == ("ema", "jaxmp"):
+        wrong = jaxmp.master_weights(optax.adam(0.1)).init(params)
+    tx = WRAPPERS[name](optax.adam(0.1))
+    with pytest.raises(MissingState) as error:
+        tx.update(params, wrong, params)
+    words = [type(wrong).__name__, "tx.init(params)"]
+    words.append("loss_scaling" if "loss" in name else name)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(set(WRAPPERS) - {"ema"}))
+def test_the_repair_that_the_message_names_adopts_the_state(name):
+    params = {"w": jnp.ones(2)}
+    inner = optax.adam(0.1)
+    _, old = inner.update(params, inner.init(params), params)
+    tx = WRAPPERS[name](inner)
+    state = tx.init(params)._replace(inner_state=old)
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    assert int(optax.tree_utils.tree_get(state, "count")) in (2, 3)

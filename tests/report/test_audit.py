@@ -7,6 +7,7 @@ to be true of every leak. Healthy programs, the zoo among them, must be silent.
 import functools
 import json
 import linecache
+import re
 import time
 
 import flax.linen as nn
@@ -451,6 +452,7 @@ def test_a_healthy_program_has_no_upcast(name, form):
     fn, *args = HEALTHY[name]
     found = audit(FORMS[form](fn), *args)
     assert not found.widenings
+    assert not found.accumulations
     assert "upcast" not in found.kinds
 
 
@@ -482,6 +484,7 @@ def test_networks_of_the_zoo_under_apply_policy_have_no_upcast(name):
     module = jaxmp.apply_policy(module_of(model), policy, rules=rules)
     found = audit_of_gradients(*loss_and_arguments(model, module), policy)
     assert not found.widenings
+    assert not found.accumulations
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -490,6 +493,7 @@ def test_networks_of_the_zoo_under_autocast_have_no_upcast(name):
     loss, args = loss_and_arguments(model, module_of(model))
     found = audit_of_gradients(jaxmp.autocast(loss), args)
     assert not found.widenings
+    assert not found.accumulations
     assert found.half_flops > 0.5
 
 
@@ -764,15 +768,48 @@ def test_a_policy_says_what_is_expected_and_changes_nothing():
 
 
 def test_shapes_that_are_padded_are_named_with_the_waste():
-    found = audit(jnp.matmul, half(12, 100), half(100, 256))
+    found = audit(jnp.matmul, half(1012, 100), half(100, 1024))
     (misaligned,) = found.misalignments
     assert misaligned.dimensions == ("m", "k")
-    assert misaligned.gpu_waste == pytest.approx(1 - 12 * 100 / (16 * 104))
-    assert misaligned.tpu_waste == pytest.approx(1 - 12 * 100 / (16 * 128))
+    assert misaligned.gpu_waste == pytest.approx(1 - 1012 * 100 / (1016 * 104))
+    assert misaligned.tpu_waste == pytest.approx(1 - 1012 * 100 / (1016 * 128))
     (finding,) = (f for f in found.findings if f.kind == "alignment")
-    assert "m=12" in finding.repair
-    assert "28% of the work is padding to multiples of 8, 41% to 128" in finding.message
+    assert "m=1012" in finding.repair
+    assert (
+        "4.2% of the work is padding to multiples of 8, 22% to 128" in finding.message
+    )
     assert not audit(jnp.matmul, half(64, 128), half(128, 256)).misalignments
+
+
+def small_and_large(x, w, y):
+    return x @ w, x[:3] @ w, x[:5] @ w, y @ y
+
+
+def test_shapes_of_small_matmuls_are_one_line_behind_all_else():
+    args = full(16, 24), half(24, 24), half(1001, 1001)
+    found = audit(small_and_large, *args, policy="mixed_bfloat16")
+    assert len(found.misalignments) == 4
+    kinds = [finding.kind for finding in found.findings]
+    assert kinds[-2:] == ["alignment", "alignment"]
+    assert set(kinds[:-2]) == {"upcast"}
+    large, small = found.findings[-2:]
+    assert "m=1001, n=1001, k=1001" in large.repair
+    assert "3 shapes of small matmuls (at most 0.018 MFLOPs)" in small.message
+    assert "costs next to nothing" in small.repair
+
+
+def test_findings_are_in_the_order_of_what_they_cost():
+    def fn(small, large, x):
+        first = small @ small
+        second = (x * np.float32(1)) @ x
+        return first, second, large @ large
+
+    args = full(8, 8), full(64, 64), half(32, 32)
+    found = audit(fn, *args, policy="mixed_bfloat16")
+    told = [finding for finding in found.findings if finding.kind != "alignment"]
+    assert [finding.kind for finding in told] == ["matmul", "upcast", "matmul"]
+    shares = [re.search(r"([\d.]+)% of the FLOPs", f.message)[1] for f in told]
+    assert shares == sorted(shares, key=float, reverse=True)
 
 
 def test_channels_of_a_convolution_are_padded():
@@ -939,9 +976,9 @@ BAD_INPUT = {
         ("is no function", "audit(loss_fn, params, batch)"),
     ),
     "no array": (
-        lambda: audit(lambda x, mode: x, X, "train"),
+        lambda: audit(lambda x, mode: x, X, bytes(1)),
         errors.NotAnArray,
-        ("argument mode", "'train'", "close over"),
+        ("argument mode", "b'\\x00'", "close over"),
     ),
     "no array in a tree": (
         lambda: audit(lambda params: params, {"w": X, "act": jnp.tanh}),
@@ -964,3 +1001,78 @@ def test_bad_input_is_named_with_its_value_and_its_repair(case):
     assert type(caught.value) is cls
     for word in words:
         assert word in str(caught.value)
+
+
+# What is advised where something of jaxmp's is in use
+
+
+class WithHead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(64, name="up")(x)
+        w = self.param("w", nn.initializers.ones, (64, 64), jnp.float32)
+        x = x.astype(jnp.float32) @ w.astype(jnp.float32)
+        return nn.Dense(64, name="head")(x)
+
+
+def under_a_policy(x):
+    model = jaxmp.apply_policy(
+        WithHead(), "mixed_bfloat16", rules=jaxmp.head_in_float32("head")
+    )
+    params = model.init(jax.random.key(0), x)
+    return model.apply(params, x) @ jnp.ones((64, 64))
+
+
+def under_autocast(x):
+    kept = jaxmp.full_precision(lambda x: x @ x)
+    high = jaxmp.autocast(lambda x: jnp.matmul(x, x, precision="highest") + kept(x))
+    return high(x) @ x
+
+
+ADVICE = {
+    "a rule keeps a layer": (
+        under_a_policy,
+        "(WithHead.__call__)",
+        ("A rule of jaxmp.apply_policy", "PolicyRule(path='head', compute='bfloat16')"),
+    ),
+    "a module's own cast": (
+        under_a_policy,
+        "(WithHead.__call__)",
+        ("computes in float32 nevertheless", "cast both operands to bfloat16"),
+    ),
+    "outside of the module": (
+        under_a_policy,
+        "(under_a_policy)",
+        ("outside of the module that jaxmp.apply_policy was put on", "jaxmp.autocast"),
+    ),
+    "full_precision": (
+        under_autocast,
+        "(under_autocast.<locals>.<lambda>)",
+        ("jaxmp.full_precision keeps it", "take the line out of it"),
+    ),
+    "autocast": (
+        under_autocast,
+        "(under_autocast.<locals>.<lambda>)",
+        ("jaxmp.explain(fn, policy)(*args) says which",),
+    ),
+    "nothing in use": (
+        lambda x: x @ x,
+        "(<lambda>)",
+        ("or use jaxmp.apply_policy or jaxmp.autocast.",),
+    ),
+}
+
+
+@functools.cache
+def matmul_findings(fn):
+    found = audit(fn, full(64, 64), policy="mixed_bfloat16").findings
+    return [finding for finding in found if finding.kind == "matmul"]
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_what_is_in_use_already_is_not_advised(case):
+    fn, function, words = ADVICE[case]
+    repairs = [f.repair for f in matmul_findings(fn) if function in str(f.source)]
+    assert any(all(word in repair for word in words) for repair in repairs), repairs
+    if fn is under_a_policy:
+        assert not any("or use jaxmp.apply_policy" in repair for repair in repairs)

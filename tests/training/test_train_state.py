@@ -8,6 +8,7 @@ import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
+import jmp
 import numpy as np
 import optax
 import pytest
@@ -19,7 +20,10 @@ from jaxmp.errors import (
     CheckpointPolicyMismatch,
     GradientTreeMismatch,
     InvalidCheckpoint,
+    LossScaleOptionError,
+    LossScalePolicyMismatch,
     PolicyError,
+    TrainStateOptionError,
 )
 from jaxmp.training import restore
 
@@ -95,6 +99,120 @@ def test_any_optimizer_steps_and_skips(tx):
     assert_same(skipped.params, state.params)
     assert (skipped.params["w"] != PARAMS["w"]).all()
     assert int(skipped.step) == 2
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: tx,
+        lambda tx: optax.chain(tx, optax.clip(1.0)),
+        lambda tx: optax.partition({"a": tx}, {"w": "a", "b": "a"}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("of_scale", "of_state"),
+    [
+        ("mixed_float16", "mixed_bfloat16"),
+        ("mixed_bfloat16", "mixed_float16"),
+        ("float16", "float32"),
+        ("p=f32,c=f32,o=f16", "float32,matmul=tf32"),
+    ],
+)
+def test_a_loss_scale_of_another_policy_names_both(wrap, of_scale, of_state):
+    tx = wrap(jaxmp.loss_scaling(optax.adam(0.1), of_scale))
+    with pytest.raises(LossScalePolicyMismatch) as error:
+        jaxmp.TrainState.create(apply_fn=None, params=PARAMS, tx=tx, policy=of_state)
+    for policy in (of_scale, of_state):
+        assert repr(str(jaxmp.get_policy(policy))) in str(error.value)
+    assert "dynamic_loss_scaling(optimizer)" in str(error.value)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("tx", "scale"),
+    [
+        (jaxmp.dynamic_loss_scaling(optax.adam(0.1)), 2.0**16),
+        (jaxmp.static_loss_scaling(optax.adam(0.1), 1024), 1024.0),
+        (jaxmp.loss_scaling(optax.adam(0.1), 1024), 1024.0),
+        (jaxmp.loss_scaling(optax.adam(0.1), jaxmp.NoOpLossScale()), 1.0),
+        (jaxmp.loss_scaling(optax.adam(0.1), jmp.NoOpLossScale()), 1.0),
+        (jaxmp.loss_scaling(optax.adam(0.1), jmp.StaticLossScale(8.0)), 8.0),
+        (
+            jaxmp.loss_scaling(
+                optax.adam(0.1), jmp.DynamicLossScale(jnp.float32(2.0**9))
+            ),
+            2.0**9,
+        ),
+    ],
+)
+def test_a_scale_that_names_no_policy_goes_with_every_policy(tx, scale, policy):
+    state = jaxmp.TrainState.create(apply_fn=None, params=PARAMS, tx=tx, policy=policy)
+    assert float(jaxmp.get_loss_scale(state)) == scale
+
+
+def test_policies_that_need_the_same_scale_go_together():
+    for of_scale, of_state in (("bfloat16", "mixed_bfloat16"), ("16-mixed", "float16")):
+        tx = jaxmp.loss_scaling(optax.adam(0.1), of_scale)
+        jaxmp.TrainState.create(apply_fn=None, params=PARAMS, tx=tx, policy=of_state)
+
+
+def test_options_of_the_loss_scale_pass_through():
+    state = make(init_scale=8.0, growth_interval=1, max_scale=16.0, hysteresis=3)
+    for expected in (16.0, 16.0):
+        state = state.apply_gradients(grads=ONES)
+        assert float(jaxmp.get_loss_scale(state)) == expected
+    assert int(state.opt_state.hysteresis_left) == 3
+    careless = make("float32", skip_nonfinite=False, init_scale=8.0)
+    assert not jaxmp.all_finite(careless.apply_gradients(grads=NANS).params)
+    step = jax.vmap(
+        lambda state, g: state.apply_gradients(grads=g), (None, 0), axis_name="data"
+    )
+    both = jax.tree.map(lambda *g: jnp.stack(g), ONES, NANS)
+    assert step(make(axis_name="data"), both).step.tolist() == [0, 0]
+    assert step(make(), both).step.tolist() == [1, 0]
+
+
+def test_a_field_of_a_subclass_wins_over_an_option():
+    class WithScale(jaxmp.TrainState):
+        init_scale: Any = None
+
+    state = make(cls=WithScale, init_scale=7.0, growth_interval=3)
+    assert state.init_scale == 7.0
+    assert float(jaxmp.get_loss_scale(state)) == 2.0**16
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"init_scal": 8.0}, TrainStateOptionError, ("'init_scal'", "'init_scale'")),
+        ({"batch_stats": {}}, TrainStateOptionError, ("'batch_stats'", "Fields: step")),
+        ({"init_scale": 7.0}, LossScaleOptionError, ("init_scale=7.0", "4 or 8")),
+        (
+            {
+                "tx": jaxmp.loss_scaling(optax.adam(0.1), "mixed_float16"),
+                "init_scale": 8.0,
+            },
+            TrainStateOptionError,
+            ("has a loss scale already", "policy, init_scale=8.0"),
+        ),
+        (
+            {"policy": jmp.DynamicLossScale(jnp.float32(8))},
+            PolicyError,
+            ("policy=DynamicLossScale", "loss_scaling(optimizer, scale)"),
+        ),
+        (
+            {"policy": jaxmp.StaticLossScale(8)},
+            PolicyError,
+            ("policy=StaticLossScale",),
+        ),
+    ],
+)
+def test_what_create_cannot_use_is_an_error_by_name(kwargs, error, words):
+    given = {"tx": optax.adam(0.1), "policy": "mixed_float16", **kwargs}
+    with pytest.raises(error) as raised:
+        jaxmp.TrainState.create(apply_fn=None, params=PARAMS, **given)
+    for word in words:
+        assert word in str(raised.value)
 
 
 def test_a_bad_policy_is_quoted():

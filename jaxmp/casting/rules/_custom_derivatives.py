@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp.casting._ambient import without_ambient_precision
 from jaxmp.casting._execute import cast
 from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
@@ -148,7 +149,8 @@ class _PlannedJVP:
 
         avals = original.avals
         tangent_avals = [avals[i] for i in original.diff]
-        jaxpr = jax.make_jaxpr(jvp)(avals, tangent_avals)
+        with without_ambient_precision(), self.executor.around_rules():
+            jaxpr = jax.make_jaxpr(jvp)(avals, tangent_avals)
         states = self.plan.call.primal.in_states
         in_states = (*states, *(states[i] for i in original.diff))
         wants = [s is not None and s.is_low for s in self.plan.out_states]
@@ -186,7 +188,8 @@ class _PlannedVJP:
             trees.append(tree)
             return (*original.merge(outs, others), *residuals)
 
-        jaxpr = jax.make_jaxpr(forward)(*original.avals)
+        with without_ambient_precision(), self.executor.around_rules():
+            jaxpr = jax.make_jaxpr(forward)(*original.avals)
         call, count = self.plan.call, len(self.plan.out_states)
         wants = [s is not None and s.is_low for s in self.plan.out_states]
         wants += [False] * (len(jaxpr.out_avals) - count)
@@ -220,9 +223,9 @@ class _PlannedVJP:
 
         diff_outs = self.original.diff_outs
         cotangent_avals = [self.plan.eqn.outvars[i].aval for i in diff_outs]
-        jaxpr = jax.make_jaxpr(backward)(
-            forward_jaxpr.out_avals[count:], cotangent_avals
-        )
+        residual_avals = forward_jaxpr.out_avals[count:]
+        with without_ambient_precision(), self.executor.around_rules():
+            jaxpr = jax.make_jaxpr(backward)(residual_avals, cotangent_avals)
         call = self.plan.call
         in_states = [
             *forward.out_states[count:],

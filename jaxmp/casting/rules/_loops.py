@@ -16,6 +16,8 @@ from jaxmp._jax_internals import jaxpr_consts, open_jaxpr, scan_arity
 from jaxmp.casting._states import NEUTRAL, Kind, castable_dtype, traced_state
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
 
+STAYS = frozenset((Kind.PINNED, Kind.KEPT))
+
 
 def carry_wants(
     wants: Callable[[Sequence[bool]], Sequence[bool]], num_carry: int
@@ -35,7 +37,7 @@ def carried(init, want, traced, planner):
         return None
     if traced_state(traced) is not NEUTRAL:
         return traced_state(traced)
-    if init.kind is Kind.PINNED:
+    if init.kind in STAYS:
         return NEUTRAL
     return planner.low if want else NEUTRAL
 
@@ -43,7 +45,7 @@ def carried(init, want, traced, planner):
 def settle(states, plan_body, num_carry):
     """Plans a body until the carries that it returns have the dtypes that it takes.
 
-    A carry that the body pins to float32 is carried in float32.
+    A carry that the body keeps in float32 is carried in float32.
     """
     while True:
         plan = plan_body(states)
@@ -51,7 +53,7 @@ def settle(states, plan_body, num_carry):
             before is not None
             and before.is_low
             and after is not None
-            and after.kind is Kind.PINNED
+            and after.kind in STAYS
             for before, after in zip(states, plan.out_states[:num_carry], strict=True)
         ]
         if not any(pinned):

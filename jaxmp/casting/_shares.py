@@ -1,0 +1,190 @@
+"""Which share of a plan's matmul FLOPs is in half, and what keeps the rest from it."""
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jaxmp import _tree
+from jaxmp._flops import MATMULS, matmul_shape
+from jaxmp._jax_internals import open_jaxpr
+from jaxmp._sources import written
+from jaxmp.casting import _registry
+from jaxmp.casting._plan import EqnPlan, JaxprPlan
+from jaxmp.casting._states import Kind, State, castable_dtype, is_literal
+
+
+class Reason(NamedTuple):
+    """Why matmuls are not in half.
+
+    Attributes:
+      reason: what was decided, and why.
+      source: the line of the user's that decided it, "" if there is none: of the cause,
+        such as a cast, and not of the matmul that reads what was cast.
+      flops: what these matmuls cost.
+      matmuls: how many equations they are.
+    """
+
+    reason: str
+    source: str
+    flops: float
+    matmuls: int
+
+
+class Shares(NamedTuple):
+    """What the matmuls and convolutions of a plan cost.
+
+    Attributes:
+      half: FLOPs of those whose floating operands are half.
+      total: FLOPs of all that have a floating or complex operand.
+      reasons: for those that are not in half, the costliest first.
+    """
+
+    half: float
+    total: float
+    reasons: tuple[Reason, ...]
+
+    @property
+    def share(self) -> float:
+        """The share in half, between 0 and 1; 1 if there is no matmul."""
+        return self.half / self.total if self.total else 1.0
+
+
+class _Cause(NamedTuple):
+    """The equation that decided on others, and what it decided."""
+
+    reason: str
+    eqn: Any
+
+
+class _Matmul(NamedTuple):
+    eqn: Any
+    flops: float
+    cause: _Cause | None
+    """None if it is in half."""
+
+
+def shares_of(plan: JaxprPlan) -> Shares:
+    """Counts the matmul FLOPs of a plan.
+
+    Args:
+      plan: the plan of a jaxpr. Calls are entered, and the bodies of scans count as
+        often as they run; those of `while` loops count once, and so does each branch of
+        a conditional.
+
+    Returns:
+      The FLOPs in half and in all, and the reasons for what is not in half.
+    """
+    half = total = 0.0
+    flops: dict[tuple[str, str], float] = collections.defaultdict(float)
+    matmuls: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
+    for found in _walk(plan, (None,) * len(plan.jaxpr.invars), 1, {}):
+        total += found.flops
+        if found.cause is None:
+            half += found.flops
+            continue
+        source = written(found.cause.eqn.source_info.traceback).source
+        key = found.cause.reason, str(source or "")
+        flops[key] += found.flops
+        matmuls[key].add(id(found.eqn))
+    reasons = [Reason(*key, flops[key], len(matmuls[key])) for key in flops]
+    reasons.sort(key=lambda reason: -reason.flops)
+    return Shares(half, total, tuple(reasons))
+
+
+def _walk(
+    plan: JaxprPlan,
+    entering: Sequence[_Cause | None],
+    times: int,
+    causes: dict[Any, _Cause | None],
+) -> Iterator[_Matmul]:
+    """The matmuls of a plan; fills in what pinned each of its values, if anything."""
+    causes.update(zip(plan.jaxpr.invars, entering, strict=True))
+    states = dict(zip(plan.jaxpr.invars, plan.in_states, strict=True))
+    for eqn in plan.eqns:
+        operands = [None if is_literal(v) else causes.get(v) for v in eqn.eqn.invars]
+        results = [_pinning(eqn, s, operands) for s in eqn.out_states]
+        if eqn.eqn.primitive.name in MATMULS:
+            yield from _matmul(eqn, states, operands, times)
+        elif eqn.call is None:
+            yield from _as_traced(eqn, eqn.eqn, times)
+        else:
+            count = times * eqn.eqn.params.get("length", 1)
+            for body, inputs in _entered(eqn, operands):
+                inside: dict[Any, _Cause | None] = {}
+                yield from _walk(body, inputs, count, inside)
+                outs = body.jaxpr.outvars
+                if len(outs) == len(results):
+                    found = [None if is_literal(v) else inside.get(v) for v in outs]
+                    results = [r and (f or r) for r, f in zip(results, found)]  # noqa: B905
+        causes.update(zip(eqn.eqn.outvars, results, strict=True))
+        states.update(zip(eqn.eqn.outvars, eqn.out_states, strict=True))
+
+
+def _pinning(
+    eqn: EqnPlan, state: State | None, operands: Sequence[_Cause | None]
+) -> _Cause | None:
+    if state is None or state.kind is not Kind.PINNED:
+        return None
+    return next(filter(None, operands), _Cause(eqn.reason, eqn.eqn))
+
+
+def _entered(
+    eqn: EqnPlan, operands: Sequence[_Cause | None]
+) -> Iterator[tuple[JaxprPlan, Sequence[_Cause | None]]]:
+    """The bodies of a call, with the causes of their inputs."""
+    call = getattr(eqn.call, "primal", eqn.call)
+    name = eqn.eqn.primitive.name
+    if name == "cond":
+        yield from ((branch, operands[1:]) for branch in call)
+    elif name == "while":
+        first = eqn.eqn.params["cond_nconsts"]
+        second = first + eqn.eqn.params["body_nconsts"]
+        condition, body = call
+        yield condition, (*operands[:first], *operands[second:])
+        yield body, operands[first:]
+    else:
+        yield call, operands
+
+
+def _matmul(
+    eqn: EqnPlan,
+    states: dict[Any, State | None],
+    operands: Sequence[_Cause | None],
+    times: int,
+) -> Iterator[_Matmul]:
+    if not _counts(eqn.eqn):
+        return
+    dtypes = [
+        dtype or (None if is_literal(v) else _dtype(states.get(v))) or v.aval.dtype
+        for v, dtype in zip(eqn.eqn.invars[:2], eqn.in_dtypes, strict=False)
+        if castable_dtype(v)
+    ]
+    is_half = bool(dtypes) and all(dtype in _tree.HALF for dtype in dtypes)
+    own = _Cause(eqn.reason, eqn.eqn)
+    cause = None if is_half else next(filter(None, operands), own)
+    yield _Matmul(eqn.eqn, times * matmul_shape(eqn.eqn).flops, cause)
+
+
+def _dtype(state: State | None) -> Any:
+    return None if state is None else state.dtype
+
+
+def _as_traced(plan: EqnPlan, eqn: Any, times: int) -> Iterator[_Matmul]:
+    """The matmuls inside a call that is bound whole."""
+    call = _registry.call_rule(eqn.primitive.name)
+    for body in () if call is None else call.bodies(eqn):
+        for inner in open_jaxpr(body).eqns:
+            count = times * eqn.params.get("length", 1)
+            if inner.primitive.name in MATMULS and _counts(inner):
+                dtypes = [v.aval.dtype for v in inner.invars[:2]]
+                is_half = all(dtype in _tree.HALF for dtype in dtypes)
+                cause = None if is_half else _Cause(plan.reason, plan.eqn)
+                yield _Matmul(inner, count * matmul_shape(inner).flops, cause)
+            else:
+                yield from _as_traced(plan, inner, count)
+
+
+def _counts(eqn: Any) -> bool:
+    """Whether a matmul has an operand that is no integer."""
+    kinds = {v.aval.dtype.kind for v in eqn.invars[:2]}
+    return bool(kinds & set("fcV"))

@@ -1,0 +1,132 @@
+"""Says so where a half policy changes nothing, or little.
+
+A policy that leaves a model in float32 looks like one that works: the losses are right
+and only the machine's bill is not.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.casting._plan import JaxprPlan
+from jaxmp.casting._shares import shares_of
+from jaxmp.errors import MostlyFloat32Warning, PolicyWithoutEffect
+from jaxmp.modules._layers import Application, Origin
+
+
+class Leaf(NamedTuple):
+    """One of Flax's layers, as it computes under a policy.
+
+    Attributes:
+      type: the name of its class.
+      origin: who decided about its dtype.
+      dtype: what it computes in.
+      size: how many parameters it has.
+    """
+
+    type: str
+    origin: Origin
+    dtype: np.dtype
+    size: int = 0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its author keeps it out of half precision."""
+        return self.origin is Origin.AUTHOR and self.dtype not in _tree.HALF
+
+
+def check_plan(
+    plan: JaxprPlan, leaves: Mapping[str, Leaf], name: str, application: Application
+) -> None:
+    """Raises if a half policy leaves every matmul of a model in float32.
+
+    Args:
+      plan: of a whole call of the model.
+      leaves: its layers, by path.
+      name: of the model's class.
+      application: what was applied.
+    """
+    if _is_by_rule(leaves):
+        return
+    shares = shares_of(plan)
+    if shares.half or not shares.total:
+        return
+    reasons = [
+        f"{reason.reason}{f' at {reason.source}' if reason.source else ''}"
+        for reason in shares.reasons[:3]
+    ]
+    _raise(name, application, leaves, reasons)
+
+
+def check_leaves(
+    leaves: Mapping[str, Leaf], name: str, application: Application
+) -> None:
+    """Raises if every layer is kept in float32; warns if most parameters are.
+
+    Args:
+      leaves: the layers of a model that multiply or look up, by path.
+      name: of the model's class.
+      application: what was applied.
+    """
+    if application.policy.compute_dtype not in _tree.HALF or not leaves:
+        return
+    kept = {path: leaf for path, leaf in leaves.items() if leaf.is_kept}
+    if len(kept) == len(leaves):
+        _raise(name, application, leaves, [])
+    size = sum(leaf.size for leaf in leaves.values())
+    kept_size = sum(leaf.size for leaf in kept.values())
+    if 2 * kept_size > size:
+        warnings.warn(
+            MostlyFloat32Warning(
+                f"{_shown(kept)} of {name} hold {kept_size / size:.0%} of its "
+                f"parameters and stay in float32 under {str(application.policy)!r}. "
+                f"{_repair(application)}"
+            ),
+            stacklevel=2,
+        )
+
+
+def _repair(application: Application) -> str:
+    dtype = application.policy.compute_dtype
+    return (
+        "If that is not meant, apply_policy(model, policy, explicit_dtype='override') "
+        "gives every layer the policy's dtype, and a rule gives it to some: "
+        f"rules=(PolicyRule(path=..., compute='{dtype}'), *default_rules)."
+    )
+
+
+def _is_by_rule(leaves: Mapping[str, Leaf]) -> bool:
+    """Whether a rule of the user's keeps a layer in float32."""
+    return any(
+        leaf.origin is Origin.RULE and leaf.dtype not in _tree.HALF
+        for leaf in leaves.values()
+    )
+
+
+def _raise(
+    name: str,
+    application: Application,
+    leaves: Mapping[str, Leaf],
+    reasons: list[str],
+) -> None:
+    kept = {path: leaf for path, leaf in leaves.items() if leaf.is_kept}
+    if kept:
+        was = "was" if len(kept) == 1 else "were"
+        why = f"{_shown(kept)} {was} given dtype=float32 by the author"
+        repair = _repair(application)
+    else:
+        why = "; ".join(reasons)
+        repair = "Change that line, or leave the policy out: it costs time and saves nothing."
+    raise PolicyWithoutEffect(
+        f"The policy {str(application.policy)!r} leaves every matmul of {name} in "
+        f"float32: {why}. {repair}"
+    )
+
+
+def _shown(leaves: Mapping[str, Leaf]) -> str:
+    first = [f"{path or 'the model'} ({leaf.type})" for path, leaf in leaves.items()]
+    more = f" and {len(first) - 3} more" if len(first) > 3 else ""
+    return ", ".join(first[:3]) + more

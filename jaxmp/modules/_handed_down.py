@@ -1,0 +1,146 @@
+"""A `dtype` that a model hands down to its layers: plumbing, not intent.
+
+By Flax's convention a module's `dtype` is what it computes in, and a module passes it
+on to the layers that it makes: `nn.Dense(4, dtype=self.dtype)`. Most public models
+declare `dtype: Any = jnp.float32`, in a field or in a config, because something has to
+stand there. Under a policy such a field is given the policy's dtype while the module
+runs, so that the author's own casts and masks (`jnp.finfo(self.dtype).min`) follow.
+What still asks for float32 after that was written so on purpose.
+
+Configs are copied; nothing that the caller holds is changed.
+"""
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+# The names that public configs use: Flax, MaxText, EasyLM, Big Vision, Scenic.
+_COMPUTE = frozenset(
+    [
+        "dtype",
+        "compute_dtype",
+        "computation_dtype",
+        "activation_dtype",
+        "activations_dtype",
+        "dtype_mm",
+    ]
+)
+_PARAMS = frozenset(["param_dtype", "params_dtype", "weight_dtype", "weights_dtype"])
+_FLOAT32 = jnp.dtype(jnp.float32)
+
+
+def is_float32(value: Any) -> bool:
+    """True for float32 as a dtype, a scalar type or a name."""
+    if not isinstance(value, (str, type, np.dtype)):
+        return False
+    try:
+        return jnp.dtype(value) == _FLOAT32
+    except TypeError:
+        return False
+
+
+def fields_of(module: Any) -> dict[str, Any]:
+    """The attributes of a module that may hold a dtype or a config."""
+    of_classes = {
+        name: inspect.getattr_static(type(module), name, None)
+        for name in _COMPUTE | _PARAMS
+    }
+    plain = {name: x for name, x in of_classes.items() if is_float32(x)}
+    own = {name: x for name, x in vars(module).items() if not name.startswith("_")}
+    own.pop("parent", None)
+    return {**plain, **own}
+
+
+def handed_down(
+    fields: Mapping[str, Any], compute: np.dtype, params: np.dtype, depth: int = 3
+) -> dict[str, Any]:
+    """What the fields of a module become for it to hand a policy's dtypes down.
+
+    Args:
+      fields: its fields or attributes, by name: dtypes, configs that hold dtypes, and
+        layer classes with a dtype bound by `functools.partial`.
+      compute: what a float32 compute dtype becomes.
+      params: what a float32 parameter dtype becomes.
+      depth: how deep configs inside of configs are looked into.
+
+    Returns:
+      The fields that change, with their new values.
+    """
+    changed = {}
+    for name, value in fields.items():
+        new = _new_dtype(name, value, compute, params)
+        if new is None and depth > 0:
+            new = _new_holder(value, compute, params, depth - 1)
+        if new is not None:
+            changed[name] = new
+    return changed
+
+
+def _new_dtype(
+    name: str, value: Any, compute: np.dtype, params: np.dtype
+) -> Any | None:
+    """The dtype that stands in a field now, as the author wrote dtypes there."""
+    dtype = compute if name in _COMPUTE else params if name in _PARAMS else None
+    if dtype is None or dtype == _FLOAT32 or not is_float32(value):
+        return None
+    if isinstance(value, str):
+        return dtype.name
+    return dtype if isinstance(value, np.dtype) else getattr(jnp, dtype.name)
+
+
+def _new_holder(
+    value: Any, compute: np.dtype, params: np.dtype, depth: int
+) -> Any | None:
+    """A copy of a config or a partial whose dtypes are others, if it has any."""
+    if isinstance(value, functools.partial):
+        new = handed_down(value.keywords, compute, params, depth)
+        if not new:
+            return None
+        return functools.partial(value.func, *value.args, **{**value.keywords, **new})
+    if type(value) is not dict and not _is_config(value):
+        return None
+    entries = {name: x for name, x in _entries(value).items() if isinstance(name, str)}
+    new = handed_down(entries, compute, params, depth)
+    return _copied(value, new) if new else None
+
+
+def _is_config(value: Any) -> bool:
+    """True for a plain object with fields: no array, module, class or function."""
+    if value is None or callable(value) or isinstance(value, (nn.Module, nnx.Module)):
+        return False
+    if type(value).__module__.split(".")[0] in ("builtins", "numpy", "jax", "jaxlib"):
+        return False
+    return hasattr(value, "__dict__") and not isinstance(value, nnx.Variable)
+
+
+def _entries(config: Any) -> Mapping[str, Any]:
+    """The fields of a config, as it shows them."""
+    if dataclasses.is_dataclass(config):
+        names = [field.name for field in dataclasses.fields(config)]
+        return {name: getattr(config, name) for name in names if hasattr(config, name)}
+    if _is_mapping(config):
+        return dict(config.items())
+    return vars(config)
+
+
+def _copied(config: Any, new: Mapping[str, Any]) -> Any:
+    if _is_mapping(config):
+        return type(config)({**dict(config.items()), **new})
+    config = copy.copy(config)
+    for name, value in new.items():
+        object.__setattr__(config, name, value)
+    return config
+
+
+def _is_mapping(config: Any) -> bool:
+    """True for dictionaries and what is like one, as a config of ml_collections is."""
+    is_like_one = hasattr(config, "items") and hasattr(config, "__getitem__")
+    return is_like_one and not dataclasses.is_dataclass(config)

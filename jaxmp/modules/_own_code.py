@@ -1,0 +1,85 @@
+"""Where the code of users' layers runs, and how layers of Flax appear to it.
+
+The outermost layer of the user's opens a *region*: its code, and that of all layers
+inside, is traced and planned as `autocast` would plan it. A layer of Flax inside has
+been decided by the policy and stays as it is. Where its author gave it no dtype, its
+half result is shown to the code around as the float32 that it would be without a
+policy: scans find the carries that they started with, a constant such as 1 - 1e-6 is
+not rounded, and the plan decides where the value is read in half, where in float32.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.casting._plan import BORDER_SCOPE, FULL_PRECISION_SCOPE, LAYER_SCOPE
+
+_dtype: contextvars.ContextVar[np.dtype | None] = contextvars.ContextVar(
+    "dtype of the region", default=None
+)
+
+
+def region_dtype() -> np.dtype | None:
+    """The compute dtype of the code that runs now; None outside of every region."""
+    return _dtype.get()
+
+
+def opens_region(dtype: np.dtype) -> bool:
+    """Whether the code of a layer with this compute dtype needs a region of its own."""
+    return dtype in _tree.HALF and _dtype.get() != dtype
+
+
+@contextlib.contextmanager
+def inside_region(dtype: np.dtype) -> Iterator[None]:
+    """Marks what runs as planned with a compute dtype."""
+    token = _dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _dtype.reset(token)
+
+
+@contextlib.contextmanager
+def in_float32(dtype: np.dtype) -> Iterator[None]:
+    """Keeps what runs in the float32 that it is written in."""
+    with inside_region(dtype), jax.named_scope(FULL_PRECISION_SCOPE):
+        yield
+
+
+@contextlib.contextmanager
+def as_decided() -> Iterator[None]:
+    """Around a layer of Flax's: the plan outside leaves it as it is."""
+    if _dtype.get() is None:
+        yield
+        return
+    token = _dtype.set(None)
+    try:
+        with jax.named_scope(LAYER_SCOPE):
+            yield
+    finally:
+        _dtype.reset(token)
+
+
+def shown(value: Any, dtype: Any) -> Any:
+    """Shows half arrays in a wider dtype; it is a view for the code, and no cast."""
+
+    def show(x):
+        is_half = isinstance(x, jax.Array) and x.dtype in _tree.HALF
+        return x.astype(dtype) if is_half else x
+
+    with jax.named_scope(BORDER_SCOPE):
+        return jax.tree.map(show, value)
+
+
+def has_half(tree: Any) -> bool:
+    """Whether an array of a tree is in half."""
+    return any(
+        _tree.is_array(x) and jnp.result_type(x) in _tree.HALF
+        for x in jax.tree.leaves(tree)
+    )

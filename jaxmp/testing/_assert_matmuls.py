@@ -1,0 +1,186 @@
+"""Assertions about the dtypes of a program's matmuls and convolutions."""
+
+import collections
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmp.errors import InvalidAssertion
+from jaxmp.report import audit
+from jaxmp.report._audit_findings import at
+from jaxmp.report._audit_records import Matmul
+from jaxmp.testing._failure import fail, floating_dtype, listed
+
+
+def assert_matmuls_in(
+    dtype: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    """Checks that every floating matmul and convolution of a program is in one dtype.
+
+    Args:
+      dtype: that of both operands of each; in what dtype they accumulate is free.
+      fn: a loss, a training step, or any other function that can be jitted.
+      *args: what it is called with; as for `assert_no_upcast`.
+      **kwargs: as `args`.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: with the lines of those in another dtype, or if there are no
+        matmuls at all.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp
+      >>> from jaxmp.testing import assert_matmuls_in
+      >>> w = jnp.ones((8, 8))
+      >>> assert_matmuls_in("float32", jnp.matmul, w, w)
+      >>> assert_matmuls_in("bfloat16", jaxmp.autocast(jnp.matmul), w, w)
+    """
+    name = str(floating_dtype(dtype))
+    matmuls = [
+        m
+        for m in audit(fn, *args, **kwargs).matmuls
+        if all(jnp.issubdtype(d, jnp.floating) for d in m.operands)
+    ]
+    if not matmuls:
+        fail("assert_matmuls_in", "the program has no floating matmul.")
+    wrong = collections.Counter[str]()
+    for m in matmuls:
+        if m.operands != (name, name):
+            wrong[f"{at(m.source)}: {m.operation} of {_dtypes(m)}{_inside(m)}"] += (
+                m.times
+            )
+    if wrong:
+        lines = [f"{line} ({times} x)" for line, times in wrong.items()]
+        share = f"{wrong.total()} of {sum(m.times for m in matmuls)}"
+        fail("assert_matmuls_in", f"{share} matmuls are not in {name}.{listed(lines)}")
+
+
+def assert_matmuls_in_half(
+    fn: Callable[..., Any], share: float = 0.9
+) -> Callable[..., None]:
+    """Checks that most of a program's matmul FLOPs are computed in half.
+
+    A matmul is in half if both its operands are float16 or bfloat16, or narrower.
+    Convolutions count as matmuls; so does what is inside of jitted functions,
+    rematerialised ones, those with derivative rules of their own, loops (as often as
+    they run; a `while` counts once) and every branch of a `cond`. Pallas kernels and
+    matmuls of integers do not count.
+
+    Args:
+      fn: a function that can be jitted: a loss, a whole training step, one under
+        `jaxmp.autocast`, `model.apply` of a module under `jaxmp.apply_policy`, an nnx
+        module. The backward pass counts if it is part of it: give a gradient function.
+      share: what part of the FLOPs has to be in half, above 0 and up to 1.
+
+    Returns:
+      A function of the arguments of `fn`: trees of arrays, `jax.ShapeDtypeStruct`s,
+      Python numbers, strings and nnx modules. Nothing is computed or compiled.
+
+    Raises:
+      InvalidAssertion: if `fn` is no function or `share` is no such number.
+      AssertionError: when called: with the share that was found, and the largest
+        matmuls that are not in half, their lines and FLOPs; or if there are no matmuls.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmp
+      >>> from jaxmp.testing import assert_matmuls_in_half
+      >>> def loss(w, x):
+      ...     return jnp.mean((x @ w) ** 2)
+      >>> w, x = jnp.ones((8, 8)), jnp.ones((4, 8))
+      >>> assert_matmuls_in_half(jax.grad(jaxmp.autocast(loss)))(w, x)
+      >>> assert_matmuls_in_half(jax.grad(loss))(w, x)
+      Traceback (most recent call last):
+      AssertionError: [jaxmp] Assertion assert_matmuls_in_half failed: 0% of ...
+    """
+    if not callable(fn):
+        raise InvalidAssertion(
+            f"assert_matmuls_in_half() takes a function, and {fn!r} is none. Write "
+            "assert_matmuls_in_half(loss_fn)(params, batch)."
+        )
+    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not is_number or not 0 < share <= 1:
+        raise InvalidAssertion(
+            f"share={share!r} is no share of the FLOPs. Write a number above 0 and up "
+            "to 1: assert_matmuls_in_half(fn, share=0.9)(*args)."
+        )
+    return functools.partial(_check_share, fn, share)
+
+
+def _check_share(fn: Any, share: float, /, *args: Any, **kwargs: Any) -> None:
+    name = "assert_matmuls_in_half"
+    matmuls = [
+        m
+        for m in audit(fn, *args, **kwargs).matmuls
+        if any(jnp.issubdtype(d, jnp.inexact) for d in m.operands)
+    ]
+    total = sum(m.flops for m in matmuls)
+    if not total:
+        fail(name, "the program has no floating matmul.")
+    wide = [m for m in matmuls if not _is_half(m)]
+    found = 1 - sum(m.flops for m in wide) / total
+    if found < share:
+        fail(
+            name,
+            f"{_percent(found)} of the matmul FLOPs are in half, and "
+            f"{_percent(share)} are asked for. The largest that are not:"
+            f"{listed(_largest(wide, total))}\n{_advice(wide)}",
+        )
+
+
+def _is_half(matmul: Matmul) -> bool:
+    return all(jnp.dtype(d).itemsize <= 2 for d in matmul.operands)
+
+
+def _largest(matmuls: Iterable[Matmul], total: int) -> list[str]:
+    """Those of one line, shape and dtype in one row, the costliest first."""
+    groups: dict[Any, list[Matmul]] = {}
+    for m in matmuls:
+        key = m.source, m.operation, m.operands, m.shape, m.is_backward
+        groups.setdefault(key, []).append(m)
+    rows = []
+    for members in sorted(groups.values(), key=lambda g: -sum(m.flops for m in g)):
+        m, flops = members[0], sum(m.flops for m in members)
+        upcast = ", made float32 by a silent upcast" if m.is_widened else ""
+        backward = ", in the backward pass" if m.is_backward else ""
+        rows.append(
+            f"{at(m.source)}: {m.operation} {m.shape} of {_dtypes(m)}{_inside(m)}: "
+            f"{_count(flops)}, {_percent(flops / total)} of all "
+            f"({sum(m.times for m in members)} x){backward}{upcast}"
+        )
+    return rows
+
+
+def _advice(wide: Iterable[Matmul]) -> str:
+    if any(m.is_widened for m in wide):
+        return (
+            "assert_no_upcast(fn, *args) names what made them float32, and what to "
+            "write instead."
+        )
+    return (
+        "Put jaxmp.autocast around the function or jaxmp.apply_policy around the "
+        "model; where that is done, jaxmp.explain or jaxmp.describe says why they stay."
+    )
+
+
+def _dtypes(matmul: Matmul) -> str:
+    return " and ".join(dict.fromkeys(matmul.operands))
+
+
+def _inside(matmul: Matmul) -> str:
+    return f" in {matmul.path}" if matmul.path else ""
+
+
+def _percent(share: float) -> str:
+    """Rounds down, so that what falls just short does not look as if it held."""
+    return f"{int(share * 1000 + 1e-9) / 10:g}%"
+
+
+def _count(flops: int) -> str:
+    for unit, name in ((10**9, "GFLOPs"), (10**6, "MFLOPs"), (10**3, "kFLOPs")):
+        if flops >= unit:
+            return f"{flops / unit:.3g} {name}"
+    return f"{flops} FLOPs"
