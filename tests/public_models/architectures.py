@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import transformers
 
-VOCABULARY, CLASSES, BATCH, LENGTH = 64, 5, 4, 16
+VOCABULARY, CLASSES, BATCH, LENGTH = 64, 5, 4, 20
 # As every library names its own sizes, so every family has its own words for "tiny".
 BERT = {
     "vocab_size": VOCABULARY,

@@ -177,7 +177,7 @@ def styles() -> dict[str, Style]:
     def integers(below: int, *shape: int) -> Any:
         return jnp.asarray(rng.integers(0, below, shape), jnp.int32)
 
-    words, images, labels = integers(64, 4, 16), normal(4, 16, 16, 3), integers(10, 4)
+    words, images, labels = integers(64, 4, 20), normal(4, 16, 16, 3), integers(10, 4)
     spoken = _cross_entropy(jnp.roll(words, -1, 1))
     named = _cross_entropy(labels)
     rows = normal(4, 32)

@@ -20,8 +20,8 @@ WORDS, WIDTH = 64, 32
 class ConfigDict:
     """Settings by attribute and by name, as ml_collections has them."""
 
-    def __init__(self, **settings: Any):
-        self.settings = settings
+    def __init__(self, settings: Any):
+        self.settings = dict(settings)
 
     def __getattr__(self, name: str) -> Any:
         if name in vars(self).get("settings", {}):
@@ -56,7 +56,7 @@ class StructConfig:
 
 
 def settings() -> ConfigDict:
-    return ConfigDict(layers=2, heads=2, dtype=jnp.float32)
+    return ConfigDict({"layers": 2, "heads": 2, "dtype": jnp.float32})
 
 
 class RMSNorm(nn.Module):
