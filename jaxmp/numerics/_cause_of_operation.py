@@ -228,8 +228,23 @@ def _largest(x: Operand) -> str:
     return _number(max(abs(x.low), abs(x.high)))
 
 
+def is_mask(made: Origin) -> bool:
+    """Whether a cast makes infinite what is 0 or a large negative constant."""
+    x = made.operands[0]
+    is_cast = made.site.primitive == "convert_element_type"
+    return is_cast and x.high <= 0 and x.low <= -1e5 and x.at in (x.low, None)
+
+
 def _cast(made: Origin) -> Cause:
     dtype = made.operands[0].dtype
+    if is_mask(made):
+        low = _number(made.operands[0].low)
+        return Cause(
+            _overflows(made, f"the cast of a mask constant, {low},")
+            + ": a row of a softmax that is masked throughout is then NaN",
+            "Take the constant from the dtype, jnp.finfo(scores.dtype).min, and choose "
+            "instead of adding: jnp.where(mask, scores, constant).",
+        )
     return Cause(
         _overflows(made, f"the cast of {at(made.operands[0])} from {dtype}"),
         "Cast a smaller value, keep it in float32, or use bfloat16, whose range is "

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxmp.errors import JaxmpError
+from jaxmp.numerics._cause_of_operation import is_mask
 from jaxmp.numerics._causes import explain
 from jaxmp.numerics._finite_scale import finite_scale
 from jaxmp.numerics._keep import Line
@@ -131,7 +132,11 @@ def _look(program: Program, lower_scale: bool = True) -> _Found | None:
 
 def _remedy(found: _Found, policy: Any, retry: Callable[..., Any]) -> Remedy:
     """What float32 mends, tried before it is advised."""
-    if found.site is None or not is_narrow(found.origin):
+    if found.site is None or not is_narrow(found.origin) or is_mask(found.origin):
+        return Remedy()
+    scale = found.report.finite_at_scale
+    if scale is not None and scale >= 1:
+        # A lower loss scale mends it, and dynamic loss scaling finds that.
         return Remedy()
     if policy is None:
         return remedy_of_operation(found.origin, found.site)

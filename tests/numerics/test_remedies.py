@@ -302,3 +302,28 @@ def test_a_gradient_inside_of_the_function_is_no_gradient_of_the_loss():
     assert not found.in_gradient
     assert "no loss scale helps" in str(found)
     assert "gradients are not finite" not in str(found)
+
+
+# What needs no float32
+
+
+def test_a_mask_constant_is_called_one():
+    def attention(x, mask):
+        bias = jnp.where(mask, 0.0, -1e10).astype(x.dtype)
+        return jax.nn.softmax(x + bias).sum()
+
+    found = find_nonfinite(attention, jnp.ones((2, 4), jnp.float16), jnp.eye(2, 4) > 1)
+    assert found.primitive == "convert_element_type"
+    assert "a mask constant, -1e+10, overflows float16" in found.cause
+    assert "jnp.finfo(scores.dtype).min" in found.repair
+    assert "astype" not in found.repair
+
+
+def test_what_a_lower_loss_scale_mends_needs_no_float32():
+    def loss(w, x):
+        return jnp.mean((x @ w).astype(jnp.float32) * 8)
+
+    found = find_nonfinite(loss, W, X, policy=F16, loss_scale=2.0**22)
+    assert found.kind == "handled overflow"
+    assert found.float32_helps is None
+    assert "full_precision" not in found.repair
