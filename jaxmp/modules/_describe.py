@@ -193,7 +193,7 @@ def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
     for path, (layer, dtypes) in layers_of(policied, application).items():
         parameters = own_parameters(layer).values()
         stored = _joined({str(p.dtype) for found in parameters for p in found})
-        origin = origins[path].origin if path in origins else Origin.POLICY
+        origin = origins.get(path, Origin.POLICY)
         is_authors = origin is Origin.AUTHOR
         is_applied = path == "" or not is_transparent_in_nnx(type(layer))
         returns = str(dtypes.output) if is_applied else "as given"

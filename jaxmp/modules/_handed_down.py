@@ -3,9 +3,14 @@
 By Flax's convention a module's `dtype` is what it computes in, and a module passes it
 on to the layers that it makes: `nn.Dense(4, dtype=self.dtype)`. Most public models
 declare `dtype: Any = jnp.float32`, in a field or in a config, because something has to
-stand there. Under a policy such a field is given the policy's dtype while the module
-runs, so that the author's own casts and masks (`jnp.finfo(self.dtype).min`) follow.
-What still asks for float32 after that was written so on purpose.
+stand there. A layer that was handed it does not mean float32; one that says so itself,
+as `nn.Dense(4, dtype=jnp.float32)` does, means it.
+
+The two are told apart by what they were given: while a module runs, a float32 in such a
+field is `HandedDown`, which is float32 in every respect but that it can be recognised.
+The code of the module is then the program that its author wrote and tried in float32,
+its casts and masks included, and is planned as a whole. Where nothing is planned, the
+field holds the policy's dtype.
 
 Configs are copied; nothing that the caller holds is changed.
 """
@@ -35,6 +40,9 @@ _COMPUTE = frozenset(
 )
 _PARAMS = frozenset(["param_dtype", "params_dtype", "weight_dtype", "weights_dtype"])
 _FLOAT32 = jnp.dtype(jnp.float32)
+_ScalarType: Any = type(jnp.float32)
+HandedDown = _ScalarType("float32", (jnp.float32,), {"dtype": _FLOAT32})
+"""float32, as a module hands it down."""
 
 
 def is_float32(value: Any) -> bool:
@@ -59,15 +67,33 @@ def fields_of(module: Any) -> dict[str, Any]:
     return {**plain, **own}
 
 
+def was_handed_down(dtype: Any, by_module: bool) -> bool:
+    """Tells whether a layer's float32 is one that a module has handed down.
+
+    Args:
+      dtype: the layer's.
+      by_module: whether a module around it has a float32 to hand down. It may have
+        written it in another way: a name and a NumPy dtype cannot be recognised.
+    """
+    if dtype is HandedDown:
+        return True
+    return by_module and is_float32(dtype) and not isinstance(dtype, _ScalarType)
+
+
+def hands_down(fields: Mapping[str, Any]) -> bool:
+    """Whether there is a float32 compute dtype among fields, or in their configs."""
+    return bool(handed_down(fields, jnp.dtype(jnp.bfloat16), _FLOAT32))
+
+
 def handed_down(
-    fields: Mapping[str, Any], compute: np.dtype, params: np.dtype, depth: int = 3
+    fields: Mapping[str, Any], compute: Any, params: np.dtype, depth: int = 3
 ) -> dict[str, Any]:
-    """What the fields of a module become for it to hand a policy's dtypes down.
+    """What the fields of a module become for it to hand dtypes down.
 
     Args:
       fields: its fields or attributes, by name: dtypes, configs that hold dtypes, and
         layer classes with a dtype bound by `functools.partial`.
-      compute: what a float32 compute dtype becomes.
+      compute: what a float32 compute dtype becomes, a dtype or `HandedDown`.
       params: what a float32 parameter dtype becomes.
       depth: how deep configs inside of configs are looked into.
 
@@ -84,21 +110,22 @@ def handed_down(
     return changed
 
 
-def _new_dtype(
-    name: str, value: Any, compute: np.dtype, params: np.dtype
-) -> Any | None:
+def _new_dtype(name: str, value: Any, compute: Any, params: np.dtype) -> Any | None:
     """The dtype that stands in a field now, as the author wrote dtypes there."""
     dtype = compute if name in _COMPUTE else params if name in _PARAMS else None
-    if dtype is None or dtype == _FLOAT32 or not is_float32(value):
+    if dtype is None or not is_float32(value):
+        return None
+    if dtype is HandedDown:
+        is_marked = value is HandedDown or not isinstance(value, _ScalarType)
+        return None if is_marked else HandedDown
+    if dtype == _FLOAT32:
         return None
     if isinstance(value, str):
         return dtype.name
     return dtype if isinstance(value, np.dtype) else getattr(jnp, dtype.name)
 
 
-def _new_holder(
-    value: Any, compute: np.dtype, params: np.dtype, depth: int
-) -> Any | None:
+def _new_holder(value: Any, compute: Any, params: np.dtype, depth: int) -> Any | None:
     """A copy of a config or a partial whose dtypes are others, if it has any."""
     if isinstance(value, functools.partial):
         new = handed_down(value.keywords, compute, params, depth)

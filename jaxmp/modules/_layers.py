@@ -102,20 +102,25 @@ class Origin(enum.Enum):
 
 
 def origin_of(
-    author: Any, expected: np.dtype, dtypes: "LayerDtypes", explicit_dtype: str | None
+    author: Any,
+    expected: np.dtype,
+    dtypes: "LayerDtypes",
+    explicit_dtype: str | None,
+    was_handed: bool = False,
 ) -> Origin:
     """Tells who decides about a layer of Flax.
 
     Args:
-      author: the layer's own `dtype`, while what is handed down is handed down.
+      author: the layer's own `dtype`.
       expected: the one that the policy would give it.
+      was_handed: whether it was handed down.
       dtypes: the layer's dtypes under policy and rules.
       explicit_dtype: as in `Application`.
     """
     if dtypes.rule is not None and not dtypes.rule.yields_to_author:
         return Origin.RULE
     if author is not None and explicit_dtype != "override":
-        is_given = jnp.dtype(author) == expected
+        is_given = was_handed or jnp.dtype(author) == expected
         return Origin.HANDED_DOWN if is_given else Origin.AUTHOR
     return Origin.POLICY if dtypes.rule is None else Origin.RULE
 

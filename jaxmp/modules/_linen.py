@@ -35,7 +35,7 @@ from flax.core import Scope, freeze
 from jaxmp.casting._region import region_settings, run_region
 from jaxmp.modules._casts import carry_of, cast_carry
 from jaxmp.modules._effect import Leaf, check_leaves, check_plan
-from jaxmp.modules._handed_down import fields_of, handed_down
+from jaxmp.modules._handed_down import HandedDown, fields_of, handed_down, hands_down
 from jaxmp.modules._layers import (
     Application,
     LayerDtypes,
@@ -63,6 +63,7 @@ from jaxmp.modules._own_code import inside_region, opens_region, region_dtype
 from jaxmp.policy import PolicyRule
 
 Path = tuple[str, ...]
+FLOAT32 = jnp.dtype(jnp.float32)
 _FLAG = "jaxmp"
 _REGION_FLAG = "jaxmp_region"
 
@@ -278,6 +279,7 @@ class _Interceptor:
         self.used: set[PolicyRule] = set()
         self.inside: set[int] = set()
         self.leaves: dict[str, Leaf] = {}
+        self.handing: set[Path] = set()
 
     def covers(self, scope: Scope | None) -> bool:
         """Whether a layer belongs to the module that this was made for."""
@@ -330,16 +332,23 @@ class _Interceptor:
             with inside_region(dtypes.compute):
                 output = self(next_fun, args, kwargs, context)
             return cast_carry(_carry(module, args, kwargs), output, dtypes.output)
-        handed = self._handed_down(module, dtypes, adapt)
-        explicit = self.application.explicit_dtype
+        handed = self._handed_down(module, dtypes)
         call = LayerCall(
-            module, method, dtypes, explicit, is_entry, next_fun, args, kwargs
+            module,
+            method,
+            dtypes,
+            self.application.explicit_dtype,
+            self._is_handed(module),
+            is_entry,
+            next_fun,
+            args,
+            kwargs,
         )
         with (
             self._flagged(module.scope),
             self._entered(module),
             attributes(module, handed),
-            self._named(module, dtypes) if is_entry else contextlib.nullcontext(),
+            self._named(call) if is_entry else contextlib.nullcontext(),
         ):
             output = adapt(call)
             if is_entry:
@@ -353,10 +362,7 @@ class _Interceptor:
         module, kind = call.module, kind_of(call.module)
         if not is_leaf(module) or kind in (None, "norm"):
             return
-        origin = origin_in(module, call.dtypes, call.explicit_dtype)
-        dtype = call.dtypes.compute
-        if origin is Origin.AUTHOR:
-            dtype = jnp.dtype(getattr(module, "dtype"))  # noqa: B009
+        origin, dtype = origin_in(call), self._computes(call)
         params = module.variables.get("params", {})
         size = sum(jnp.size(x) for x in jax.tree.leaves(params))
         name = original_class(type(module)).__name__
@@ -364,7 +370,7 @@ class _Interceptor:
 
     def _show(self, call: LayerCall, output: Any) -> None:
         for watcher in _watchers.get():
-            origin = origin_in(call.module, call.dtypes, call.explicit_dtype)
+            origin = origin_in(call)
             path = self._path_string(call.module)
             watcher(Visit(path, call.module, call.dtypes, origin, output))
 
@@ -407,18 +413,26 @@ class _Interceptor:
         finally:
             _running.reset(token)
 
-    def _handed_down(
-        self, module: nn.Module, dtypes: LayerDtypes, adapt: Any
-    ) -> dict[str, Any]:
-        """The fields in which a user's layer hands its dtypes down."""
+    def _handed_down(self, module: nn.Module, dtypes: LayerDtypes) -> dict[str, Any]:
+        """The fields in which a module hands a dtype down, as they are meanwhile."""
         if self.application.explicit_dtype == "keep":
             return {}
         is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
         if is_flax and self._path_in_model(module) != ():
             return {}
+        fields = fields_of(module)
+        if hands_down(fields):
+            self.handing.add(self._path_in_model(module))
+        if self.application.own_code == "autocast":
+            return handed_down(fields, HandedDown, FLOAT32)
         is_norm = kind_of(module) == "norm"
         compute = dtypes.output if is_norm else dtypes.compute
-        return handed_down(fields_of(module), compute, dtypes.params)
+        return handed_down(fields, compute, dtypes.params)
+
+    def _is_handed(self, module: nn.Module) -> bool:
+        """Whether a module around a layer hands a float32 down."""
+        path = self._path_in_model(module)
+        return any(path[: len(around)] == around for around in self.handing)
 
     def _adapter(
         self, module: nn.Module, dtypes: LayerDtypes
@@ -429,14 +443,18 @@ class _Interceptor:
             return adapt_transparent_layer
         return adapt_flax_layer if is_leaf(module) else adapt_user_layer
 
-    def _named(self, module: nn.Module, dtypes: LayerDtypes) -> Any:
+    def _named(self, call: LayerCall) -> Any:
         """A name scope for a layer of a known kind."""
-        origin = origin_in(module, dtypes, self.application.explicit_dtype)
-        dtype = dtypes.compute
-        if origin is Origin.AUTHOR:
-            dtype = getattr(module, "dtype")  # noqa: B009  only layers of Flax have one
-        name = scope_of(module, dtype) if self.application.named_scopes else None
+        dtype = self._computes(call)
+        is_named = self.application.named_scopes
+        name = scope_of(call.module, dtype) if is_named else None
         return contextlib.nullcontext() if name is None else jax.named_scope(name)
+
+    def _computes(self, call: LayerCall) -> np.dtype:
+        """The dtype that a layer computes in."""
+        module: Any = call.module
+        is_kept = origin_in(call) is Origin.AUTHOR
+        return jnp.dtype(module.dtype) if is_kept else call.dtypes.compute
 
     def _dtypes_of(self, module: nn.Module) -> LayerDtypes:
         key = (module.path, original_class(type(module)))

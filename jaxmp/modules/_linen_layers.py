@@ -11,6 +11,7 @@ import numpy as np
 from jaxmp import _tree
 from jaxmp.modules._attention import dot_product_attention
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
+from jaxmp.modules._handed_down import was_handed_down
 from jaxmp.modules._layers import (
     LayerDtypes,
     Origin,
@@ -57,6 +58,7 @@ class LayerCall(NamedTuple):
       method: name of the method.
       dtypes: its dtypes.
       explicit_dtype: as in `Application`.
+      by_module: whether a module around it hands a float32 down.
       is_entry: whether it is called from outside, and not by itself.
       fun: the method.
       args, kwargs: what it is called with.
@@ -66,6 +68,7 @@ class LayerCall(NamedTuple):
     method: str
     dtypes: LayerDtypes
     explicit_dtype: str | None
+    by_module: bool
     is_entry: bool
     fun: Callable[..., Any]
     args: tuple[Any, ...]
@@ -85,11 +88,8 @@ class LayerCall(NamedTuple):
 def adapt_flax_layer(call: LayerCall) -> Any:
     """Calls a layer of Flax's own with `dtype` set to what it has to compute in."""
     module, dtypes = call.module, call.dtypes
-    author = _own_dtype(module)
     settings = _settings(module, call.method, dtypes)
-    origin = origin_of(
-        author, expected_dtype(module, dtypes), dtypes, call.explicit_dtype
-    )
+    origin = origin_in(call)
     if origin is Origin.AUTHOR:
         settings = {}
     with _parameters(module, dtypes.params, None):
@@ -159,9 +159,9 @@ def names_output(dtypes: LayerDtypes) -> bool:
 
 
 def as_written(call: LayerCall, output: Any) -> Any:
-    """The result of one of Flax's layers as its author sees it, who wrote no dtype."""
-    is_handed_down = _own_dtype(call.module) is not None
-    if region_dtype() is None or is_handed_down or names_output(call.dtypes):
+    """The result of one of Flax's layers, as it would be without a policy."""
+    is_kept = origin_in(call) is Origin.AUTHOR
+    if region_dtype() is None or is_kept or names_output(call.dtypes):
         return output
     declared = _declared_dtype(call.module)
     if call.carry is None or not isinstance(output, tuple) or len(output) != 2:
@@ -172,11 +172,6 @@ def as_written(call: LayerCall, output: Any) -> Any:
 
 def _show_parameter(x: Any) -> Any:
     return shown(x, jnp.float32)
-
-
-def _own_dtype(module: Any) -> Any:
-    """The `dtype` of a layer of Flax."""
-    return module.dtype
 
 
 def expected_dtype(module: nn.Module, dtypes: LayerDtypes) -> np.dtype:
@@ -228,14 +223,17 @@ def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, 
     return {"dtype": dtypes.compute}
 
 
-def origin_in(
-    module: nn.Module, dtypes: LayerDtypes, explicit_dtype: str | None
-) -> Origin:
+def origin_in(call: LayerCall) -> Origin:
     """Who decides about the dtype of a layer, of Flax or of the user's."""
+    module: Any = call.module
+    dtypes = call.dtypes
     if not is_leaf(module):
         return Origin.POLICY if dtypes.rule is None else Origin.RULE
+    was_handed = call.explicit_dtype != "keep" and was_handed_down(
+        module.dtype, call.by_module
+    )
     expected = expected_dtype(module, dtypes)
-    return origin_of(_own_dtype(module), expected, dtypes, explicit_dtype)
+    return origin_of(module.dtype, expected, dtypes, call.explicit_dtype, was_handed)
 
 
 @contextlib.contextmanager

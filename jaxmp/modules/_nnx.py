@@ -15,7 +15,7 @@ Sharp edges
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from flax import nnx
 
 from jaxmp import _tree
 from jaxmp.modules._effect import Leaf, check_leaves
-from jaxmp.modules._handed_down import fields_of, handed_down
+from jaxmp.modules._handed_down import fields_of, hands_down
 from jaxmp.modules._layers import (
     Application,
     LayerDtypes,
@@ -56,19 +56,6 @@ from jaxmp.modules._nnx_settings import (
 
 M = TypeVar("M", bound=nnx.Module)
 Layers = dict[str, tuple[nnx.Module, LayerDtypes]]
-
-
-class Given(NamedTuple):
-    """Who decided about the `dtype` of one of Flax's layers.
-
-    Attributes:
-      origin: who did.
-      by_attribute: whether the module around holds the dtype that was handed down, so
-        that its code follows it.
-    """
-
-    origin: Origin
-    by_attribute: bool = False
 
 
 def apply_to_nnx(module: M, application: Application, check: bool = True) -> M:
@@ -128,7 +115,7 @@ def _apply_to_layer(
     path: str,
     layer: Any,
     dtypes: LayerDtypes,
-    origin: Given | None,
+    origin: Origin | None,
     application: Application,
 ) -> None:
     """Applies dtypes to one layer."""
@@ -153,7 +140,7 @@ def _apply_to_layer(
     )
     if origin is not None:
         border = _leaf_border(layer, dtypes, border, origin)
-    elif application.explicit_dtype != "keep" and not _is_flax(cls):
+    elif application.own_code == "half" and application.explicit_dtype != "keep":
         is_norm = kind_of(layer) == "norm"
         handed = dtypes.output if is_norm else dtypes.compute
         border = dataclasses.replace(border, hands_down=handed)
@@ -162,20 +149,18 @@ def _apply_to_layer(
 
 
 def _leaf_border(
-    layer: Any, dtypes: LayerDtypes, border: Border, given: Given
+    layer: Any, dtypes: LayerDtypes, border: Border, origin: Origin
 ) -> Border:
     """Sets one of Flax's layers up, and returns what is left to do around it."""
-    if given.origin is Origin.AUTHOR:
+    if origin is Origin.AUTHOR:
         return dataclasses.replace(border, is_leaf=True, output=None)
-    shown = None
-    if not given.by_attribute and not border.names_output:
-        shown = _declared_dtype(layer)
+    shown = None if border.names_output else _declared_dtype(layer)
     for name, value in settings_for(layer, dtypes).items():
         setattr(layer, name, value)
     return dataclasses.replace(border, is_leaf=True, shown=shown)
 
 
-def origins_of(layers: Layers, application: Application) -> dict[str, Given]:
+def origins_of(layers: Layers, application: Application) -> dict[str, Origin]:
     """Tells for every layer of Flax who decided about its dtype.
 
     A layer that is built with float32 was handed it where a module around it has a
@@ -188,29 +173,21 @@ def origins_of(layers: Layers, application: Application) -> dict[str, Given]:
     }
     counted = [x for x, _ in leaves.values() if kind_of(x) != "norm"]
     all_say_so = all(author_dtype(layer) == _FLOAT32 for layer in counted)
-    return {
-        path: _given(path, *leaf, layers, all_say_so, application.explicit_dtype)
-        for path, leaf in leaves.items()
-    }
-
-
-def _given(
-    path: str,
-    layer: Any,
-    dtypes: LayerDtypes,
-    layers: Layers,
-    all_say_so: bool,
-    explicit_dtype: str | None,
-) -> Given:
-    author = author_dtype(layer)
-    around = _modules_around(path, layers)
-    by_attribute = explicit_dtype != "keep" and any(map(_holds_float32, around))
-    handed = by_attribute or all_say_so or path == ""
-    if explicit_dtype != "keep" and author == _FLOAT32 and handed:
-        is_ruled = dtypes.rule is not None and not dtypes.rule.yields_to_author
-        return Given(Origin.RULE if is_ruled else Origin.HANDED_DOWN, by_attribute)
-    expected = expected_dtype(layer, dtypes)
-    return Given(origin_of(author, expected, dtypes, explicit_dtype))
+    origins = {}
+    for path, (layer, dtypes) in leaves.items():
+        author = author_dtype(layer)
+        around = _modules_around(path, layers)
+        was_handed = author == _FLOAT32 and (
+            all_say_so or path == "" or any(map(_hands_down, around))
+        )
+        origins[path] = origin_of(
+            author,
+            expected_dtype(layer, dtypes),
+            dtypes,
+            application.explicit_dtype,
+            was_handed and application.explicit_dtype != "keep",
+        )
+    return origins
 
 
 def _modules_around(path: str, layers: Layers) -> list[Any]:
@@ -223,25 +200,22 @@ def _modules_around(path: str, layers: Layers) -> list[Any]:
     return around
 
 
-def _holds_float32(module: Any) -> bool:
-    half = jnp.dtype(jnp.bfloat16)
-    return not _is_flax(type(module)) and bool(
-        handed_down(fields_of(module), half, _FLOAT32)
-    )
+def _hands_down(module: Any) -> bool:
+    return not _is_flax(type(module)) and hands_down(fields_of(module))
 
 
-def _leaves(layers: Layers, origins: dict[str, Given]) -> dict[str, Leaf]:
+def _leaves(layers: Layers, origins: dict[str, Origin]) -> dict[str, Leaf]:
     """The layers of Flax that multiply or look up."""
     leaves = {}
-    for path, given in origins.items():
+    for path, origin in origins.items():
         layer, dtypes = layers[path]
         if kind_of(layer) in (None, "norm"):
             continue
-        is_kept = given.origin is Origin.AUTHOR
+        is_kept = origin is Origin.AUTHOR
         dtype = author_dtype(layer) if is_kept else dtypes.compute
         parameters = nnx.state(layer, nnx.Param)
         size = sum(math.prod(x.shape) for x in jax.tree.leaves(parameters))
-        leaves[path] = Leaf(type(layer).__name__, given.origin, dtype, size)
+        leaves[path] = Leaf(type(layer).__name__, origin, dtype, size)
     return leaves
 
 
