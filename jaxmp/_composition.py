@@ -157,5 +157,10 @@ def _undecided(state: Any) -> Iterator[str]:
             yield _tree.path_string(path)
 
 
+def is_wrapper(node: Any) -> bool:
+    """Whether this is the state of a jaxmp transformation around another one."""
+    return _is_ours(node) and hasattr(node, "inner_state")
+
+
 def _is_ours(node: Any) -> bool:
     return isinstance(getattr(node, "transformation", None), str)

@@ -231,3 +231,32 @@ def _last_inside(
     if hasattr(variable, "val"):
         return None
     return recorded(_Inside(variable, producers, outer))
+
+
+def is_input(x: Any) -> bool:
+    """Whether this is an argument of the function that is being traced."""
+    return hasattr(x, "val") and getattr(x, "parent", "none") is None
+
+
+def same_value(x: Any, y: Any) -> bool:
+    """Whether two tracers of one function stand for one variable."""
+    return x is y or (hasattr(x, "parent") and getattr(x, "val", x) is y.val)
+
+
+def sources(x: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The equation of an unfinished trace that made a value, and all of its inputs."""
+    equation: Any = getattr(x, "parent", None)
+    if not hasattr(equation, "in_tracers"):
+        return None
+    return equation, equation.in_tracers
+
+
+def is_transposed(equation: Any) -> bool:
+    """Whether an equation, or one inside of it, belongs to a backward pass."""
+    if "transpose(" in str(equation.source_info.name_stack):
+        return True
+    for value in equation.params.values():
+        for inner in value if isinstance(value, tuple) else (value,):
+            if any(map(is_transposed, getattr(open_jaxpr(inner), "eqns", ()))):
+                return True
+    return False

@@ -31,6 +31,10 @@ class UnusedRule(JaxmpError, ValueError):
     """A rule matches no layer of the module it is applied to."""
 
 
+class InvalidOption(JaxmpError, ValueError):
+    """An option of `apply_policy` has a value that means nothing."""
+
+
 class MissingExample(JaxmpError, TypeError):
     """A linen module was to be looked at without arguments to call it with."""
 
@@ -165,6 +169,10 @@ class RuleAlreadyRegistered(JaxmpError, ValueError):
     """A primitive was given a second rule."""
 
 
+class NoSuchRows(JaxmpError, ValueError):
+    """Rows of an explanation were asked for by a name that is none of a kind of row."""
+
+
 # Compile targets
 
 
@@ -231,3 +239,7 @@ class MostlyFloat32Warning(UserWarning):
 
 class HalfParamsWarning(UserWarning):
     """Half-precision parameters meet an optimizer that keeps no float32 copy."""
+
+
+class UnscaledGradientsWarning(UserWarning):
+    """Gradients meet a float16 optimizer whose loss scale they were not made with."""

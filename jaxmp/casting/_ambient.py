@@ -25,7 +25,8 @@ def ambient_precision() -> Any:
 
     It comes from `jax.default_matmul_precision` or `jax_default_matmul_precision`.
     """
-    if jax.config.jax_default_matmul_precision is None:
+    config: Any = jax.config
+    if config.jax_default_matmul_precision is None:
         return None
     x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     (eqn,) = jax.make_jaxpr(lambda x: jax.lax.dot(x, x))(x).eqns

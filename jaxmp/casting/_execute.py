@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp.casting import _registry
-from jaxmp.casting._islands import Island
+from jaxmp.casting._islands import Island, is_elementwise
 from jaxmp.casting._pick import bind_with_picks, has_pick
 from jaxmp.casting._plan import EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
@@ -144,9 +144,10 @@ class Executor:
             run = functools.partial(self._run_members, island, depth)
             if island.recompute:
                 key = signature(island, depth, args)
-                # Nothing stops XLA from keeping what it would rather not compute again;
-                # a barrier would also stop it from fusing, which costs more traffic.
-                run = jax.checkpoint(run, prevent_cse=False)
+                # Between two matmuls XLA would write an activation in float32 as well,
+                # not to compute it again; a barrier stops it. Around reductions it
+                # would also stop it from fusing, which costs more traffic.
+                run = jax.checkpoint(run, prevent_cse=is_elementwise(island))
                 run = run if key is None else self._islands.setdefault(key, run)
             outs = run(*args)
         for (v, dtype), value in zip(island.outputs, outs, strict=True):

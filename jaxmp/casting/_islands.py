@@ -149,6 +149,11 @@ def _follows(eqn) -> bool:
     return is_follow or not any(map(castable_dtype, eqn.outvars))
 
 
+def is_elementwise(island: Island) -> bool:
+    """Whether an island is an activation such as GELU: no sum, no maximum, no shape."""
+    return all(_is_elementwise(plan.eqn) for plan in island.members)
+
+
 def _is_elementwise(eqn) -> bool:
     """Whether compilers can compute an equation while they read its operands."""
     if eqn.primitive.name == "jit":

@@ -49,6 +49,19 @@ class Shares(NamedTuple):
         return self.half / self.total if self.total else 1.0
 
 
+def own_flops(plan: EqnPlan, times: int = 1) -> tuple[float, float]:
+    """The matmul FLOPs in half and not in half of one equation, `times` over.
+
+    Those of a call count if it is bound whole; else its equations have them.
+    """
+    if plan.eqn.primitive.name in MATMULS:
+        found = list(_matmul(plan, None, times))
+    else:
+        found = [] if plan.call else list(_as_traced(plan, plan.eqn, times))
+    half = sum(matmul.flops for matmul in found if matmul.cause is None)
+    return half, sum(matmul.flops for matmul in found) - half
+
+
 class _Cause(NamedTuple):
     """The equation that decided on others, and what it decided."""
 
@@ -99,12 +112,11 @@ def _walk(
 ) -> Iterator[_Matmul]:
     """The matmuls of a plan; fills in what pinned each of its values, if anything."""
     causes.update(zip(plan.jaxpr.invars, entering, strict=True))
-    states = dict(zip(plan.jaxpr.invars, plan.in_states, strict=True))
     for eqn in plan.eqns:
         operands = [None if is_literal(v) else causes.get(v) for v in eqn.eqn.invars]
         results = [_pinning(eqn, s, operands) for s in eqn.out_states]
         if eqn.eqn.primitive.name in MATMULS:
-            yield from _matmul(eqn, states, operands, times)
+            yield from _matmul(eqn, next(filter(None, operands), None), times)
         elif eqn.call is None:
             yield from _as_traced(eqn, eqn.eqn, times)
         else:
@@ -117,7 +129,6 @@ def _walk(
                     found = [None if is_literal(v) else inside.get(v) for v in outs]
                     results = [r and (f or r) for r, f in zip(results, found)]  # noqa: B905
         causes.update(zip(eqn.eqn.outvars, results, strict=True))
-        states.update(zip(eqn.eqn.outvars, eqn.out_states, strict=True))
 
 
 def _pinning(
@@ -146,27 +157,18 @@ def _entered(
         yield call, operands
 
 
-def _matmul(
-    eqn: EqnPlan,
-    states: dict[Any, State | None],
-    operands: Sequence[_Cause | None],
-    times: int,
-) -> Iterator[_Matmul]:
-    if not _counts(eqn.eqn):
+def _matmul(plan: EqnPlan, cause: _Cause | None, times: int) -> Iterator[_Matmul]:
+    """A matmul, and its cause, or its own reason, if it is not in half."""
+    if not _counts(plan.eqn):
         return
     dtypes = [
-        dtype or (None if is_literal(v) else _dtype(states.get(v))) or v.aval.dtype
-        for v, dtype in zip(eqn.eqn.invars[:2], eqn.in_dtypes, strict=False)
+        dtype or v.aval.dtype
+        for v, dtype in zip(plan.eqn.invars[:2], plan.in_dtypes, strict=False)
         if castable_dtype(v)
     ]
     is_half = bool(dtypes) and all(dtype in _tree.HALF for dtype in dtypes)
-    own = _Cause(eqn.reason, eqn.eqn)
-    cause = None if is_half else next(filter(None, operands), own)
-    yield _Matmul(eqn.eqn, times * matmul_shape(eqn.eqn).flops, cause)
-
-
-def _dtype(state: State | None) -> Any:
-    return None if state is None else state.dtype
+    cause = None if is_half else cause or _Cause(plan.reason, plan.eqn)
+    yield _Matmul(plan.eqn, times * matmul_shape(plan.eqn).flops, cause)
 
 
 def _as_traced(plan: EqnPlan, eqn: Any, times: int) -> Iterator[_Matmul]:

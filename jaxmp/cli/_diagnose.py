@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,11 +57,8 @@ def run(options: argparse.Namespace) -> Output:
     given = ("float32",) if takes_policy(function) else ()
     loss_fn, *args = make_step(function, *given)
     _check_concrete(options.step, args)
-    compared = compare(loss_fn, options.policy, *args)
+    compared, found = _look(loss_fn, options.policy, args)
     row = compared.policies[0]
-    found = find_nonfinite(
-        loss_fn, *args, policy=options.policy, loss_scale=row.loss_scale
-    )
     traced = trace(loss_fn, dtype=row.dtype, loss_scale=row.loss_scale)(*args)
     kinds = _kinds(found, compared)
     advice = _advise(found, traced, compared, kinds)
@@ -79,6 +77,28 @@ def run(options: argparse.Namespace) -> Output:
         "trace": _plain(traced.to_rows()),
     }
     return Output("\n\n".join([*advice, *tables]), data, page, kinds)
+
+
+def _look(
+    loss_fn: Any, policy: str, args: Sequence[Any]
+) -> tuple[Comparison, NonfiniteReport]:
+    """Compares and runs the function at a loss scale that it stands.
+
+    The scale is worked out from numbers that were rounded in bfloat16, and may be a
+    little too high. What a lower one mends is nothing to tell.
+    """
+    compared = compare(loss_fn, policy, *args)
+    scale = compared.policies[0].loss_scale
+    found = find_nonfinite(loss_fn, *args, policy=policy, loss_scale=scale)
+    lower = found.finite_at_scale
+    if lower is None or lower < 1:
+        return compared, found
+    compared = compare(loss_fn, policy, *args, loss_scale=lower)
+    row = compared.policies[0]
+    largest = min(row.largest_scale or lower, lower)
+    row = dataclasses.replace(row, largest_scale=largest)
+    compared = dataclasses.replace(compared, policies=(row,))
+    return compared, NonfiniteReport(loss_scale=lower)
 
 
 def _check_concrete(step: str, args: Any) -> None:

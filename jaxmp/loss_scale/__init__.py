@@ -3,6 +3,7 @@
 from jaxmp._tree import all_finite
 from jaxmp.loss_scale._access import (
     get_loss_scale,
+    inner_state,
     loss_scale_metrics,
     raise_if_collapsed,
     scale_loss,
@@ -33,6 +34,7 @@ __all__ = [
     "static_loss_scaling",
     "LossScaleState",
     "get_loss_scale",
+    "inner_state",
     "scale_loss",
     "loss_scale_metrics",
     "select_applied",

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _composition, _tree
-from jaxmp.errors import LossScaleCollapsed, MissingLossScale, NotOnHost
+from jaxmp.errors import (
+    LossScaleCollapsed,
+    MissingLossScale,
+    MissingState,
+    NotOnHost,
+)
 from jaxmp.loss_scale._state import (
     LOSS_FINITE,
     LOSS_NONFINITE,
@@ -42,6 +47,54 @@ def get_loss_scale(opt_state: Any) -> jax.Array:
       65536.0
     """
     return jnp.asarray(find(opt_state).loss_scale, jnp.float32)
+
+
+def inner_state(opt_state: Any, kind: type | None = None) -> Any:
+    """Returns the state of the optimizer inside, for Optax functions that take one.
+
+    Args:
+      opt_state: state of `loss_scaling`, with other wrappers of jaxmp inside of it or
+        not, or anything that contains one (a `TrainState`, an `nnx.Optimizer`).
+      kind: the class of the state that is wanted, such as
+        `optax.contrib.ScheduleFreeState`, where the optimizer is a chain or partition.
+
+    Returns:
+      What the optimizer that jaxmp wraps keeps itself, inside of `loss_scaling`,
+      `master_weights`, `accumulate`, ...; or the one state of class `kind` in it.
+
+    Raises:
+      MissingState: if there is none, or several of the class.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> from jaxmp.loss_scale import inner_state
+      >>> tx = jaxmp.loss_scaling(optax.contrib.schedule_free_sgd(0.1), "mixed_float16")
+      >>> w = jnp.ones(2)
+      >>> state = inner_state(tx.init(w))
+      >>> optax.contrib.schedule_free_eval_params(state, w)
+      Array([1., 1.], dtype=float32)
+    """
+    if kind is not None:
+        nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+        found = [node for node in nodes if isinstance(node, kind)]
+        if len(found) != 1:
+            raise MissingState(
+                f"There are {len(found)} states of class {kind.__name__} in this "
+                f"{type(opt_state).__name__}, and one is wanted. Pass the state of one "
+                "optimizer, and the class that its init returns."
+            )
+        return found[0]
+    wrappers = [x for x in _composition.nodes(opt_state) if hasattr(x, "inner_state")]
+    if not wrappers:
+        raise MissingState(
+            f"There is no state of jaxmp in this {type(opt_state).__name__}. Pass the "
+            "state of loss_scaling(optimizer, policy), or name the class of the state "
+            "that is wanted: inner_state(opt_state, optax.contrib.ScheduleFreeState)."
+        )
+    state = wrappers[0]
+    while _composition.is_wrapper(state):
+        state = state.inner_state
+    return state
 
 
 def scale_loss(loss: Any, opt_state: Any) -> jax.Array:

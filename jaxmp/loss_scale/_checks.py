@@ -1,12 +1,11 @@
 """What `loss_scaling` looks at before it starts, and before every step is traced."""
 
-import warnings
 from typing import Any
 
 import jax
 import optax
 
-from jaxmp import _tree
+from jaxmp import _tree, _warnings
 from jaxmp.errors import GradientTreeMismatch, HalfParamsWarning
 
 
@@ -18,14 +17,13 @@ def warn_about_half_params(params: Any) -> None:
         if _tree.is_array(x) and x.dtype in _tree.HALF
     ]
     if half:
-        warnings.warn(
+        _warnings.warn(
             f"{len(half)} parameters are stored in half precision ({half[0]!r} is the "
             "first), and the optimizer keeps no float32 copy of them: an update below "
             "1/256 of a bfloat16 weight, or 1/2048 of a float16 one, is lost. Keep one "
             "with loss_scaling(master_weights(optimizer), policy), or store them in "
             "float32, as 'mixed_bfloat16' and 'mixed_float16' do.",
             HalfParamsWarning,
-            stacklevel=3,
         )
 
 

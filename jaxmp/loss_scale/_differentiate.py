@@ -113,9 +113,9 @@ def call_keeping_states(
         new = jax.tree.leaves(variable)
         if len(old) != len(new) or any(x is not y for x, y in zip(old, new)):  # noqa: B905
             raise TransformError(
-                f"The loss function changes {path!r}, a {type(variable).__name__} of an "
-                "nnx model, in a copy that jax.value_and_grad made of it: the change "
-                f"would be lost. Differentiate with {_REPAIR}; {_OR_EVAL}"
+                f"The loss function changes {path!r}, a {type(variable).__name__} of "
+                "an nnx model, in a copy that jax.value_and_grad made of it: the "
+                f"change would be lost. Differentiate with {_REPAIR}; {_OR_EVAL}"
             )
     return output
 

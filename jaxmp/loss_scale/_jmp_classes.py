@@ -4,7 +4,6 @@ They are for code that unscales and selects by hand. `loss_scaling` needs none o
 """
 
 import dataclasses
-import warnings
 from typing import Any, TypeVar
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import jmp
 import numpy as np
 
-from jaxmp import _tree
+from jaxmp import _tree, _warnings
 from jaxmp.errors import SelectPredicateError
 from jaxmp.loss_scale._state_machines import Scale, next_scale
 from jaxmp.loss_scale._unscale import scale_tree, unscale_tree
@@ -237,4 +236,4 @@ def _warn_unless_floating(x: Any, name: str) -> None:
         return
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         message = f"Expected floating type for {name}, got {jnp.result_type(x)}"
-        warnings.warn(message, stacklevel=4)
+        _warnings.warn(message)

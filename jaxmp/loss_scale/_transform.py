@@ -58,6 +58,7 @@ from jaxmp.loss_scale._state_machines import (
     StaticMachine,
 )
 from jaxmp.loss_scale._unscale import unscale_tree
+from jaxmp.loss_scale._unscaled_gradients import warn_if_unscaled
 from jaxmp.loss_scale._used_gradients import UsedGradients
 
 AxisName = str | tuple[str, ...]
@@ -245,6 +246,8 @@ def _transformation(
     def update_fn(updates, state, params=None, *, value=None, **extra_args):
         require_state(state, LossScaleState, "loss_scaling")
         check_same_tree(updates, params)
+        if isinstance(machine, DynamicMachine):
+            warn_if_unscaled(updates, state.loss_scale, by_hand=grads_are_scaled)
         if grads_are_scaled:
             grads = unscale_tree(updates, state.loss_scale)
         else:

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeVar
 import flax.linen as nn
 from flax import nnx
 
-from jaxmp.errors import NotAModule
+from jaxmp.errors import InvalidOption, NotAModule
 from jaxmp.modules._layers import Application
 from jaxmp.modules._linen import apply_to_linen
 from jaxmp.modules._nnx import apply_to_nnx
@@ -24,22 +24,30 @@ def apply_policy(
     own_code: Literal["autocast", "half"] = "autocast",
     named_scopes: bool = True,
 ) -> M:
-    """Makes every layer of a Flax module store, compute and return what a policy says.
+    """Makes a Flax module store, compute and return what a policy says.
 
     Parameters are stored in the policy's `param_dtype`. Flax's own layers compute as if
     `dtype=` had been written into the model: matmuls and convolutions in the compute
     dtype, attention with a float32 softmax, embeddings looked up in the table as it is
-    stored. Of the user's own layers, inputs, parameters and outputs are cast; what
-    happens inside is theirs, and `autocast` is for that. The module itself returns the
-    output dtype. Variables that are no parameters, such as BatchNorm statistics, keep
-    their dtype.
+    stored. What the user's own layers compute themselves is planned operation by
+    operation, as `autocast` plans it: matmuls in half; sums, norms, probabilities and
+    losses in float32. The module itself returns the output dtype. Variables that are no
+    parameters, such as BatchNorm statistics, keep their dtype.
+
+    A `dtype` that a model hands down to its layers is given the policy's: a float32
+    field such as `dtype: Any = jnp.float32`, alone or in a config, of the module or of
+    a layer inside. What asks for another dtype after that is kept.
 
     Args:
       module: a linen module, bound or not, or an nnx module, which may be abstract.
       policy: what `get_policy` takes.
-      rules: a sequence of `PolicyRule`, tried in order. The default keeps norms in
-        float32 inside. A layer whose author set `dtype=` keeps it unless a rule of
-        yours says otherwise.
+      rules: a sequence of `PolicyRule`, tried in order, before the default ones, which
+        keep norms in float32 inside. `rules=()` leaves the default ones out.
+      explicit_dtype: `"override"` gives every layer the policy's dtype, whatever its
+        author wrote; `"keep"` hands nothing down and keeps every `dtype` that is
+        written. None tells what was handed down from what was meant.
+      own_code: `"autocast"` plans what the user's layers compute; `"half"` casts their
+        inputs and parameters to half, and what they compute is theirs, sums included.
       named_scopes: name the layers of Flax by kind and compute dtype, as in
         `jaxmp/dense/bfloat16` or `jaxmp/norm/float32`, for HLO dumps and profiles.
 
@@ -53,6 +61,8 @@ def apply_policy(
       InvalidRule: for rules that are none.
       UnusedRule: for a rule that matches no layer: at once for nnx, on a call of the
         whole module for linen.
+      PolicyWithoutEffect: for a half policy that leaves every matmul in float32: at
+        once for nnx if all layers are kept, else on a call of the whole module.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxmp
@@ -61,6 +71,8 @@ def apply_policy(
       >>> variables["params"]["kernel"].dtype, model.apply(variables, jnp.ones(3)).dtype
       (dtype('float32'), dtype('float32'))
     """
+    _check_option("explicit_dtype", explicit_dtype, ("override", "keep", None))
+    _check_option("own_code", own_code, ("autocast", "half"))
     application = Application(
         get_policy(policy), check_rules(rules), named_scopes, explicit_dtype, own_code
     )
@@ -71,7 +83,23 @@ def apply_policy(
     raise NotAModule(_not_a_module(module))
 
 
+def _check_option(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise InvalidOption(
+            f"{name}={value!r} is no option of apply_policy(). Write one of: "
+            f"{', '.join(map(repr, allowed))}."
+        )
+
+
 def _not_a_module(module: Any) -> str:
+    inner = getattr(module, "module", None)
+    if isinstance(inner, nn.Module):
+        name = type(module).__name__
+        return (
+            f"A {name} is no module itself, but it has one. Write "
+            "module = apply_policy(model.module, policy), and call "
+            "module.apply({'params': model.params}, ...)."
+        )
     if isinstance(module, type) and issubclass(module, (nn.Module, nnx.Module)):
         return (
             f"{module.__name__} is a class, and apply_policy() takes an instance: "

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -79,7 +79,12 @@ class Description:
 
 
 def describe(
-    module: Any, policy: Any, *example_args: Any, rules: Any = default_rules
+    module: Any,
+    policy: Any,
+    *example_args: Any,
+    rules: Any = default_rules,
+    explicit_dtype: Literal["override", "keep"] | None = None,
+    own_code: Literal["autocast", "half"] = "autocast",
 ) -> Description:
     """Lists what every layer of a module stores, computes in and returns.
 
@@ -89,7 +94,7 @@ def describe(
       policy: what `get_policy` takes.
       *example_args: for a linen module, arguments of its call: arrays or
         `jax.ShapeDtypeStruct`s. Nothing is computed.
-      rules: as for `apply_policy`.
+      rules, explicit_dtype, own_code: as for `apply_policy`.
 
     Returns:
       A `Description`: `print` it for a table, in which repeated blocks share a line, or
@@ -111,8 +116,18 @@ def describe(
                 Sequential           bfloat16  float32   policy
       layers_0  Dense       float32  bfloat16  bfloat16  policy
       layers_1  LayerNorm   float32  float32   bfloat16  kind='norm'
+
+      The last column says who decided: the policy, a rule, "handed down" where the
+      model hands its own `dtype` down, "author's dtype" where it is written at the
+      layer. What a user's layer returns is read "as planned": in half by a matmul, in
+      float32 by a sum.
     """
-    application = Application(get_policy(policy), check_rules(rules))
+    application = Application(
+        get_policy(policy),
+        check_rules(rules),
+        explicit_dtype=explicit_dtype,
+        own_code=own_code,
+    )
     if isinstance(module, nn.Module):
         rows = _rows_of_linen(module, application, example_args)
         replaced = application_of(module)

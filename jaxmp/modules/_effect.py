@@ -4,13 +4,12 @@ A policy that leaves a model in float32 looks like one that works: the losses ar
 and only the machine's bill is not.
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxmp import _tree
+from jaxmp import _tree, _warnings
 from jaxmp.casting._plan import JaxprPlan
 from jaxmp.casting._shares import shares_of
 from jaxmp.errors import MostlyFloat32Warning, PolicyWithoutEffect
@@ -79,13 +78,11 @@ def check_leaves(
     size = sum(leaf.size for leaf in leaves.values())
     kept_size = sum(leaf.size for leaf in kept.values())
     if 2 * kept_size > size:
-        warnings.warn(
-            MostlyFloat32Warning(
-                f"{_shown(kept)} of {name} hold {kept_size / size:.0%} of its "
-                f"parameters and stay in float32 under {str(application.policy)!r}. "
-                f"{_repair(application)}"
-            ),
-            stacklevel=2,
+        _warnings.warn(
+            f"{_shown(kept)} of {name} hold {kept_size / size:.0%} of its parameters "
+            f"and stay in float32 under {str(application.policy)!r}. "
+            f"{_repair(application)}",
+            MostlyFloat32Warning,
         )
 
 
@@ -119,7 +116,7 @@ def _raise(
         repair = _repair(application)
     else:
         why = "; ".join(reasons)
-        repair = "Change that line, or leave the policy out: it costs time and saves nothing."
+        repair = "Change what that line asks for, or leave the policy out."
     raise PolicyWithoutEffect(
         f"The policy {str(application.policy)!r} leaves every matmul of {name} in "
         f"float32: {why}. {repair}"

@@ -411,9 +411,10 @@ class _Interceptor:
         self, module: nn.Module, dtypes: LayerDtypes, adapt: Any
     ) -> dict[str, Any]:
         """The fields in which a user's layer hands its dtypes down."""
-        if self.application.explicit_dtype == "keep" or adapt is adapt_flax_layer:
+        if self.application.explicit_dtype == "keep":
             return {}
-        if any(is_flax_layer(cls) for cls in type(module).__mro__):
+        is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
+        if is_flax and self._path_in_model(module) != ():
             return {}
         is_norm = kind_of(module) == "norm"
         compute = dtypes.output if is_norm else dtypes.compute

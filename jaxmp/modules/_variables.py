@@ -32,7 +32,7 @@ def layer_dtypes_of_variables(
         found.setdefault(_layer(path), set()).add(str(path[-1]))
     layers = {}
     for path, names in found.items():
-        is_norm = "scale" in names and names <= {"scale", "bias"}
+        is_norm = _are_of_norm(names)
         rule = first_match(rules, path, None, "norm" if is_norm else None)
         layers[path] = LayerDtypes(
             params=(rule and rule.params) or policy.param_dtype,
@@ -52,12 +52,13 @@ def cast_for_eval(
     not trained any more, half of them is enough.
 
     Args:
-      module_or_variables: an nnx module; a linen module, bound or not; or variables: a
-        dictionary with `"params"`, or the parameters alone.
+      module_or_variables: an nnx module; a linen module, bound or not; variables: a
+        dictionary with `"params"`, or the parameters alone; or any other pytree of
+        arrays, such as an Equinox module or the parameters of Haiku.
       policy: what `get_policy` takes; its `param_dtype` does not matter.
       rules: as for `apply_policy`; the default keeps the parameters of norms in
-        float32. Of variables alone, rules by path apply, and norms are told by their
-        `scale`.
+        float32. Of variables and other pytrees, rules by path apply, and norms are told
+        by their `scale`, or by an object around them that is called a norm.
 
     Returns:
       The same kind of thing. Variables that are no parameters keep their dtype. An
@@ -88,7 +89,10 @@ def cast_for_eval(
         return apply_policy(module, half, rules=rules).bind(cast)
     if isinstance(module_or_variables, (nn.Module, nnx.Module)):
         return apply_policy(module_or_variables, half, rules=rules)
-    return _cast_variables(module_or_variables, Application(half, check_rules(rules)))
+    application = Application(half, check_rules(rules))
+    if isinstance(module_or_variables, Mapping) and _is_nested(module_or_variables):
+        return _cast_variables(module_or_variables, application)
+    return _cast_pytree(module_or_variables, application)
 
 
 def cast_like(variables: T, like: Any) -> tuple[T, dict[str, float]]:
@@ -131,6 +135,52 @@ def cast_like(variables: T, like: Any) -> tuple[T, dict[str, float]]:
                 jnp.max(jnp.abs(new - old) / scale)
             )
     return cast, rounded
+
+
+def _are_of_norm(names: set[str]) -> bool:
+    return "scale" in names and names <= {"scale", "bias", "offset"}  # Haiku's offset
+
+
+def _is_nested(variables: Any) -> bool:
+    """Whether this is dictionaries of arrays all the way down, as Flax makes them."""
+    if isinstance(variables, Mapping):
+        return all(map(_is_nested, variables.values()))
+    return jax.tree.structure(variables) == jax.tree.structure(0)
+
+
+def _cast_pytree(tree: Any, application: Application) -> Any:
+    """Casts the arrays of any pytree; norms are told by their class or a `scale`."""
+    policy, rules, _ = application
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    siblings: dict[Any, set[str]] = {}
+    for path, _ in leaves:
+        siblings.setdefault(path[:-1], set()).add(_tree.path_string(path[-1:]))
+    norms = _paths_of_norms(tree)
+
+    def cast(path, x):
+        names = siblings[path[:-1]]
+        is_norm = any(path[: len(norm)] == norm for norm in norms)
+        is_norm |= _are_of_norm(names)
+        layer = _tree.path_string(path[:-1])
+        rule = first_match(rules, layer, None, "norm" if is_norm else None)
+        return _tree.cast_floating(x, (rule and rule.params) or policy.param_dtype)
+
+    return jax.tree.unflatten(structure, [cast(path, x) for path, x in leaves])
+
+
+def _paths_of_norms(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Finds the objects in a pytree that are called a norm, by their paths."""
+    if "norm" in type(tree).__name__.lower():
+        return [path]
+    children = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: x is not tree
+    )
+    return [
+        found
+        for below, child in children
+        if below
+        for found in _paths_of_norms(child, (*path, *below))
+    ]
 
 
 def _layer(path: tuple[Any, ...]) -> str:

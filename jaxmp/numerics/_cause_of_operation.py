@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxmp.errors import NumericsError
 from jaxmp.numerics._formats import format_range
-from jaxmp.numerics._origin import Operand, Origin
+from jaxmp.numerics._origin import NARROW, Operand, Origin
 
 
 class Cause(NamedTuple):
@@ -19,9 +19,6 @@ class Cause(NamedTuple):
 
     cause: str
     repair: str
-
-
-NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 def cause_of_operation(made: Origin, given: Any) -> Cause:
@@ -149,7 +146,7 @@ def _power(made: Origin) -> Cause:
         )
     return Cause(
         _overflows(made, f"{_number(value)} ** {shown}"),
-        "Scale x down before, and the result up afterwards in float32, as "
+        "Scale x down before, and the result up afterwards, as "
         "m * jnp.linalg.norm(x / m) does for a norm.",
     )
 
@@ -158,7 +155,7 @@ def _product(made: Origin) -> Cause:
     x, y = made.operands[:2]
     return Cause(
         _overflows(made, f"{at(x)} * {at(y)}"),
-        "Scale one factor down before, or multiply in float32.",
+        "Scale one factor down before.",
     )
 
 
@@ -177,7 +174,7 @@ def _addition(made: Origin) -> Cause:
         )
     return Cause(
         _overflows(made, f"{at(x)} {sign} {at(y)}"),
-        "Add in float32.",
+        "Scale down what is added.",
     )
 
 
@@ -231,8 +228,23 @@ def _largest(x: Operand) -> str:
     return _number(max(abs(x.low), abs(x.high)))
 
 
+def is_mask(made: Origin) -> bool:
+    """Whether a cast makes infinite what is 0 or a large negative constant."""
+    x = made.operands[0]
+    is_cast = made.site.primitive == "convert_element_type"
+    return is_cast and x.high <= 0 and x.low <= -1e5 and x.at in (x.low, None)
+
+
 def _cast(made: Origin) -> Cause:
     dtype = made.operands[0].dtype
+    if is_mask(made):
+        low = _number(made.operands[0].low)
+        return Cause(
+            _overflows(made, f"the cast of a mask constant, {low},")
+            + ": a row of a softmax that is masked throughout is then NaN",
+            "Take the constant from the dtype, jnp.finfo(scores.dtype).min, and choose "
+            "instead of adding: jnp.where(mask, scores, constant).",
+        )
     return Cause(
         _overflows(made, f"the cast of {at(made.operands[0])} from {dtype}"),
         "Cast a smaller value, keep it in float32, or use bfloat16, whose range is "

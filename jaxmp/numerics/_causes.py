@@ -1,14 +1,13 @@
 """Why a NaN or an infinity was made, in plain words, and its repair.
 
 `cause_of_operation` knows the operations on finite numbers. `explain` adds what holds
-for all: derivatives, infinities that were there before, the trap of `where`, whose
-other branch the gradient meets, and the rule that keeps a layer in float32.
+for all: derivatives, infinities that were there before, and the trap of `where`, whose
+other branch the gradient meets.
 """
 
 from typing import Any
 
-from jaxmp._scopes import layer_path
-from jaxmp.numerics._cause_of_operation import NARROW, Cause, at, cause_of_operation
+from jaxmp.numerics._cause_of_operation import Cause, at, cause_of_operation
 from jaxmp.numerics._origin import Origin, ancestors
 
 
@@ -39,20 +38,7 @@ def explain(
             "Keep the dangerous value out of the operation as well: "
             "safe = jnp.where(ok, x, 1.0); y = jnp.where(ok, f(safe), 0.0). " + repair
         )
-    return Cause(cause, f"{repair} {_rule(made)}".strip())
-
-
-def _rule(made: Origin) -> str:
-    dtypes = [x.dtype for x in (*made.operands, made.result) if x is not None]
-    if not any(dtype in NARROW for dtype in dtypes):
-        return ""
-    path = layer_path(made.site.scopes)
-    if not path:
-        return "Or compute this in float32: x.astype(jnp.float32)."
-    return (
-        "Or keep this layer in float32: "
-        f"rules=[jaxmp.PolicyRule(path={path!r}, compute='float32')]."
-    )
+    return Cause(cause, repair)
 
 
 def _is_overflow(made: Origin) -> bool:

@@ -20,19 +20,22 @@ Sharp edges
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from jaxmp.errors import JaxmpError
+from jaxmp.numerics._cause_of_operation import is_mask
 from jaxmp.numerics._causes import explain
-from jaxmp.numerics._interpreter import Interpreter, bind
+from jaxmp.numerics._finite_scale import finite_scale
+from jaxmp.numerics._keep import Line
 from jaxmp.numerics._nonfinite_report import NonfiniteReport, power
-from jaxmp.numerics._origin import Origin, ancestors, nonfinite
+from jaxmp.numerics._origin import Origin, ancestors, is_narrow
 from jaxmp.numerics._program import Program, read_program
-from jaxmp.numerics._provenance import Tracked, Tracker, jit_exactly
-from jaxmp.numerics._walk import first_equations, producer
-
-LOWEST_EXPONENT = -24
+from jaxmp.numerics._provenance import Tracked, Tracker
+from jaxmp.numerics._remedy import Remedy, remedy_of_operation, remedy_under_autocast
+from jaxmp.numerics._site import Site
+from jaxmp.numerics._walk import first_equations, producer, reader
 
 
 def find_nonfinite(
@@ -81,29 +84,95 @@ def find_nonfinite(
       >>> print(found.cause)
       exp of 100 overflows float32, whose largest is 3.403e+38
     """
-    program = read_program(
+    read = functools.partial(
+        read_program,
         fn,
         args,
         kwargs,
         policy=policy,
-        rules=rules,
         argnums=argnums,
         backward=backward,
         loss_scale=loss_scale,
     )
+    program = read(rules=rules)
+    found = _look(program)
+    if found is None:
+        return NonfiniteReport(loss_scale=program.loss_scale)
+    remedy = _remedy(found, policy, functools.partial(_retry, read, rules, found))
+    return dataclasses.replace(
+        found.report,
+        repair=f"{found.report.repair} {remedy.advice}".rstrip(),
+        float32_helps=remedy.works,
+    )
+
+
+class _Found(NamedTuple):
+    """What is not finite: the report on it, its origin, and where it stands."""
+
+    report: NonfiniteReport
+    origin: Origin
+    site: Site | None
+
+
+def _look(program: Program, lower_scale: bool = True) -> _Found | None:
+    """Runs a program, and then its gradient, and tells what is not finite.
+
+    With `lower_scale`, an overflow of scaled gradients is told from one that no scale
+    mends.
+    """
     tracker = Tracker()
     found = _alarm(program, tracker.track(program, value_only=True))
     if found is None and program.loss_scale is not None:
         outs = tracker.track(program, value_only=False)
         found = _alarm(program, outs, in_gradient=True)
-        if found is not None:
-            found = _at_lower_scale(found, program)
-    return found or NonfiniteReport(loss_scale=program.loss_scale)
+        if found is not None and lower_scale:
+            found = found._replace(report=_at_lower_scale(found.report, program))
+    return found
+
+
+def _remedy(found: _Found, policy: Any, retry: Callable[..., Any]) -> Remedy:
+    """What float32 mends, tried before it is advised."""
+    if found.site is None or not is_narrow(found.origin) or is_mask(found.origin):
+        return Remedy()
+    scale = found.report.finite_at_scale
+    if scale is not None and scale >= 1:
+        # A lower loss scale mends it, and dynamic loss scaling finds that.
+        return Remedy()
+    if policy is None:
+        return remedy_of_operation(found.origin, found.site)
+    return remedy_under_autocast(_line(found), found.site, retry)
+
+
+def _retry(
+    read: Callable[..., Program],
+    rules: Sequence[Any],
+    found: _Found,
+    more: Sequence[Any],
+    lines: frozenset[Line],
+) -> Line | bool:
+    """The line that is not finite with more in float32; True if there is none."""
+    is_handled = found.report.kind == "handled overflow"
+    try:
+        program = read(rules=[*more, *rules], in_float32=lines)
+    except JaxmpError:
+        # A rule of the user's that now matches nothing.
+        return False
+    again = _look(program, lower_scale=not is_handled)
+    if again is None or again.report.kind == "handled overflow":
+        return True
+    return _line(again) or False
+
+
+def _line(found: _Found) -> Line | None:
+    report = found.report
+    if report.file is None or report.line is None:
+        return None
+    return Line(report.file, report.line)
 
 
 def _at_lower_scale(found: NonfiniteReport, program: Program) -> NonfiniteReport:
     """Tells an overflow of scaled gradients from one that no scale mends."""
-    scale = _finite_scale(program)
+    scale = finite_scale(program)
     if scale is None:
         return found
     return dataclasses.replace(
@@ -118,8 +187,8 @@ def _at_lower_scale(found: NonfiniteReport, program: Program) -> NonfiniteReport
 
 def _alarm(
     program: Program, outs: Sequence[Tracked], in_gradient: bool = False
-) -> NonfiniteReport | None:
-    """The report on what is not finite among the first outputs, or None."""
+) -> _Found | None:
+    """What is not finite among the first outputs, or None."""
     reached = [
         (output, x.origin)
         for output, x in zip(program.outputs, outs, strict=False)
@@ -128,9 +197,21 @@ def _alarm(
     if not reached:
         return None
     origin = _first(ancestors(origin for _, origin in reached))
-    report = _report(program, origin, in_gradient)
+    site = _place(program, origin)
+    report = _report(program, origin, site, in_gradient)
     names = tuple(output.name for output, _ in reached)
-    return dataclasses.replace(report, reached=names)
+    return _Found(dataclasses.replace(report, reached=names), origin, site)
+
+
+def _place(program: Program, origin: Origin) -> Site | None:
+    """Where an operation stands: a cast that autocast makes, where it is read."""
+    site = origin.site
+    if site is None or not (site.library or "").startswith("jaxmp.casting"):
+        return site
+    eqn = reader(program.jaxpr, site.eqn)
+    if eqn is None:
+        return site
+    return Site(eqn, site.parent, site.needed, site.is_later)
 
 
 def _matters(kind: str, origin: Origin) -> bool:
@@ -156,9 +237,11 @@ def _first(origins: Sequence[Origin]) -> Origin:
     return next(o for matches in ranked for o in origins if matches(o))
 
 
-def _report(program: Program, origin: Origin, in_gradient: bool) -> NonfiniteReport:
+def _report(
+    program: Program, origin: Origin, place: Site | None, in_gradient: bool
+) -> NonfiniteReport:
     site = origin.site
-    line = site.line if site else None
+    line = place.line if place else None
     if origin.kind == "input":
         cause = f"the argument {origin.name} already holds {origin.what}"
         repair = (
@@ -183,6 +266,10 @@ def _report(program: Program, origin: Origin, in_gradient: bool) -> NonfiniteRep
             is_hidden=in_gradient and not site.is_later,
             given=producer(program.jaxpr, site.eqn),
         )
+        if place is not None and place is not site:
+            cause += f". autocast makes this cast for {place.primitive}, which reads it"
+    if place is not None and not in_gradient:
+        cause += _inside_derivatives(place, program)
     primitive = origin.kind
     if primitive not in ("input", "constant"):
         primitive = site.primitive
@@ -190,17 +277,30 @@ def _report(program: Program, origin: Origin, in_gradient: bool) -> NonfiniteRep
         kind="divergence",
         what=origin.what,
         primitive=primitive,
-        path=site.path if site else "",
+        path=place.path if place else "",
         file=None if line is None else line.file,
         line=None if line is None else line.line,
         function=None if line is None else line.function,
         is_backward=in_gradient or bool(site and site.is_backward),
+        in_gradient=in_gradient,
         iterations=origin.iterations,
         operands=origin.operands,
         result=origin.result,
         cause=cause,
         repair=repair,
         loss_scale=program.loss_scale,
+    )
+
+
+def _inside_derivatives(site: Site, program: Program) -> str:
+    """Says that a value which is not finite is inside of a derivative."""
+    order = site.derivatives - (program.loss_scale is not None)
+    if order < 1:
+        return ""
+    what = "a derivative" if order == 1 else f"a derivative of order {order}"
+    return (
+        f". It is inside of {what} that the function takes itself, in the forward "
+        "pass: the loss scale comes after it and cannot mend it, however low"
     )
 
 
@@ -214,41 +314,3 @@ def _derivative_of(site: Any, written: Any) -> str | None:
     if written is site.eqn or (name == site.primitive and not site.is_later):
         return None
     return name
-
-
-class _CompiledLoops(Interpreter):
-    """Operation by operation, but for loops, which need no looking into."""
-
-    def __init__(self):
-        super().__init__()
-        self._loops: dict[int, Callable[..., list[Any]]] = {}
-
-    def loop(self, site, operands):
-        if id(site.eqn) not in self._loops:
-            eqn = site.eqn
-            self._loops[id(eqn)] = jit_exactly(lambda *values: bind(eqn, values))
-        return self._loops[id(site.eqn)](*operands)
-
-
-def _finite_scale(program: Program) -> float | None:
-    """The largest power of two below the loss scale at which gradients are finite."""
-    run = _CompiledLoops()
-
-    def is_finite(exponent):
-        outs = run.run_program(program.at_scale(2.0**exponent))
-        gradients = [
-            x
-            for x, output in zip(outs, program.outputs, strict=True)
-            if output.kind == "gradient"
-        ]
-        return not any(nonfinite(gradients))
-
-    assert program.loss_scale is not None
-    high = math.ceil(math.log2(program.loss_scale))
-    low = min(LOWEST_EXPONENT, high - 1)
-    if not is_finite(low):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if is_finite(middle) else (low, middle)
-    return 2.0**low

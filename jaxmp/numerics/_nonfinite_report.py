@@ -19,12 +19,16 @@ class NonfiniteReport:
         `"constant"` if the program does.
       path: name scopes and modules around it.
       file, line, function: the user's source line.
-      is_backward: whether only gradients show it.
+      is_backward: whether it is part of a backward pass, also of one that the function
+        makes itself.
+      in_gradient: whether only gradients show it.
       iterations: numbers of the iterations of the loops around it, outermost first.
       operands: the ranges of what it was given.
       result: the range of what it made.
       cause: what happened.
       repair: what to write instead.
+      float32_helps: whether float32 was tried there, and mended it; None if it was not
+        tried. The words are in `repair`.
       reached: what is not finite in the end.
       loss_scale: the scale that was used, None without gradients.
       finite_at_scale: the largest power of two below it at which all gradients are
@@ -39,11 +43,13 @@ class NonfiniteReport:
     line: int | None = None
     function: str | None = None
     is_backward: bool = False
+    in_gradient: bool = False
     iterations: tuple[int, ...] = ()
     operands: tuple[Operand, ...] = ()
     result: Operand | None = None
     cause: str = ""
     repair: str = ""
+    float32_helps: bool | None = None
     reached: tuple[str, ...] = ()
     loss_scale: float | None = None
     finite_at_scale: float | None = None
@@ -80,7 +86,7 @@ class NonfiniteReport:
         first = f"first {self.what} made by {self.primitive}"
         if self.primitive in ("input", "constant"):
             first = f"{self.what} in {self.primitive}"
-        if self.kind == "divergence" and self.is_backward:
+        if self.kind == "divergence" and self.in_gradient:
             return f"Divergence, {first}: gradients are not finite at any loss scale."
         if self.kind == "divergence":
             return f"Divergence, {first}: no loss scale helps."

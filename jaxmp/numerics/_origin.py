@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
 
 class Operand(NamedTuple):
     """What an operation was given, or gave.
@@ -54,6 +56,7 @@ class Origin:
       what: `"NaN"` or `"Inf"`.
       operands, result: of an operation that made it.
       name: of an input.
+      values: what an operation was given, if it computes in 16 bits or fewer.
     """
 
     kind: str
@@ -65,6 +68,7 @@ class Origin:
     operands: tuple[Operand, ...] = ()
     result: Operand | None = None
     name: str = ""
+    values: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,6 +84,13 @@ class Stacked(Origin):
             return None
         what = "NaN" if any(parent.what == "NaN" for parent in parents) else "Inf"
         return Stacked("passed", what, parents, rows=tuple(origins))
+
+
+def is_narrow(made: Origin) -> bool:
+    """Whether an operation took or gave a number of 16 bits or fewer."""
+    return any(
+        x is not None and x.dtype in NARROW for x in (*made.operands, made.result)
+    )
 
 
 def row_origin(origin: Origin | None, index: int) -> Origin | None:

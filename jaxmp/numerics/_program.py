@@ -11,7 +11,7 @@ equation, under the user's source lines and name scopes.
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jaxmp.errors import NonScalarLoss
 from jaxmp.loss_scale import get_loss_scale
 from jaxmp.loss_scale._gradients import LARGEST_FLOAT16_SCALE
 from jaxmp.loss_scale._unscale import scale_tree
+from jaxmp.numerics._keep import Line, keep_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,7 @@ def read_program(
     argnums: int | Sequence[int] = 0,
     backward: bool | None = None,
     loss_scale: Any = None,
+    in_float32: Collection[Line] = (),
 ) -> Program:
     """Traces a function, and its gradient, to one program.
 
@@ -90,6 +92,7 @@ def read_program(
       backward: whether to differentiate; None does so if the function returns a
         floating scalar, alone or first in a tuple.
       loss_scale: a number, or whatever `get_loss_scale` takes; None is 1.
+      in_float32: lines that autocast is to leave alone.
 
     Raises:
       NonScalarLoss: if `backward` is True and there is no loss.
@@ -100,6 +103,8 @@ def read_program(
     names, argument_of, modules = _inputs(fn, args, kwargs, arguments, arrays)
     outputs = _outputs(jaxpr, out_tree, modules)
     if policy is not None:
+        if in_float32:
+            jaxpr = keep_lines(jaxpr, in_float32)
         flat = autocast(_function(jaxpr), policy, rules=rules)
         jaxpr = jax.make_jaxpr(flat)(*arrays)
     argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)

@@ -25,6 +25,7 @@ from jaxmp.numerics._origin import (
     Stacked,
     describe,
     index_in,
+    is_narrow,
     nonfinite,
     row_origin,
 )
@@ -50,6 +51,7 @@ class Tracker(Interpreter):
         super().__init__()
         self._count = 0
         self._compiled: dict[int, Any] = {}
+        self._seen: set[Any] = set()
 
     def track(self, program: Program, *, value_only: bool) -> list[Tracked]:
         """Runs a program on its inputs; see `run_program`."""
@@ -87,11 +89,16 @@ class Tracker(Interpreter):
         if kind == "passed":
             return origin
         at = _first_nonfinite(result)
-        return dataclasses.replace(
+        made = dataclasses.replace(
             origin,
             operands=tuple(describe(x, index_in(x.shape, at)) for x in values),
             result=describe(result, at),
         )
+        # Only the first time, for the iterations of a loop would keep too much.
+        if site in self._seen or not is_narrow(made):
+            return made
+        self._seen.add(site)
+        return dataclasses.replace(made, values=tuple(values))
 
     def constant(self, value, site):
         (what,) = nonfinite([value])

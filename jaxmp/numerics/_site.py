@@ -66,6 +66,29 @@ class Site:
         inherited = self.parent is not None and self.parent.is_backward
         return self.is_later or inherited or is_backward(self.eqn)
 
+    @property
+    def library(self) -> str | None:
+        """The library that called JAX here, None for the user's own code."""
+        found = written(self.eqn.source_info.traceback)
+        if found.caller or self.parent is None:
+            return found.library
+        return self.parent.library
+
+    @property
+    def packages(self) -> frozenset[str]:
+        """Every library on the stack, of the calls around it as well."""
+        around = frozenset() if self.parent is None else self.parent.packages
+        return written(self.eqn.source_info.traceback).packages | around
+
+    @property
+    def derivatives(self) -> int:
+        """How many derivatives it is inside of: 2 in a `jax.jvp` of a `jax.grad`."""
+        stack = self.eqn.source_info.name_stack.stack
+        own = sum(
+            type(part).__name__ == "Transform" and part.name == "jvp" for part in stack
+        )
+        return max(own, 0 if self.parent is None else self.parent.derivatives)
+
     @functools.cached_property
     def line(self) -> Source | None:
         """The user's line: the innermost one outside of libraries, if there is one."""

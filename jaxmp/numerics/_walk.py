@@ -30,6 +30,19 @@ def first_equations(jaxpr: Any) -> dict[Any, Any]:
     return found
 
 
+def reader(jaxpr: Any, eqn: Any) -> Any:
+    """The first equation that reads what another made, or None."""
+    made = set(eqn.outvars)
+    return next(
+        (
+            e
+            for e in walk(jaxpr)
+            if any(not hasattr(v, "val") and v in made for v in e.invars)
+        ),
+        None,
+    )
+
+
 def producer(jaxpr: Any, eqn: Any) -> Any:
     """The equation that made the first operand of another, or None."""
     return next((e for e in walk(jaxpr) if eqn.invars[0] in e.outvars), None)

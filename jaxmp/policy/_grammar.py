@@ -1,6 +1,5 @@
 """`get_policy`: a policy from one string."""
 
-import difflib
 from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +11,7 @@ from jaxmp.errors import PolicyError
 from jaxmp.policy._dtypes import name_to_dtype, policy_name_for, read_dtype
 from jaxmp.policy._matmul_precision import precision_names, read_precision
 from jaxmp.policy._policy import Policy
+from jaxmp.policy._suggestions import near_policy, near_value
 
 presets = MappingProxyType(
     {
@@ -160,9 +160,12 @@ def _error(
     if spec.isprintable():
         lines += [f"    {spec}", "    " + " " * start + "^" * max(len(text), 1)]
     allowed = tuple(allowed)
-    near = difflib.get_close_matches(text, allowed or _FIELD_OF_KEY, n=1)
+    if allowed == _NAMES:
+        near = near_policy(text, allowed)
+    else:
+        near = near_value(text, allowed or _FIELD_OF_KEY)
     if near:
-        lines.append(f"Did you mean {near[0]!r}?")
+        lines.append(near)
     if allowed:
         lines.append(f"Allowed here: {', '.join(allowed)}.")
     if keys:

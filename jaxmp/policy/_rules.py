@@ -128,18 +128,21 @@ def first_match(
 
 
 def check_rules(rules: Any) -> tuple[PolicyRule, ...]:
-    """Reads `rules=`: a sequence of rules, or one of them."""
-    if isinstance(rules, PolicyRule):
-        return (rules,)
-    rules = tuple(rules)
+    """Reads `rules=`: a sequence of rules, or one of them.
+
+    The default rules come after the user's unless they are among them. Norms in half
+    are asked for by a rule of their own, or by no rules at all.
+    """
+    rules = (rules,) if isinstance(rules, PolicyRule) else tuple(rules)
     for rule in rules:
         if not isinstance(rule, PolicyRule):
             raise InvalidRule(
                 f"rules= takes a sequence of PolicyRule, and {rule!r} is a "
                 f"{type(rule).__name__}. For example: rules=(PolicyRule(path='head', "
-                "compute='float32'), *default_rules)."
+                "compute='float32'),)."
             )
-    return rules
+    has_defaults = any(rule in default_rules for rule in rules)
+    return rules if has_defaults or not rules else (*rules, *default_rules)
 
 
 norms_in_float32: tuple[PolicyRule, ...] = (

@@ -66,7 +66,7 @@ def sum_repair(found: Accumulation) -> str:
 
 
 def _wide_sum(found: Accumulation) -> str:
-    if found.is_backward:
+    if found.is_backward and found.operation != "cumsum":
         return (
             "It is the gradient of a value that is used many times. Keep that value in "
             "float32 and cast what is made of it, as in table[rows].astype(x.dtype); "

@@ -10,7 +10,7 @@ sum of more terms is told. Matmuls are not: GPUs and TPUs accumulate them in flo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -90,8 +90,21 @@ class Sums:
         self._found: dict[Any, Accumulation] = {}
 
     def found(self) -> tuple[Accumulation, ...]:
-        """Those that were found, the longest first."""
-        return tuple(sorted(self._found.values(), key=_gravity))
+        """Those that were found, the longest first.
+
+        The backward pass of a `cumsum` is one too, on the same line, and is left out.
+        """
+        forward = {(x.source, x.operation) for x in self._all if not x.is_backward}
+        told = [
+            x
+            for x in self._all
+            if not x.is_backward or (x.source, x.operation) not in forward
+        ]
+        return tuple(sorted(told, key=_gravity))
+
+    @property
+    def _all(self) -> Collection[Accumulation]:
+        return self._found.values()
 
     def look(self, eqn: Any, values: Sequence[Value], context: Context) -> None:
         """Notes a reduction."""

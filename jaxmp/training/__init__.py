@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from jaxmp.training._checkpoint_policy import check_checkpoint_policy, convert_like
+from jaxmp.training._restored import adopt, check_restored
 from jaxmp.training._train_state import TrainState, restore
 
 if TYPE_CHECKING:
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 __all__ = [
     "TrainState",
     "restore",
+    "adopt",
+    "check_restored",
     "Checkpoints",
     "check_checkpoint_policy",
     "convert_like",

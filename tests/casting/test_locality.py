@@ -1,8 +1,8 @@
 """What is decided about one operation decides nothing about the rest of a program.
 
-One operation that stays in float32 is put into a network, at every place of it. What the
-matmuls of the network cost in half may not change; those that read a cast to float32
-directly belong to the cast.
+One operation that stays in float32 is put into a network, at every place of it. The
+matmuls of the network stay in half; the one that reads a cast to float32 directly
+belongs to the cast.
 """
 
 import functools

@@ -107,9 +107,27 @@ def test_float16_changes_precision_only(program):
     check(program, "mixed_float16", 0.03 / 8)
 
 
-@examples(10)
-def test_float32_changes_nothing(program):
-    check(program, "float32", 1e-5)
+@examples(12)
+def test_float32_is_the_same_program(program):
+    steps, n = program
+    plain, cast = (
+        value_and_grad(steps, transform)
+        for transform in (lambda fn: fn, lambda fn: jaxmp.autocast(fn, "float32"))
+    )
+    for precision in (None, "highest"):
+        with jax.default_matmul_precision(precision):
+            texts = [str(fn.trace(*arguments(n)).jaxpr) for fn in (plain, cast)]
+        assert texts[0] == texts[1]
+
+
+@examples(2)
+def test_float32_changes_no_bit(program):
+    steps, n = program
+    args = arguments(n)
+    expected = value_and_grad(steps, lambda fn: fn)(*args)
+    actual = value_and_grad(steps, lambda fn: jaxmp.autocast(fn, "float32"))(*args)
+    for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_array_equal(a, e)
 
 
 @pytest.mark.slow

@@ -16,7 +16,12 @@ from jax.interpreters import mlir
 import jaxmp
 from jaxmp.casting import OpRule
 from jaxmp.casting._op_lists import table_as_markdown
-from jaxmp.errors import AutocastError, AutocastRuleError, RuleAlreadyRegistered
+from jaxmp.errors import (
+    AutocastError,
+    AutocastRuleError,
+    NoSuchRows,
+    RuleAlreadyRegistered,
+)
 from jaxmp.testing import matmuls
 from jaxmp.testing._functions import example_arguments
 
@@ -147,11 +152,50 @@ def test_explain_shows_rows_summary_and_page(tmp_path):
     assert "block_0" in first.reason
     assert told.half_flops == pytest.approx(2 / 3)
     assert told.residual_bytes["bfloat16"] > 0
-    assert str(told).splitlines()[-1] == told.summary
+    assert str(told).splitlines()[0] == told.summary
     told.to_html(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count("<tr") == len(told.rows) + 1
     assert "http" not in page
+
+
+def test_explain_names_the_cause_and_what_it_costs():
+    def fn(w, x):
+        x = 2 * x.astype(jnp.bfloat16).astype(jnp.float32)  # the cause
+        x = jax.jit(lambda w, x: x @ w)(w, x)
+        x = jnp.dot(x, w, precision="highest")
+        return lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=2)[0]
+
+    lines = pathlib.Path(__file__).read_text().splitlines()
+    line = next(i for i, text in enumerate(lines, 1) if text.endswith("# the cause"))
+    told = jaxmp.explain(fn)(W, X)
+    cast, precision = told.reasons
+    assert cast.reason == "cast to float32 by the program"
+    assert f":{line} (" in cast.source
+    assert f":{line + 2} (" in precision.source
+    assert told.half_flops == 0.5
+    assert [cast.flops, cast.matmuls] == [told.matmul_flops / 4, 1]
+    assert not str(told).startswith("Warning")
+    assert f"25.0% of the FLOPs, 1 matmul, not in half: {cast.reason}" in str(told)
+    kept = told.only("float32 matmuls").rows
+    assert [row.operation for row in kept] == ["dot_general", "dot_general"]
+    assert [row.full_flops for row in kept] == [cast.flops, precision.flops]
+    assert len(told.only("matmuls").rows) == 3
+    with pytest.raises(NoSuchRows, match="'float32 matmuls'"):
+        told.only("slow ones")
+
+
+def test_explain_warns_first_when_little_is_in_half():
+    def fn(w, x):
+        return jaxmp.full_precision(jax.jit(lambda x: jnp.tanh(x @ w) @ w))(x) @ w
+
+    told = jaxmp.explain(fn)(W, X)
+    assert str(told).startswith("Warning: only 33% of the matmul FLOPs are in half.")
+    (row,) = told.only("float32 matmuls").rows
+    assert row.operation.startswith("jit")
+    assert told.reasons[0].reason == "full_precision"
+    assert told.reasons[0].matmuls == 2
+    assert "Warning" not in str(jaxmp.explain(fn, "float32")(W, X))
 
 
 def test_explain_takes_abstract_arguments():

@@ -1,11 +1,13 @@
 """`python -m jaxmp diagnose`: what it says first, and what it finds."""
 
 import json
+import re
 import sys
 
 import pytest
 
 from jaxmp.cli import main
+from jaxmp.numerics import find_nonfinite
 
 MODULE = """
 import jax
@@ -52,6 +54,20 @@ def make_cancel():
 def make_lost():
     weights = np.logspace(-12, 4, 16, dtype=np.float32)[None]
     return lambda w, x: ((x @ w) * weights).mean(), W, X
+
+
+def attention(w, x):
+    q, k, v = (x @ w[i] for i in range(3))
+    q, k = jax.nn.relu(q) + 1e-6, jax.nn.relu(k) + 1e-6
+    z, kv = jnp.cumsum(k, axis=-2), jnp.einsum("bnd,bne->bnde", k, v)
+    out = jnp.einsum("bnd,bnde->bne", q, jnp.cumsum(kv, axis=-3))
+    return jnp.mean((out / jnp.einsum("bnd,bnd->bn", q, z)[..., None]) ** 2)
+
+
+def make_attention():
+    w = 0.3 * jax.random.normal(jax.random.key(2), (3, 16, 8))
+    x = jax.random.normal(jax.random.key(3), (1, 4096, 16))
+    return attention, w, x[:, :512]
 
 
 def make_abstract():
@@ -115,6 +131,20 @@ def test_gradients_that_no_scale_keeps(capsys):
     assert status == 1
     assert "of the gradient of w become zero, even at loss scale" in printed.out
     assert "of the backward pass still become zero" in printed.out
+
+
+def test_a_scale_that_was_taken_too_high_is_no_finding(capsys):
+    status, printed = diagnose(capsys, "attention", "--fail-on", "nonfinite")
+    assert status == 0
+    assert "Not finite" not in printed.out
+    told = re.search(r"nothing overflows up to 2\^(\d+)", printed.out)
+    start = re.search(r"init_scale=2\.0\*\*(\d+)", printed.out)
+    namespace = {}
+    exec(MODULE, namespace)
+    loss, w, x = namespace["make_attention"]()
+    for found in (told, start):
+        scale = 2.0 ** int(found[1])
+        assert not find_nonfinite(loss, w, x, policy="mixed_float16", loss_scale=scale)
 
 
 def test_json(capsys):

@@ -101,13 +101,13 @@ def test_a_rule_that_matches_nothing_is_an_error(rows_of):
 
 
 def test_returns_are_what_the_layers_return():
-    model = jaxmp.apply_policy(Net(), "mixed_float16")
+    model = jaxmp.apply_policy(Net(), "mixed_float16", own_code="half")
     variables = model.init(jax.random.key(0), X)
     _, state = model.apply(
         variables, X, capture_intermediates=True, mutable=["intermediates"]
     )
     captured = jax.tree_util.tree_leaves_with_path(state["intermediates"])
-    rows = linen_rows("mixed_float16")
+    rows = linen_rows("mixed_float16", own_code="half")
     seen = 0
     for path, output in captured:
         names = [key.key for key in path if hasattr(key, "key")]

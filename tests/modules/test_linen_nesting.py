@@ -96,7 +96,7 @@ def test_an_interceptor_of_the_user_sees_the_policy():
             seen.append((context.module.name, output.dtype))
         return output
 
-    model = apply_policy(Compact(), HALF)
+    model = apply_policy(Compact(), HALF, own_code="half")
     with nn.intercept_methods(interceptor):
         model.init_with_output(KEY, X)
     assert dict(seen)["layer"] == BF16

@@ -14,8 +14,8 @@ from .linen_models import BF16, F16, F32, HALF, KEY, Encoder, Model, X, dtypes
 
 
 def outputs(model, *args, rules=default_rules, policy=HALF):
-    """What every layer returns, by path."""
-    model = apply_policy(model, policy, rules=rules)
+    """What every layer returns, by path, where nothing is planned."""
+    model = apply_policy(model, policy, rules=rules, own_code="half")
 
     def run():
         variables = model.init(KEY, *args)

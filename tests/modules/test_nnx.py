@@ -496,5 +496,5 @@ def test_integers_keys_and_flags_pass_untouched():
     key, tokens, mask = jax.random.key(0), jnp.arange(4), jnp.ones(4, bool)
     model = apply_policy(Net(), HALF)
     result = model(tokens, mask, key, np.ones(4, np.float32), 0.5, True)
-    assert seen == [tokens.dtype, mask.dtype, key.dtype, BF16, 0.5, True]
+    assert seen == [tokens.dtype, mask.dtype, key.dtype, F32, 0.5, True]
     assert [x.dtype for x in result] == [tokens.dtype, mask.dtype, BF16]

@@ -1,5 +1,8 @@
 """`cast_for_eval` and `cast_like`: variables in half for serving, and back."""
 
+import dataclasses
+
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import pytest
 from flax import nnx
 
 import jaxmp
+from jaxmp import PolicyRule, default_rules
 from jaxmp.modules import cast_like
 
 
@@ -97,3 +101,80 @@ def test_rounding_is_told_by_path_with_its_size():
 def test_overflow_is_told_as_infinite():
     _, rounded = cast_like({"a": jnp.float32(1e6)}, {"a": jnp.float16(0)})
     assert rounded["a"] == float("inf")
+
+
+# Pytrees that Flax knows nothing of
+
+
+class Block(eqx.Module):
+    linear: eqx.nn.Linear
+    norm: eqx.nn.LayerNorm
+    rest: list
+    calls: jax.Array
+
+    def __init__(self):
+        key = jax.random.key(0)
+        self.linear = eqx.nn.Linear(4, 4, key=key)
+        self.norm = eqx.nn.LayerNorm(4)
+        self.rest = [eqx.nn.MLP(4, 2, 8, 1, key=key), eqx.nn.RMSNorm(2), jax.nn.relu]
+        self.calls = jnp.int32(3)
+
+    def __call__(self, x):
+        x = self.norm(self.linear(x)).astype(x.dtype)
+        mlp, norm, activation = self.rest
+        return activation(norm(mlp(x)))
+
+
+@dataclasses.dataclass
+class Weights:
+    a: jax.Array
+    name: str
+
+
+jax.tree_util.register_dataclass(Weights, ["a"], ["name"])
+
+
+def dtypes_of(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x.dtype.name
+        for path, x in leaves
+        if hasattr(x, "dtype")
+    }
+
+
+def test_an_equinox_module_is_cast_and_its_norms_are_not():
+    block = Block()
+    half = jaxmp.cast_for_eval(block, "mixed_bfloat16")
+    assert isinstance(half, Block)
+    found = dtypes_of(half)
+    for path, dtype in found.items():
+        expected = "float32" if "norm" in path or path.startswith("rest/1") else None
+        expected = "int32" if path == "calls" else expected
+        assert dtype == (expected or "bfloat16"), path
+    assert {"linear/weight", "rest/0/layers/1/bias", "rest/1/weight"} <= found.keys()
+    x = jnp.linspace(-1.0, 1.0, 4)
+    assert half(x.astype(jnp.bfloat16)).shape == (2,)
+    assert dtypes_of(block)["linear/weight"] == "float32"
+
+
+def test_rules_by_path_apply_to_any_pytree():
+    rules = (PolicyRule(path="rest/0/.*", params="float32"), *default_rules)
+    found = dtypes_of(jaxmp.cast_for_eval(Block(), "mixed_float16", rules=rules))
+    assert found["rest/0/layers/1/bias"] == "float32"
+    assert found["linear/weight"] == "float16"
+
+
+def test_so_do_dataclasses_lists_and_the_parameters_of_haiku():
+    tree = [Weights(jnp.ones(2), "a"), (jnp.float32(1), None), jax.random.key(0)]
+    cast = jaxmp.cast_for_eval(tree, "mixed_bfloat16")
+    assert cast[0].a.dtype == cast[1][0].dtype == jnp.bfloat16
+    assert cast[0].name == "a"
+    haiku = {
+        "mlp/~/linear_0": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)},
+        "mlp/~/layer_norm": {"scale": jnp.ones(2), "offset": jnp.ones(2)},
+    }
+    cast = jaxmp.cast_for_eval(haiku, "mixed_bfloat16")
+    assert cast["mlp/~/linear_0"]["w"].dtype == jnp.bfloat16
+    assert cast["mlp/~/layer_norm"]["offset"].dtype == jnp.float32
+    assert jaxmp.cast_for_eval(jnp.ones(2), "mixed_float16").dtype == jnp.float16

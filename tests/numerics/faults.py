@@ -636,7 +636,7 @@ def linen_block_7_of_12():
         @nn.compact
         def __call__(self, x):
             up = nn.Dense(8, name="up", use_bias=False)
-            return up(x * self.gain) / 4  # FAULT
+            return up(x * self.gain) / (4 * self.gain)  # FAULT
 
     class Network(nn.Module):
         @nn.compact

@@ -270,3 +270,43 @@ def test_with_output_dtype_changes_the_output_only(policy, dtype):
 def test_everyday_names_are_those_of_the_subpackage():
     assert jaxmp.get_policy is get_policy
     assert jaxmp.Policy is Policy
+
+
+SUGGESTED = {
+    "mixed_float16": (
+        "float16_mixed FLOAT16_MIXED float16-mixed fp16_mixed fp16-mixed f16_mixed "
+        "mixed_fp16 Mixed_Float16 MIXED_FLOAT16 mixed-float16 half_mixed 16_mixed "
+        "16-Mixed amp AMP O1 O2 amp_fp16 mixed_half mixed_16 float16_amp mixed_f16"
+    ),
+    "mixed_bfloat16": (
+        "bfloat16_mixed bf16_mixed BF16-MIXED Mixed_BFloat16 mixed-bf16 mixed_bf16 "
+        "bfloat16-mixed bf16_amp mixed mixed_precision mixed_bfloat61"
+    ),
+    "mixed_float16', which keeps float32 parameters, or 'float16": "FLOAT16 Float16",
+    "mixed_float16', which keeps float32 parameters, or 'fp16": "FP16",
+    "mixed_bfloat16', which keeps float32 parameters, or 'bfloat16": "BFLOAT16",
+    "mixed_bfloat16', which keeps float32 parameters, or 'bf16": "BF16",
+    "float32": "FLOAT32 Float32 float23 single 32",
+    "float64": "double Float64",
+    "bf16-true": "bf16_true BF16-TRUE pure_bf16 bfloat16_pure",
+    "16-true": "pure_fp16 16_true float16_true fp16_only",
+    "float32,matmul=tf32": "tf32 TF32",
+    "auto": "AUTO Auto",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [(text, meant) for meant, texts in SUGGESTED.items() for text in texts.split()],
+)
+def test_a_misspelt_name_suggests_what_was_most_likely_meant(text, meant):
+    with pytest.raises(PolicyError) as error:
+        get_policy(text)
+    assert f"Did you mean '{meant}'" in str(error.value)
+    get_policy(meant.split("'")[0])
+
+
+def test_values_are_suggested_in_any_case():
+    for spec, meant in (("p=F32", "f32"), ("c=BFloat16", "bfloat16"), ("P=f32", "p")):
+        with pytest.raises(PolicyError, match=f"Did you mean '{meant}'"):
+            get_policy(spec)

@@ -340,3 +340,11 @@ def test_lookups_under_a_policy_add_their_gradients_in_float32():
         return model.apply(params, tokens).astype(jnp.float32).sum()
 
     assert not audit(jax.grad(loss), params, tokens).accumulations
+
+
+def test_a_cumulative_sum_and_its_gradient_are_one_finding():
+    def loss(x):
+        return jnp.sum(jnp.cumsum(x, axis=0) ** 2).astype(jnp.float32)
+
+    found = audit(jax.grad(loss), ones(300, 2)).accumulations
+    assert [(x.operation, x.is_backward) for x in found] == [("cumsum", False)]

@@ -1,0 +1,30 @@
+"""Warnings that point at the user's line, however deep jaxmp was called from."""
+
+import sys
+import warnings
+
+from jaxmp._sources import is_users
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the innermost line that is neither jaxmp's nor another library's.
+
+    A number of frames, as `warnings.warn` takes it, would point into Optax, Flax or JAX
+    as soon as one of them stands in between.
+
+    Args:
+      message: what is wrong, and the repair.
+      category: class of the warning.
+    """
+    warnings.warn(message, category, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The `stacklevel` of the user's line, as `warn` has to pass it."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if is_users(file) or file.startswith(("<stdin", "<ipython", "<doctest")):
+            return level
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,0 +1,169 @@
+"""States from elsewhere: restored by other libraries, or trained without a scale."""
+
+import math
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmp import _composition, _tree
+from jaxmp.errors import (
+    CheckpointPolicyMismatch,
+    MissingLossScale,
+    TrainStateOptionError,
+)
+from jaxmp.loss_scale import LossScaleState, loss_scaling
+from jaxmp.loss_scale._made_with import notes
+from jaxmp.loss_scale._state import find
+from jaxmp.loss_scale._state_machines import DynamicMachine, Machine
+from jaxmp.optimizers import check_dtypes, check_master_weights
+from jaxmp.training._create import read_policy, split_options
+from jaxmp.training._train_state import TrainState
+
+T = TypeVar("T", bound=TrainState)
+
+
+def check_restored(state: Any, *, tx: Any = None, params: Any = None) -> None:
+    """Raises on the host if a restored state was trained under another kind of policy.
+
+    For states that an Orbax `CheckpointManager` of your own, or any other library, has
+    restored: arrays do not say under which policy they were written, and a bfloat16 run
+    at a scale of 65536 or a float16 run at 1 looks fine for a long time.
+
+    Args:
+      state: a `TrainState`, or an optimizer state.
+      tx: the optimizer; a `TrainState` has one.
+      params: the parameters; a `TrainState` has them. Without them, dtypes are not
+        compared.
+
+    Raises:
+      CheckpointPolicyMismatch: if the loss scale cannot be that of this optimizer.
+      DtypeMismatch: if the optimizer would keep arrays in other dtypes.
+      MasterWeightsMismatch: if parameters and master weights are of different steps.
+      MissingLossScale: if there is none.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> from jaxmp.training import check_restored
+      >>> state = jaxmp.TrainState.create(
+      ...     apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.1), policy="float32"
+      ... )
+      >>> check_restored(state)
+      >>> other = state.opt_state._replace(loss_scale=jnp.float32(65536))
+      >>> check_restored(state.replace(opt_state=other))
+      Traceback (most recent call last):
+      ...
+      jaxmp.errors.CheckpointPolicyMismatch: The restored loss scale is 65536, ...
+    """
+    policy = ""
+    if isinstance(state, TrainState):
+        policy = f" under the policy {str(state.policy)!r}"
+        state, tx, params = state.opt_state, state.tx, state.params
+        params = params.get("params", params) if hasattr(params, "get") else params
+    if tx is None:
+        raise MissingLossScale(
+            "An optimizer state does not say what it should be. Pass its optimizer: "
+            "check_restored(opt_state, tx=tx, params=params)."
+        )
+    scale = find(state)
+    for made_with in notes(tx):
+        if isinstance(scale, LossScaleState):
+            _check_scale(scale, made_with.machine, policy)
+    if params is None:
+        return
+    shapes = jax.eval_shape(tx.init, params)
+    if jax.tree.structure(shapes) == jax.tree.structure(state):
+        check_dtypes(state, shapes)
+    if "master_weights" in _composition.names(state):
+        check_master_weights(state, params)
+
+
+def _check_scale(state: LossScaleState, machine: Machine, policy: str) -> None:
+    scale = float(np.asarray(state.loss_scale))
+    if isinstance(machine, DynamicMachine):
+        wrong = not _may_be_dynamic(state, machine)
+        wanted = f"a dynamic one that started from {machine.init_scale:g}"
+    else:
+        wrong = scale != machine.scale
+        wanted = f"the constant {machine.scale:g}"
+    if wrong:
+        raise CheckpointPolicyMismatch(
+            f"The restored loss scale is {scale:g}, and that of this optimizer is "
+            f"{wanted}: the checkpoint was written under another policy than it is "
+            f"read{policy}. Restore it under its own, or switch deliberately: "
+            "jaxmp.training.convert_like(restored, fresh) casts its arrays and starts "
+            "the loss scale anew."
+        )
+
+
+def _may_be_dynamic(state: LossScaleState, machine: DynamicMachine) -> bool:
+    """Whether a scale that moves can have come to where this one stands."""
+    scale, good, left, skipped = (
+        float(np.asarray(x))
+        for x in (
+            state.loss_scale,
+            state.good_steps,
+            state.hysteresis_left,
+            state.skipped_steps,
+        )
+    )
+    if left == 0 and (skipped == 0 or (bool(state.grads_finite) and good == 0)):
+        return False  # it starts above zero, and every finite step is counted
+    if not machine.min_scale <= scale <= machine.max_scale:
+        return False
+    down = math.log2(machine.init_scale / scale) / -math.log2(machine.backoff_factor)
+    return down <= skipped
+
+
+def adopt(state: Any, policy: Any, *, cls: type[T] = TrainState, **kwargs: Any) -> T:
+    """Goes on with a run of Flax's own `TrainState` under a policy.
+
+    Args:
+      state: a `flax.training.train_state.TrainState`, or anything with its `step`,
+        `apply_fn`, `params`, `tx` and `opt_state`.
+      policy: what `get_policy` takes.
+      cls: the class of the result.
+      **kwargs: as for `TrainState.create`: fields of `cls`, options of `loss_scaling`.
+
+    Returns:
+      A state with the parameters, moments and step of the old one, bit for bit, and a
+      loss scale that starts.
+
+    Raises:
+      TrainStateOptionError: if the optimizer has a loss scale already, or for a keyword
+        that is neither field nor option.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmp, optax
+      >>> from flax.training import train_state
+      >>> from jaxmp.training import adopt
+      >>> old = train_state.TrainState.create(
+      ...     apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.adam(0.1)
+      ... )
+      >>> old = old.apply_gradients(grads={"w": jnp.ones(2)})
+      >>> new = adopt(old, "mixed_float16")
+      >>> int(new.step), float(jaxmp.get_loss_scale(new))
+      (1, 65536.0)
+    """
+    policy = read_policy(policy)
+    fields, options = split_options(cls, kwargs)
+    if "loss_scaling" in _composition.names(state.opt_state):
+        raise TrainStateOptionError(
+            "The optimizer of this state has a loss scale already. Create a new state "
+            "with it, TrainState.create(tx=state.tx, ...), and restore into that."
+        )
+    # The scalars alone: two optimizer states at once may not fit into memory.
+    scalars: Any = loss_scaling(optax.identity(), policy, **options).init(())
+    step = jnp.asarray(state.step, jnp.int32)
+    inner_state = jax.tree.map(_tree.strong, state.opt_state)
+    return cls(
+        step=step,
+        apply_fn=state.apply_fn,
+        params=state.params,
+        tx=loss_scaling(state.tx, policy, **options),
+        opt_state=scalars._replace(inner_state=inner_state, applied_steps=step),
+        policy=policy,
+        **fields,
+    )
