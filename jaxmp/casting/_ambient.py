@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from jaxmp import _tree
 from jaxmp._flops import MATMULS
 from jaxmp._jax_internals import map_jaxprs, open_jaxpr
-from jaxmp.casting._states import castable_dtype
+from jaxmp.casting._plan import (
+    AUTOCAST_SCOPE,
+    FULL_PRECISION_SCOPE,
+    Settings,
+    scope_names,
+)
+from jaxmp.casting._states import FLOAT32, castable_dtype
 
 
 def without_ambient_precision() -> Any:
@@ -31,6 +37,32 @@ def ambient_precision() -> Any:
     x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     (eqn,) = jax.make_jaxpr(lambda x: jax.lax.dot(x, x))(x).eqns
     return eqn.params["precision"]
+
+
+def precision_params(eqn: Any, settings: Settings) -> dict[str, Any] | None:
+    """The parameters of what stays in float32: with the policy's algorithm, or ambient.
+
+    Returns:
+      What replaces the parameters of the equation; None if they stay.
+    """
+    asked = settings.matmul_precision
+    if asked is not None and _takes(eqn, asked):
+        is_pair = isinstance(asked, jax.lax.Precision)
+        return {**eqn.params, "precision": (asked, asked) if is_pair else asked}
+    params = with_ambient_precision(eqn, eqn.params, settings.ambient)
+    return None if params is eqn.params else params
+
+
+def _takes(eqn: Any, precision: Any) -> bool:
+    """Whether a policy decides about the algorithm of an equation."""
+    name = eqn.primitive.name
+    return (
+        name in MATMULS
+        and (isinstance(precision, jax.lax.Precision) or name == "dot_general")
+        and eqn.params.get("precision") is None
+        and castable_dtype(eqn.outvars[0]) == FLOAT32
+        and not {FULL_PRECISION_SCOPE, AUTOCAST_SCOPE} & set(scope_names(eqn))
+    )
 
 
 def with_ambient_precision(

@@ -8,13 +8,11 @@ import jax
 from jaxmp import _tree
 from jaxmp._flops import MATMULS
 from jaxmp.casting import _registry
-from jaxmp.casting._ambient import with_ambient_precision
+from jaxmp.casting._ambient import precision_params
 from jaxmp.casting._constants import Constants
 from jaxmp.casting._feeds import Feeds
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting._plan import (
-    AUTOCAST_SCOPE,
-    FULL_PRECISION_SCOPE,
     SPECIAL_FUNCTION,
     Decision,
     EqnPlan,
@@ -22,7 +20,6 @@ from jaxmp.casting._plan import (
     is_backward,
     is_border,
     is_in_special_function,
-    scope_names,
 )
 from jaxmp.casting._promotion import is_promotion
 from jaxmp.casting._schedule import schedule
@@ -140,7 +137,7 @@ class Painter:
     def untouched(self, eqn, states, reason) -> EqnPlan:
         outs = tuple(traced_state(v) for v in eqn.outvars)
         dtypes = tuple(map(castable_dtype, eqn.invars))
-        params = self.with_precision(eqn)
+        params = precision_params(eqn, self.planner.settings)
         return EqnPlan(eqn, OpClass.UNTOUCHED, reason, dtypes, outs, params=params)
 
     def matmul(self, eqn, states, reason) -> EqnPlan:
@@ -168,7 +165,7 @@ class Painter:
             states = [self.state(v) for v in eqn.invars]
             return self.full(eqn, states, bad)
         if dtype == FLOAT32:
-            params = self.with_precision(eqn)
+            params = precision_params(eqn, self.planner.settings)
             in_dtypes = tuple(castable_dtype(v) and FLOAT32 for v in eqn.invars)
             outs = tuple(castable_dtype(v) and NEUTRAL for v in eqn.outvars)
             return EqnPlan(eqn, OpClass.COMPUTE, reason, in_dtypes, outs, params=params)
@@ -206,7 +203,7 @@ class Painter:
         in_island = is_active and not eqn.effects and self.is_cheap(eqn)
         if in_island:
             self.feeds.add(eqn, states)
-        params = self.with_precision(eqn)
+        params = precision_params(eqn, self.planner.settings)
         return EqnPlan(eqn, OpClass.FULL, reason, in_dtypes, outs, in_island, params)
 
     def is_cheap(self, eqn) -> bool:
@@ -293,29 +290,6 @@ class Painter:
             return self.lookup(eqn)
         choice = self.chosen(eqn, states)
         return None if choice.state.is_low else self.follow(eqn, states, choice)
-
-    def with_precision(self, eqn) -> dict[str, Any] | None:
-        """The algorithm of what stays in float32: the policy's, or the ambient one."""
-        settings = self.planner.settings
-        asked = settings.matmul_precision
-        if asked is not None and self.takes_precision(eqn, asked):
-            is_pair = isinstance(asked, jax.lax.Precision)
-            precision = (asked, asked) if is_pair else asked
-            return {**eqn.params, "precision": precision}
-        params = with_ambient_precision(eqn, eqn.params, settings.ambient)
-        return None if params is eqn.params else params
-
-    def takes_precision(self, eqn, precision) -> bool:
-        name = eqn.primitive.name
-        is_pair = isinstance(precision, jax.lax.Precision)
-        return (
-            name in MATMULS
-            and (is_pair or name == "dot_general")
-            and eqn.params.get("precision") is None
-            and castable_dtype(eqn.outvars[0]) == FLOAT32
-            and FULL_PRECISION_SCOPE not in scope_names(eqn)
-            and AUTOCAST_SCOPE not in scope_names(eqn)
-        )
 
     # What an operation follows
 

@@ -7,7 +7,7 @@ import jax
 
 from jaxmp import _tree
 from jaxmp._jax_internals import open_jaxpr
-from jaxmp.casting import _registry, _rules
+from jaxmp.casting import _registry, _rules, _sums
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting._paint import Painter
 from jaxmp.casting._plan import (
@@ -47,6 +47,8 @@ class Planner:
         self._plans: dict[Any, JaxprPlan] = {}
         self._wants: dict[Any, Wants] = {}
         self._contents: dict[int, Contents] = {}
+        self._sums: dict[Any, bool] = {}
+        self._updates: set[int] = set()
         self._alive: list[Any] = []
 
     # Backward
@@ -57,9 +59,31 @@ class Planner:
         """Tells which inputs of a jaxpr are wanted low, given which outputs are."""
         return self._analyse(jaxpr, tuple(out_wants), context).inputs
 
+    def is_sum(
+        self, jaxpr: Any, index: int, out: int, length: int | None, context: Context
+    ) -> bool:
+        """Tells whether a loop's body updates a carry as a sum; see `_sums`.
+
+        From then on, the equations that update it ask nothing of their operands.
+        """
+        jaxpr = open_jaxpr(jaxpr)
+        key = (id(jaxpr), index, out, length, context.in_backward)
+        if key not in self._sums:
+            self._alive.append(jaxpr)
+            self._sums[key] = _sums.is_sum(jaxpr, *key[1:])
+            if self._sums[key]:
+                self._updates.update(_sums.updates(jaxpr, index, out))
+        return self._sums[key]
+
+    def wanted(
+        self, jaxpr: Any, out_wants: Sequence[bool], context: Context
+    ) -> frozenset[Any]:
+        """The values of a jaxpr that are wanted low, given which outputs are."""
+        return self._analyse(jaxpr, tuple(out_wants), context).values
+
     def _analyse(self, jaxpr, out_wants, context) -> "Wants":
         jaxpr = open_jaxpr(jaxpr)
-        key = (id(jaxpr), out_wants, self._relevant(context))
+        key = (id(jaxpr), out_wants, self._relevant(context), len(self._updates))
         if key in self._wants:
             return self._wants[key]
         wanted = {
@@ -86,7 +110,7 @@ class Planner:
 
     def _eqn_wants(self, eqn, results, context) -> Iterable[bool]:
         nothing = (False,) * len(eqn.invars)
-        if not any(castable_dtype(v) for v in eqn.invars):
+        if id(eqn) in self._updates or not any(map(castable_dtype, eqn.invars)):
             return nothing
         name = eqn.primitive.name
         call = _registry.call_rule(name)
@@ -145,7 +169,8 @@ class Planner:
         """
         jaxpr = open_jaxpr(jaxpr)
         in_states, out_wants = tuple(in_states), tuple(out_wants)
-        key = (id(jaxpr), in_states, out_wants, self._relevant(context))
+        around = self._relevant(context)
+        key = (id(jaxpr), in_states, out_wants, around, len(self._updates))
         if key not in self._plans:
             self._alive.append(jaxpr)
             wants = self._analyse(jaxpr, out_wants, context)

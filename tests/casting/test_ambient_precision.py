@@ -1,6 +1,7 @@
 """`jax.default_matmul_precision` is no decision of the program's about one matmul."""
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ DEFAULT = (lax.Precision.DEFAULT, lax.Precision.DEFAULT)
 
 @contextlib.contextmanager
 def by_option(precision):
-    before = jax.config.jax_default_matmul_precision
+    config: Any = jax.config
+    before = config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", precision)
     try:
         yield

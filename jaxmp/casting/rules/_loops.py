@@ -2,43 +2,117 @@
 
 A carry that reaches a matmul in the body, in this iteration or through another carry in
 a later one, is a hidden state or a residual stream: it is carried in half. Any other is
-a running sum or a statistic, and stays float32; so does a parameter that the loop
-updates by gradients which it takes itself.
+a statistic, and stays float32. So do a sum, `a * old + increment`, whoever reads it
+(`_sums` tells it from a residual stream), and a parameter that the loop updates by
+gradients which it takes itself.
 
 Constants of a scan enter its body in float32 and are cast inside: their cotangents are
 summed over the iterations, in the dtype in which they entered. XLA moves the cast out
 of the loop.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from jaxmp._jax_internals import jaxpr_consts, open_jaxpr, scan_arity
-from jaxmp.casting._states import NEUTRAL, Kind, castable_dtype, traced_state
+from jaxmp.casting._plan import Context
+from jaxmp.casting._planner import Planner
+from jaxmp.casting._states import (
+    KEPT,
+    NEUTRAL,
+    Kind,
+    castable_dtype,
+    is_literal,
+    traced_state,
+)
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
 
 STAYS = frozenset((Kind.PINNED, Kind.KEPT))
 
 
-def carry_wants(
-    wants: Callable[[Sequence[bool]], Sequence[bool]], num_carry: int
-) -> tuple[bool, ...]:
-    """Which carries are wanted low: the least fixed point of the body's wants."""
-    found = (False,) * num_carry
-    while True:
-        grown = tuple(a or bool(b) for a, b in zip(found, wants(found), strict=True))
-        if grown == found:
-            return found
-        found = grown
+class Carries(NamedTuple):
+    """What is known about the carries of a loop before their states are.
+
+    Attributes:
+      wants: which are wanted low.
+      sums: which are sums that would be wanted low, but are not.
+      inputs: which inputs of the body are wanted low.
+    """
+
+    wants: tuple[bool, ...]
+    sums: tuple[bool, ...]
+    inputs: tuple[bool, ...]
 
 
-def carried(init, want, traced, planner):
+def find_carries(
+    planner: Planner,
+    body: Any,
+    num_consts: int,
+    others: Sequence[bool],
+    length: int | None,
+    context: Context,
+) -> Carries:
+    """Finds which carries of a loop are wanted low: the least fixed point of the body.
+
+    Args:
+      planner: of the body.
+      body: the jaxpr, of constants, carries and other inputs.
+      num_consts: how many constants it has.
+      others: which of its outputs besides the carries are wanted low.
+      length: how often it runs, if that is known.
+      context: of the body.
+    """
+    opened = open_jaxpr(body)
+    count = len(opened.outvars) - len(others)
+    traced = opened.invars[num_consts : num_consts + count]
+    sums = (False,) * count
+
+    def fixed_point() -> tuple[bool, ...]:
+        found = (False,) * count
+        while True:
+            inputs = planner.wants(body, (*found, *others), context)
+            inputs = inputs[num_consts : num_consts + count]
+            grown = tuple(
+                (a or b) and not is_sum
+                for a, b, is_sum in zip(found, inputs, sums, strict=True)
+            )
+            if grown == found:
+                return found
+            found = grown
+
+    carry = fixed_point()
+    wanted = planner.wanted(body, (*carry, *others), context)
+    sums = tuple(
+        traced_state(v) is NEUTRAL
+        and not is_literal(out)
+        and (v in wanted or out in wanted)
+        and planner.is_sum(body, num_consts + i, i, length, context)
+        for i, (v, out) in enumerate(zip(traced, opened.outvars, strict=False))
+    )
+    if any(sums):
+        carry = fixed_point()
+    inputs = list(planner.wants(body, (*carry, *others), context))
+    inputs[num_consts : num_consts + count] = carry
+    return Carries(carry, sums, tuple(inputs))
+
+
+def carried(init, want, is_sum, traced, planner):
     """The state of a carry: half if wanted, else the float32 that it was traced in."""
     if init is None or castable_dtype(traced) is None:
         return None
     if traced_state(traced) is not NEUTRAL:
         return traced_state(traced)
+    if is_sum:
+        return KEPT
     if init.kind in STAYS:
         return NEUTRAL
+    return planner.low if want else NEUTRAL
+
+
+def released(state, want, planner):
+    """The state outside of a loop of what it keeps: its readers decide again."""
+    if state is None or state.kind is not Kind.KEPT:
+        return state
     return planner.low if want else NEUTRAL
 
 
@@ -72,28 +146,22 @@ class ScanRule(CallRule):
     def bodies(self, eqn):
         return [eqn.params["jaxpr"]]
 
-    def _wants(self, eqn, results, planner, context):
-        """Wants of the constants, carries and slices, as the body has them."""
-        body = eqn.params["jaxpr"]
+    def _carries(self, eqn, results, planner, context):
+        body, length = eqn.params["jaxpr"], eqn.params["length"]
         num_consts, num_carry = scan_arity(eqn.params)
-        sliced = tuple(results[num_carry:])
-
-        def wants(carry):
-            inside = planner.wants(body, (*carry, *sliced), context)
-            return inside[num_consts : num_consts + num_carry]
-
-        carry = carry_wants(wants, num_carry)
-        return carry, planner.wants(body, (*carry, *sliced), context)
+        others = tuple(results[num_carry:])
+        return find_carries(planner, body, num_consts, others, length, context)
 
     def wants(self, eqn, results, planner, context):
-        return self._wants(eqn, results, planner, context)[1]
+        return self._carries(eqn, results, planner, context).inputs
 
     def plan(self, eqn, states, wants, planner, context):
         body = eqn.params["jaxpr"]
         num_consts, num_carry = scan_arity(eqn.params)
-        carry, in_wants = self._wants(eqn, wants, planner, context)
+        carries = self._carries(eqn, wants, planner, context)
         states = [
-            fed(s, want, planner) for s, want in zip(states, in_wants, strict=True)
+            fed(s, want, planner)
+            for s, want in zip(states, carries.inputs, strict=True)
         ]
         consts, init, slices = (
             states[:num_consts],
@@ -107,18 +175,27 @@ class ScanRule(CallRule):
             ]
         traced = open_jaxpr(body).invars[num_consts : num_consts + num_carry]
         init = [
-            carried(s, want, v, planner)
-            for s, want, v in zip(init, carry, traced, strict=True)
+            carried(s, want, is_sum, v, planner)
+            for s, want, is_sum, v in zip(
+                init, carries.wants, carries.sums, traced, strict=True
+            )
         ]
 
         def plan_body(init):
             inputs = (*consts, *init, *slices)
-            out_wants = (*carry, *wants[num_carry:])
+            out_wants = (*carries.wants, *wants[num_carry:])
             return planner.plan(body, inputs, out_wants, context, jaxpr_consts(body))
 
         plan, init = settle(init, plan_body, num_carry)
-        outs = [*init, *plan.out_states[num_carry:]]
-        return call_plan(eqn, (*consts, *init, *slices), outs, with_outputs(plan, outs))
+        others = [
+            released(s, want, planner)
+            for s, want in zip(
+                plan.out_states[num_carry:], wants[num_carry:], strict=True
+            )
+        ]
+        plan = with_outputs(plan, [*init, *others])
+        outs = [*(released(s, False, planner) for s in init), *others]
+        return call_plan(eqn, (*consts, *init, *slices), outs, plan)
 
     def execute(self, plan, operands, executor):
         consts = jaxpr_consts(plan.eqn.params["jaxpr"])
@@ -140,37 +217,32 @@ class WhileRule(CallRule):
         second = first + eqn.params["body_nconsts"]
         return values[:first], values[first:second], values[second:]
 
-    def _wants(self, eqn, planner, context):
-        body = eqn.params["body_jaxpr"]
-        num_consts = eqn.params["body_nconsts"]
-        num_carry = len(eqn.outvars)
-
-        def wants(carry):
-            return planner.wants(body, carry, context)[num_consts:]
-
-        carry = carry_wants(wants, num_carry)
-        return carry, planner.wants(body, carry, context)
+    def _carries(self, eqn, planner, context):
+        body, num_consts = eqn.params["body_jaxpr"], eqn.params["body_nconsts"]
+        return find_carries(planner, body, num_consts, (), None, context)
 
     def wants(self, eqn, results, planner, context):
-        inside = self._wants(eqn, planner, context)[1]
-        return (*(False,) * eqn.params["cond_nconsts"], *inside)
+        inputs = self._carries(eqn, planner, context).inputs
+        return (*(False,) * eqn.params["cond_nconsts"], *inputs)
 
     def plan(self, eqn, states, wants, planner, context):
-        carry, _ = self._wants(eqn, planner, context)
-        in_wants = self.wants(eqn, wants, planner, context)
+        carries = self._carries(eqn, planner, context)
+        in_wants = (*(False,) * eqn.params["cond_nconsts"], *carries.inputs)
         states = [
             fed(s, want, planner) for s, want in zip(states, in_wants, strict=True)
         ]
         cond_consts, body_consts, init = self._split(eqn, states)
         init = [
-            carried(s, want, v, planner)
-            for s, want, v in zip(init, carry, eqn.outvars, strict=True)
+            carried(s, want, is_sum, v, planner)
+            for s, want, is_sum, v in zip(
+                init, carries.wants, carries.sums, eqn.outvars, strict=True
+            )
         ]
         body = eqn.params["body_jaxpr"]
 
         def plan_body(init):
-            consts = jaxpr_consts(body)
-            return planner.plan(body, (*body_consts, *init), carry, context, consts)
+            inputs, consts = (*body_consts, *init), jaxpr_consts(body)
+            return planner.plan(body, inputs, carries.wants, context, consts)
 
         plan, init = settle(init, plan_body, len(init))
         cond = eqn.params["cond_jaxpr"]
@@ -178,7 +250,8 @@ class WhileRule(CallRule):
             cond, (*cond_consts, *init), (False,), context, jaxpr_consts(cond)
         )
         calls = (cond_plan, with_outputs(plan, init))
-        return call_plan(eqn, (*cond_consts, *body_consts, *init), init, calls)
+        outs = [released(s, False, planner) for s in init]
+        return call_plan(eqn, (*cond_consts, *body_consts, *init), outs, calls)
 
     def execute(self, plan, operands, executor):
         params = dict(plan.eqn.params)

@@ -1,0 +1,232 @@
+"""A sum stays a sum: what a loop updates as `a * old + increment` is float32.
+
+Whoever reads it; and the layers of a network, whose residual stream is a sum as well,
+stay in half.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxmp
+from jaxmp.testing import equations
+
+STEPS, SIZE = 512, 8
+KEYS = jax.random.split(jax.random.key(0), 6)
+W = jax.random.normal(KEYS[0], (SIZE, SIZE)) / SIZE**0.5
+Q, K, V = (jax.random.normal(key, (STEPS, SIZE)) for key in KEYS[1:4])
+F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
+
+
+def linear_attention(w, loop):
+    k, q = jax.nn.softplus(K @ w), jax.nn.softplus(Q @ w)
+
+    def step(carry, x):
+        state, total = carry
+        q, k, v = x
+        state, total = state + jnp.outer(k, v), total + k
+        return (state, total), (q @ state) / (q @ total)
+
+    init = jnp.zeros((SIZE, SIZE)), jnp.zeros(SIZE)
+    return loop(step, init, (q, k, V))
+
+
+def delta_rule(w, loop):
+    k = K @ w
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+
+    def step(state, x):
+        q, k, v = x
+        state = state + 0.5 * jnp.outer(k, v - k @ state)
+        return state, q @ state
+
+    return loop(step, jnp.zeros((SIZE, SIZE)), (Q @ w, k, V))
+
+
+def integrator(w, loop):
+    def step(h, x):
+        h = 0.999 * h + 0.001 * (1 + x)
+        return h, h @ w
+
+    return loop(step, jnp.zeros(SIZE), V @ w)
+
+
+def state_space(w, loop):
+    """Selective: the decay is computed from the input."""
+    decay = jnp.exp(-0.01 * jax.nn.softplus(K @ w))
+
+    def step(h, x):
+        a, b = x
+        h = a * h + (1 - a) * b
+        return h, h @ w
+
+    return loop(step, jnp.zeros(SIZE), (decay, 1 + V @ w))
+
+
+def small_steps(w, loop):
+    def step(x, v):
+        x = x + 0.01 * jnp.tanh(x @ w + v)
+        return x, x @ w
+
+    return loop(step, jnp.ones(SIZE), V)
+
+
+RECURRENCES = [linear_attention, delta_rule, integrator, state_space, small_steps]
+
+
+def scan(step, init, xs):
+    return lax.scan(step, init, xs)[1]
+
+
+def nested(step, init, xs):
+    """A scan of scans."""
+    xs = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), xs)
+    ys = lax.scan(lambda carry, xs: lax.scan(step, carry, xs), init, xs)[1]
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+
+
+def in_calls(step, init, xs):
+    return lax.scan(jax.checkpoint(jax.jit(step)), init, xs)[1]
+
+
+def batched(step, init, xs):
+    xs = jax.tree.map(lambda x: jnp.stack([x, x]), xs)
+    return jax.vmap(lambda xs: lax.scan(step, init, xs)[1])(xs)[0]
+
+
+def masked(step, init, xs):
+    """Steps that are padding change nothing."""
+
+    def either(carry, x):
+        new, y = step(carry, x)
+        is_padding = jnp.sum(x[0] if isinstance(x, tuple) else x) > 1e3
+        return jax.tree.map(lambda a, b: jnp.where(is_padding, a, b), carry, new), y
+
+    return lax.scan(either, init, xs)[1]
+
+
+def branched(step, init, xs):
+    def either(carry, x):
+        is_padding = jnp.sum(x[0] if isinstance(x, tuple) else x) > 1e3
+        _, shape = jax.eval_shape(step, carry, x)
+
+        def skip(carry, x):
+            return carry, jnp.zeros(shape.shape)
+
+        return lax.cond(is_padding, skip, step, carry, x)
+
+    return lax.scan(either, init, xs)[1]
+
+
+def by_while(step, init, xs):
+    """Only the last result, of a loop whose length nobody knows."""
+    x0 = jax.tree.map(lambda x: x[0], xs)
+    _, y0 = jax.eval_shape(step, init, x0)
+
+    def body(state):
+        i, carry, _ = state
+        carry, y = step(carry, jax.tree.map(lambda x: x[i], xs))
+        return i + 1, carry, y
+
+    state = 0, init, jnp.zeros(y0.shape)
+    return lax.while_loop(lambda state: state[0] < STEPS, body, state)[2]
+
+
+LOOPS = [scan, nested, in_calls, batched, masked, branched, by_while]
+
+
+def loops(fn, *args):
+    jaxpr = jax.make_jaxpr(fn)(*args)
+    return [e for _, e in equations(jaxpr) if e.primitive.name in ("scan", "while")]
+
+
+def carries(eqn):
+    if eqn.primitive.name == "while":
+        return [v.aval for v in eqn.outvars]
+    count = len(eqn.params["jaxpr"].out_avals) - sum(
+        v.aval.shape[:1] == (eqn.params["length"],) for v in eqn.outvars
+    )
+    return [v.aval for v in eqn.outvars[:count]]
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("recurrence", RECURRENCES, ids=lambda f: f.__name__)
+def test_what_is_summed_is_carried_in_float32(recurrence, loop):
+    fn = functools.partial(recurrence, loop=loop)
+    if recurrence is small_steps and loop is nested:
+        pytest.skip("64 steps at a time are as few as layers")
+    for eqn in loops(jaxmp.autocast(fn), W):
+        assert BF16 not in [aval.dtype for aval in carries(eqn)], eqn
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES, ids=lambda f: f.__name__)
+def test_sums_are_as_accurate_as_the_matmuls_that_read_them(recurrence):
+    def loss(w):
+        y = recurrence(w, scan)
+        return jnp.mean(y * y), y
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    cast = jax.value_and_grad(jaxmp.autocast(loss), has_aux=True)
+    (_, expected), expected_grad = jax.jit(grad)(W)
+    (_, actual), actual_grad = jax.jit(cast)(W)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual / scale, expected / scale, atol=0.01)
+    distance = np.linalg.norm(actual_grad - expected_grad)
+    assert distance < 0.02 * np.linalg.norm(expected_grad)
+
+
+def layers(x, w, count=12):
+    def block(x, w):
+        h = jax.nn.standardize(x)
+        return x + jax.nn.gelu(h @ w) @ w.T, None
+
+    return lax.scan(block, x @ w, jnp.broadcast_to(w, (count, *w.shape)))[0]
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_the_residual_stream_of_a_few_layers_is_in_half(differentiated):
+    def loss(w):
+        return jnp.sum(layers(V, w) @ w)
+
+    fn = jax.grad(loss) if differentiated else loss
+    streams = [
+        aval.dtype
+        for eqn in loops(jaxmp.autocast(fn), W)
+        for aval in carries(eqn)
+        if aval.shape == V.shape
+    ]
+    assert set(streams) == {BF16}
+
+
+def test_a_hidden_state_that_is_replaced_is_in_half():
+    def lstm(w):
+        def cell(carry, x):
+            c, h = carry
+            gate = jax.nn.sigmoid(x @ w + h @ w)
+            c = gate * c + (1 - gate) * jnp.tanh(x @ w)
+            h = gate * jnp.tanh(c)
+            return (c, h), h
+
+        zeros = jnp.zeros(SIZE)
+        return lax.scan(cell, (zeros, zeros), V)[1] @ w
+
+    (eqn,) = loops(jaxmp.autocast(lstm), W)
+    assert [v.dtype for v in carries(eqn)] == [F32, BF16]
+
+
+def test_the_results_of_each_step_are_rounded_for_their_readers_only():
+    """The states of a recurrence that a matmul reads later are stored in half."""
+
+    def fn(w):
+        def step(h, x):
+            h = 0.9 * h + 0.1 * (x @ w)
+            return h, h
+
+        return lax.scan(step, jnp.zeros(SIZE), V)[1] @ w
+
+    (eqn,) = loops(jaxmp.autocast(fn), W)
+    assert [v.aval.dtype for v in eqn.outvars] == [F32, BF16]
