@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax._src import source_info_util
+from jax.interpreters import partial_eval
 
 import jaxmp
 from jaxmp import _tree
@@ -235,6 +236,12 @@ def train(
         if not first and jaxmp.all_finite(grads):
             first = grads
     return Training(losses, first, step._cache_size(), before, state)
+
+
+def trace(loss_fn: Callable[[Any, Any], Any], variables: Any) -> Any:
+    """The program of a loss and its gradient, without what nothing depends on."""
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss_fn))(*variables).jaxpr
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def types(tree: Any) -> dict[str, Any]:
