@@ -16,6 +16,7 @@ from jaxmp.casting._pick import bind_with_picks, has_pick
 from jaxmp.casting._plan import EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
 from jaxmp.casting._regions import region_of, region_of_island
+from jaxmp.casting._scatter import is_retyped_scatter, scatter
 from jaxmp.casting._signature import common_scope, signature
 from jaxmp.casting._softmax import Softmax, run_softmax
 from jaxmp.casting._states import FLOAT32, is_literal
@@ -125,6 +126,8 @@ class Executor:
                 return operands
             if in_island and has_pick(eqn):
                 return bind_with_picks(eqn, operands)
+            if is_retyped_scatter(eqn, operands):
+                return [scatter(eqn, operands)]
             bind_params = eqn.primitive.get_bind_params(params)
             outs = eqn.primitive.bind(*operands, **bind_params)
         return list(outs) if eqn.primitive.multiple_results else [outs]

@@ -12,6 +12,7 @@ from jaxmp.casting._ambient import precision_params
 from jaxmp.casting._constants import Constants
 from jaxmp.casting._feeds import Feeds
 from jaxmp.casting._op_lists import OpClass
+from jaxmp.casting._pick import has_pick
 from jaxmp.casting._plan import (
     SPECIAL_FUNCTION,
     Decision,
@@ -219,6 +220,10 @@ class Painter:
         if state.is_low:
             plan = self.at(eqn, state, OpClass.FOLLOW, reason)
             self.feeds.moved(eqn)
+            if eqn.primitive.name == "gather" and not has_pick(eqn):
+                # Its gradient adds up in the dtype in which it is gathered from.
+                wide = tuple(dtype and FLOAT32 for dtype in plan.in_dtypes)
+                plan = dataclasses.replace(plan, in_dtypes=wide)
         elif state.kind is Kind.NEUTRAL:
             plan = self.full(eqn, [None] * len(states), reason)
             self.constants.carry(eqn)
@@ -281,6 +286,8 @@ class Painter:
         if call.is_loop:
             if eqn.effects or self.planner.settings.rules:
                 return None
+            if any(c.has_half for c in contents):
+                return self.untouched(eqn, states, "a loop that was written in half")
             return self.full(eqn, states, "a loop without a matmul in it")
         if not all(c.is_simple for c in contents):
             return None

@@ -278,6 +278,7 @@ class Contents(NamedTuple):
     has_matmul: bool = False
     has_full: bool = False
     has_lookup: bool = False
+    has_half: bool = False
     is_simple: bool = True
     """No loop, no effect, no half dtype, no rule and no unknown primitive: in float32
     it can be bound whole, and computed again where that saves memory."""
@@ -287,13 +288,14 @@ class Contents(NamedTuple):
 
 def _contents(planner: Planner, jaxpr: Any) -> Contents:
     has_float = any(map(castable_dtype, [*jaxpr.invars, *jaxpr.outvars]))
-    has_matmul = has_full = has_lookup = False
+    has_matmul = has_full = has_lookup = has_half = False
     is_simple = not planner.settings.rules and not jaxpr.effects
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         dtypes = [castable_dtype(v) for v in (*eqn.invars, *eqn.outvars)]
         call = _registry.call_rule(name)
         has_float = has_float or any(dtypes)
+        has_half = has_half or any(dtype in _tree.HALF for dtype in dtypes)
         names = scope_names(eqn)
         is_decided = AUTOCAST_SCOPE in names or LAYER_SCOPE in names
         if any(dtype in _tree.HALF for dtype in dtypes) or is_decided:
@@ -304,6 +306,7 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
             has_matmul = has_matmul or any(c.has_matmul for c in inner)
             has_full = has_full or any(c.has_full for c in inner)
             has_lookup = has_lookup or any(c.has_lookup for c in inner)
+            has_half = has_half or any(c.has_half for c in inner)
             if call.is_loop or not all(c.is_simple for c in inner):
                 is_simple = is_simple and not any(c.has_float for c in inner)
             has_full = has_full or (call.is_loop and any(c.has_float for c in inner))
@@ -318,7 +321,9 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
         has_lookup = has_lookup or (name == "gather" and dtypes[0] is not None)
         is_simple = is_simple and _registry.is_cheap(name)
     is_special = bool(jaxpr.eqns) and all(map(planner.is_special, jaxpr.eqns))
-    return Contents(has_float, has_matmul, has_full, has_lookup, is_simple, is_special)
+    return Contents(
+        has_float, has_matmul, has_full, has_lookup, has_half, is_simple, is_special
+    )
 
 
 def _can_be_float(atom: Any) -> bool:

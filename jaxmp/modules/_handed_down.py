@@ -145,7 +145,9 @@ def _is_config(value: Any) -> bool:
         return False
     if type(value).__module__.split(".")[0] in ("builtins", "numpy", "jax", "jaxlib"):
         return False
-    return hasattr(value, "__dict__") and not isinstance(value, nnx.Variable)
+    if isinstance(value, nnx.Variable):
+        return False
+    return hasattr(value, "__dict__") or dataclasses.is_dataclass(value)
 
 
 def _entries(config: Any) -> Mapping[str, Any]:

@@ -39,8 +39,10 @@ _KIND_OF_FLAX_CLASS = {
 }
 
 # A norm written by hand goes by one of these names wherever we looked (LLaMA's RMSNorm,
-# T5's LayerNorm); a "PreNorm" wraps another layer and is none.
+# T5's LayerNorm); a "PreNorm" wraps another layer and is none, and neither is a whole
+# layer that is named after its norm (Wav2Vec2's EncoderLayerStableLayerNorm).
 _NORM_NAME = re.compile(
+    r"(?!.*(Encoder|Decoder|Attention|Block|Layer(?!_?Norm)))"
     r".*(Batch|Layer|RMS|Rms|Group|Instance|Scale)_?Norm(alization)?"
 )
 

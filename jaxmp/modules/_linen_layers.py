@@ -186,7 +186,7 @@ def _declared_dtype(module: Any) -> np.dtype:
     declared = vars(module).get("param_dtype") if "param_dtype" in fields else None
     try:
         return jnp.dtype(jnp.float32 if declared is None else declared)
-    except TypeError:  # a field of the user's that means something else
+    except (TypeError, ValueError):  # a field of the user's that means something else
         return jnp.dtype(jnp.float32)
 
 

@@ -171,7 +171,8 @@ def origins_of(layers: Layers, application: Application) -> dict[str, Origin]:
         for path, (layer, dtypes) in layers.items()
         if has_settings(layer)
     }
-    counted = [x for x, _ in leaves.values() if kind_of(x) != "norm"]
+    # An embedding without a dtype looks like one with that of its parameters.
+    counted = [x for x, _ in leaves.values() if kind_of(x) not in ("norm", "embed")]
     all_say_so = all(author_dtype(layer) == _FLOAT32 for layer in counted)
     origins = {}
     for path, (layer, dtypes) in leaves.items():
@@ -228,7 +229,10 @@ def _declared_dtype(layer: Any) -> np.dtype:
     declared = vars(layer).get("param_dtype")
     try:
         return jnp.dtype(jnp.float32 if declared is None else declared)
-    except TypeError:  # an attribute of the user's that means something else
+    except (
+        TypeError,
+        ValueError,
+    ):  # an attribute of the user's that means something else
         return _FLOAT32
 
 

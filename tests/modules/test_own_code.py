@@ -66,7 +66,7 @@ def standardised_weight(h, w):
 
 
 def entropy(h, w):
-    p = jax.nn.softmax((h @ w))
+    p = jax.nn.softmax(h @ w)
     return -(p * jnp.log(p + 1e-9)).sum(-1).mean()
 
 
