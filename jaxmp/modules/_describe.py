@@ -17,14 +17,10 @@ from jaxmp.modules._layers import (
     LayerDtypes,
     Origin,
     is_flax_layer,
-)
-from jaxmp.modules._linen import (
-    Visit,
-    application_of,
-    apply_to_linen,
     original_class,
-    watch,
 )
+from jaxmp.modules._linen import application_of, apply_to_linen
+from jaxmp.modules._linen_interceptor import Visit, watch
 from jaxmp.modules._linen_layers import is_transparent
 from jaxmp.modules._nnx import (
     apply_to_nnx,

@@ -47,6 +47,11 @@ _NORM_NAME = re.compile(
 )
 
 
+def original_class(cls: Any) -> Any:
+    """Returns the class that the user wrote, of one that a policy made of it."""
+    return getattr(cls, "_original_class", cls)
+
+
 def is_flax_layer(cls: type) -> bool:
     """True for the layer classes that Flax defines, in linen or nnx.
 

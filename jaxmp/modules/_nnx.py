@@ -35,12 +35,12 @@ from jaxmp.modules._layers import (
     of_layer,
     of_root,
     origin_of,
+    original_class,
     scope_of,
 )
 from jaxmp.modules._nnx_border import (
     Border,
     map_variables,
-    original_class,
     with_border,
 )
 from jaxmp.modules._nnx_settings import (

@@ -61,11 +61,6 @@ class Border:
     scope: str | None = None
 
 
-def original_class(cls: type) -> type:
-    """Returns the class that the user wrote."""
-    return getattr(cls, "_original_class", cls)
-
-
 @functools.lru_cache(maxsize=4096)
 def with_border(cls: Any, border: Border, application: Any) -> Any:
     """The subclass of a class whose methods cast; equal borders share it.

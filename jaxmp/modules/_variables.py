@@ -150,7 +150,7 @@ def _is_nested(variables: Any) -> bool:
 
 def _cast_pytree(tree: Any, application: Application) -> Any:
     """Casts the arrays of any pytree; norms are told by their class or a `scale`."""
-    policy, rules, _ = application
+    policy, rules = application[:2]
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     siblings: dict[Any, set[str]] = {}
     for path, _ in leaves:

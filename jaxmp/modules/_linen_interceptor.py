@@ -1,0 +1,373 @@
+"""What happens on every method call while a linen module with a policy runs."""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import Scope, freeze
+
+from jaxmp.casting._region import region_settings
+from jaxmp.modules._casts import carry_of, cast_carry
+from jaxmp.modules._effect import Leaf, check_leaves, check_plan
+from jaxmp.modules._handed_down import HandedDown, fields_of, handed_down, hands_down
+from jaxmp.modules._layers import (
+    Application,
+    LayerDtypes,
+    Origin,
+    check_all_used,
+    is_flax_layer,
+    kind_of,
+    of_layer,
+    of_root,
+    original_class,
+    scope_of,
+)
+from jaxmp.modules._linen_layers import (
+    LayerCall,
+    adapt_flax_layer,
+    adapt_transparent_layer,
+    adapt_user_layer,
+    as_written,
+    attributes,
+    is_leaf,
+    is_transparent,
+    origin_in,
+)
+from jaxmp.modules._linen_region import planned_method
+from jaxmp.modules._own_code import inside_region, opens_region, region_dtype
+from jaxmp.policy import PolicyRule
+
+Path = tuple[str, ...]
+FLOAT32 = jnp.dtype(jnp.float32)
+_FLAG = "jaxmp"
+_REGION_FLAG = "jaxmp_region"
+
+
+class Visit(NamedTuple):
+    """One call of one layer."""
+
+    path: str
+    module: nn.Module
+    dtypes: LayerDtypes
+    origin: Origin
+    output: Any
+
+
+running: contextvars.ContextVar[tuple["Interceptor", ...]] = contextvars.ContextVar(
+    "interceptors", default=()
+)
+
+
+class Interceptor:
+    """What happens on every method call while a module with a policy runs."""
+
+    def __init__(self, application: Application, path: Path, inside: Path):
+        self.application = application
+        is_bound = path[len(path) - len(inside) :] == inside
+        # A layer that was unbound from its model keeps the dtypes that it has there.
+        self.root = path[: len(path) - len(inside)] if is_bound else path
+        self.unbound_from = () if is_bound else inside
+        self.layers: dict[tuple[Path, type], LayerDtypes] = {}
+        self.used: set[PolicyRule] = set()
+        self.inside: set[int] = set()
+        self.leaves: dict[str, Leaf] = {}
+        self.handing: set[Path] = set()
+
+    def covers(self, scope: Scope | None) -> bool:
+        """Whether a layer belongs to the module that this was made for."""
+        while scope is not None:
+            if scope.flags.get(_FLAG) == self.application:
+                return True
+            scope = scope.parent
+        return False
+
+    def run(self, module: nn.Module, method: str, call: Callable[[], Any]) -> Any:
+        """Calls a method of the module that the policy was applied to."""
+        token = running.set((*running.get(), self))
+        try:
+            with contextlib.ExitStack() as stack:
+                for scope in _scopes(module):
+                    stack.enter_context(self._flagged(scope))
+                stack.enter_context(nn.intercept_methods(self))
+                output = call()
+        finally:
+            running.reset(token)
+        # What nn.jit takes from its cache is not seen again, so it is remembered.
+        used = type(module)._used_rules  # pyright: ignore[reportAttributeAccessIssue]
+        used.update(self.used)
+        if method == "__call__" and self._path_in_model(module) == ():
+            check_all_used(self.application.rules, used, self._paths())
+            self._check_effect(module)
+        return output
+
+    def _check_effect(self, module: nn.Module) -> None:
+        cls: Any = type(module)
+        cls._leaves.update(self.leaves)
+        if not cls._is_checked and not _watchers.get():
+            cls._is_checked = True
+            name = original_class(cls).__name__
+            check_leaves(self.leaves, name, self.application)
+
+    def __call__(self, next_fun, args, kwargs, context):
+        module = context.module
+        if not self.covers(module.scope):
+            return next_fun(*args, **kwargs)
+        is_root = self._path_in_model(module) == ()
+        if _is_about_layer(module, context.method_name) and not is_root:
+            return next_fun(*args, **kwargs)
+        dtypes = self._dtypes_of(module)
+        adapt, method = self._adapter(module, dtypes), context.method_name
+        is_entry = id(module) not in self.inside and method != "setup"
+        if is_entry and adapt is adapt_user_layer and self._opens_region(dtypes):
+            if not module.is_initializing():
+                return self._run_region(module, dtypes, context, args, kwargs)
+            with inside_region(dtypes.compute):
+                output = self(next_fun, args, kwargs, context)
+            return cast_carry(carry_in(module, args, kwargs), output, dtypes.output)
+        handed = self._handed_down(module, dtypes)
+        call = LayerCall(
+            module,
+            method,
+            dtypes,
+            self.application.explicit_dtype,
+            self._is_handed(module),
+            is_entry,
+            next_fun,
+            args,
+            kwargs,
+        )
+        with (
+            self._flagged(module.scope),
+            self._entered(module),
+            attributes(module, handed),
+            self._named(call) if is_entry else contextlib.nullcontext(),
+        ):
+            output = adapt(call)
+            if is_entry:
+                self._note(call)
+                self._show(call, output)
+        is_flax = is_entry and adapt is adapt_flax_layer
+        return as_written(call, output) if is_flax else output
+
+    def _note(self, call: LayerCall) -> None:
+        """Remembers a layer of Flax, to tell whether the policy has an effect."""
+        module, kind = call.module, kind_of(call.module)
+        if not is_leaf(module) or kind in (None, "norm"):
+            return
+        origin, dtype = origin_in(call), self._computes(call)
+        params = module.variables.get("params", {})
+        size = sum(jnp.size(x) for x in jax.tree.leaves(params))
+        name = original_class(type(module)).__name__
+        self.leaves[self._path_string(module)] = Leaf(name, origin, dtype, size)
+
+    def _show(self, call: LayerCall, output: Any) -> None:
+        for watcher in _watchers.get():
+            origin = origin_in(call)
+            path = self._path_string(call.module)
+            watcher(Visit(path, call.module, call.dtypes, origin, output))
+
+    def _opens_region(self, dtypes: LayerDtypes) -> bool:
+        return self.application.own_code == "autocast" and opens_region(dtypes.compute)
+
+    def _run_region(self, module, dtypes, context, args, kwargs) -> Any:
+        """Runs a method whose own operations are planned, and those of layers inside.
+
+        The method is traced by a lifted transformation, as by `nn.remat`.
+        """
+
+        def finish(output):
+            return cast_carry(carry_in(module, args, kwargs), output, dtypes.output)
+
+        def watch(plan):
+            is_whole = self._path_in_model(module) == ()
+            if is_whole and context.method_name == "__call__":
+                name = original_class(type(module)).__name__
+                check_plan(plan, self.leaves, name, self.application)
+
+        method = context.orig_method.func
+        lifted = planned_method(
+            method,
+            region_settings(dtypes.compute, dtypes.precision),
+            self.application.named_scopes,
+            finish,
+            watch,
+            functools.partial(self._around_rules, dtypes.compute),
+        )
+        with inside_region(dtypes.compute):
+            return lifted(module, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _around_rules(self, dtype: np.dtype) -> Iterator[None]:
+        token = running.set((*running.get(), self))
+        try:
+            with nn.intercept_methods(self), inside_region(dtype):
+                yield
+        finally:
+            running.reset(token)
+
+    def _handed_down(self, module: nn.Module, dtypes: LayerDtypes) -> dict[str, Any]:
+        """The fields in which a module hands a dtype down, as they are meanwhile."""
+        if self.application.explicit_dtype == "keep":
+            return {}
+        is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
+        if is_flax and self._path_in_model(module) != ():
+            return {}
+        fields = fields_of(module)
+        if hands_down(fields):
+            self.handing.add(self._path_in_model(module))
+        if self.application.own_code == "autocast":
+            return handed_down(fields, HandedDown, FLOAT32)
+        is_norm = kind_of(module) == "norm"
+        compute = dtypes.output if is_norm else dtypes.compute
+        return handed_down(fields, compute, dtypes.params)
+
+    def _is_handed(self, module: nn.Module) -> bool:
+        """Whether a module around a layer hands a float32 down."""
+        path = self._path_in_model(module)
+        return any(path[: len(around)] == around for around in self.handing)
+
+    def _adapter(
+        self, module: nn.Module, dtypes: LayerDtypes
+    ) -> Callable[[LayerCall], Any]:
+        is_root = self._path_in_model(module) == ()
+        named = dtypes.rule is not None and not dtypes.rule.yields_to_author
+        if is_transparent(module) and not (is_root or named):
+            return adapt_transparent_layer
+        return adapt_flax_layer if is_leaf(module) else adapt_user_layer
+
+    def _named(self, call: LayerCall) -> Any:
+        """A name scope for a layer of a known kind."""
+        dtype = self._computes(call)
+        is_named = self.application.named_scopes
+        name = scope_of(call.module, dtype) if is_named else None
+        return contextlib.nullcontext() if name is None else jax.named_scope(name)
+
+    def _computes(self, call: LayerCall) -> np.dtype:
+        """The dtype that a layer computes in."""
+        module: Any = call.module
+        is_kept = origin_in(call) is Origin.AUTHOR
+        return jnp.dtype(module.dtype) if is_kept else call.dtypes.compute
+
+    def _dtypes_of(self, module: nn.Module) -> LayerDtypes:
+        key = (module.path, original_class(type(module)))
+        if key not in self.layers:
+            policy, rules = self.application[:2]
+            if self._path_in_model(module) == () and not self.layers:
+                dtypes = of_root(policy, rules, module)
+            else:
+                path = self._path_string(module)
+                dtypes = of_layer(self._enclosing(module), rules, path, module)
+            self.layers[key] = dtypes
+            if dtypes.rule is not None:
+                self.used.add(dtypes.rule)
+        return self.layers[key]
+
+    def _enclosing(self, module: nn.Module) -> LayerDtypes:
+        parent = module.parent
+        if isinstance(parent, nn.Module) and self.root == parent.path[: len(self.root)]:
+            return self._dtypes_of(parent)
+        # In a lifted transformation, a clone has a scope in place of a parent.
+        around = [
+            key
+            for key in self.layers
+            if module.path[: len(key[0])] == key[0] and key[0] != module.path
+        ]
+        if around:
+            return self.layers[max(around, key=lambda key: len(key[0]))]
+        policy, rules = self.application[:2]
+        dtypes = of_root(policy, rules, None)
+        for end in range(1, len(self.unbound_from)):
+            path = "/".join(self.unbound_from[:end])
+            dtypes = of_layer(dtypes, rules, path, None)
+        return dtypes
+
+    def _path_in_model(self, module: nn.Module) -> Path:
+        return self.unbound_from + module.path[len(self.root) :]
+
+    def _path_string(self, module: nn.Module) -> str:
+        return "/".join(self._path_in_model(module))
+
+    def _paths(self) -> set[str]:
+        return {"/".join(path[len(self.root) :]) for path, _ in self.layers}
+
+    @contextlib.contextmanager
+    def _flagged(self, scope: Scope) -> Iterator[None]:
+        flags = scope.flags
+        # What runs in a region is traced otherwise than what does not.
+        flag = {_FLAG: self.application, _REGION_FLAG: region_dtype()}
+        scope.flags = freeze({**flags, **flag})
+        try:
+            yield
+        finally:
+            scope.flags = flags
+
+    @contextlib.contextmanager
+    def _entered(self, module: nn.Module) -> Iterator[None]:
+        from_outside = id(module) not in self.inside
+        self.inside.add(id(module))
+        try:
+            yield
+        finally:
+            if from_outside:
+                self.inside.discard(id(module))
+
+
+def _is_about_layer(module: nn.Module, method: str) -> bool:
+    """Whether a function of the user's is run as if it were a method of Flax's layer.
+
+    As the functions are that `nn.vjp` and `nn.custom_vjp` are given.
+    """
+    is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
+    return is_flax and not hasattr(type(module), method)
+
+
+def carry_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    is_cell = isinstance(module, nn.RNNCellBase)
+    return carry_of(args, kwargs) if is_cell else None
+
+
+_watchers: contextvars.ContextVar[tuple[Callable[[Visit], None], ...]] = (
+    contextvars.ContextVar("watchers", default=())
+)
+
+
+@contextlib.contextmanager
+def watch(watcher: Callable[[Visit], None]) -> Iterator[None]:
+    """Shows every call of a layer to a function, which changes nothing."""
+    token = _watchers.set((*_watchers.get(), watcher))
+    try:
+        yield
+    finally:
+        _watchers.reset(token)
+
+
+def linen_fields(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: getattr(module, name)
+        for name, field in module.__dataclass_fields__.items()
+        if field.init and name not in ("parent", "name")
+    }
+
+
+def modules_in(value: Any) -> list[nn.Module]:
+    if isinstance(value, nn.Module):
+        return [value]
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    items = value if isinstance(value, (list, tuple)) else ()
+    return [module for item in items for module in modules_in(item)]
+
+
+def _scopes(module: nn.Module) -> list[Scope]:
+    """The scopes of a bound module and of the modules in its fields."""
+    scopes = [] if module.scope is None else [module.scope]
+    for value in linen_fields(module).values():
+        for child in modules_in(value):
+            scopes += _scopes(child)
+    return scopes
