@@ -107,7 +107,9 @@ def _policied(
         run = functools.partial(cls.apply, self, mutable=mutable)
         if self.scope is not None or not _plans_own_code(self, application):
             return run(variables, *args, rngs=rngs, **kwargs)
-        return _apply_in_region(self, run, variables, args, rngs, mutable, kwargs)
+        return _apply_in_region(
+            self, application, run, variables, args, rngs, mutable, kwargs
+        )
 
     def reduce(self):
         return _rebuild, (cls, linen_fields(self), self.name, application, inside)
@@ -147,6 +149,7 @@ def _plans_own_code(module: nn.Module, application: Application) -> bool:
 
 def _apply_in_region(
     module: Any,
+    application: Application,
     apply: Callable[..., Any],
     variables: Any,
     args: tuple[Any, ...],
@@ -155,8 +158,7 @@ def _apply_in_region(
     kwargs: dict[str, Any],
 ) -> Any:
     """Calls `module.apply` as one region: a pure function, traced and planned."""
-    policy, rules, named_scopes = application_of(module)[:3]
-    dtypes = of_root(policy, rules, module)
+    dtypes = of_root(application.policy, application.rules, module)
     static = ("method", "capture_intermediates")
     static_kwargs = {name: kwargs.pop(name) for name in static if name in kwargs}
 
@@ -169,12 +171,16 @@ def _apply_in_region(
     def watch(plan):
         if static_kwargs.get("method") in (None, "__call__"):
             name = original_class(type(module)).__name__
-            check_plan(plan, type(module)._leaves, name, application_of(module))
+            check_plan(plan, type(module)._leaves, name, application)
 
     settings = region_settings(dtypes.compute, dtypes.precision)
     with inside_region(dtypes.compute):
         return run_region(
-            run, (variables, args, rngs, kwargs), settings, named_scopes, watch
+            run,
+            (variables, args, rngs, kwargs),
+            settings,
+            application.named_scopes,
+            watch,
         )
 
 
