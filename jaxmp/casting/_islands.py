@@ -158,7 +158,7 @@ def _is_elementwise(eqn) -> bool:
     """Whether compilers can compute an equation while they read its operands."""
     if eqn.primitive.name == "jit":
         return all(map(_is_elementwise, open_jaxpr(eqn.params["jaxpr"]).eqns))
-    if eqn.primitive.name == "broadcast_in_dim":
+    if eqn.primitive.name in ("broadcast_in_dim", "copy", "copy_p", "stop_gradient"):
         return True
     shapes = {v.aval.shape for v in (*eqn.invars, *eqn.outvars)}
     return len(shapes - {()}) <= 1 and eqn.primitive.name not in _registry.LAYOUT

@@ -271,11 +271,11 @@ class Painter:
         return dataclasses.replace(plan, rule=decision.rule)
 
     def decided_cast(self, eqn, states, decision: Decision) -> EqnPlan:
-        """A cast to half of what is in half already is none."""
+        """A cast to half is how its operand is read: from an island in half."""
         plan = self.untouched(eqn, states, decision.reason)
-        state = states[0]
-        if state is not None and state.dtype == eqn.params["new_dtype"] in _tree.HALF:
-            return dataclasses.replace(plan, in_dtypes=(None,))
+        target = eqn.params["new_dtype"]
+        if states[0] is not None and target in _tree.HALF:
+            return dataclasses.replace(plan, in_dtypes=(target,))
         return plan
 
     def composite(self, eqn, states, call) -> EqnPlan | None:

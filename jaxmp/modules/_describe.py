@@ -109,7 +109,7 @@ def describe(
       policy p=full,c=bf16,o=full
       <BLANKLINE>
       PATH      TYPE        STORED   COMPUTES  RETURNS   RULE
-                Sequential           bfloat16  float32   policy
+      (model)   Sequential           bfloat16  float32   policy
       layers_0  Dense       float32  bfloat16  bfloat16  policy
       layers_1  LayerNorm   float32  float32   bfloat16  kind='norm'
 
@@ -310,6 +310,6 @@ def _folded(rows: tuple[Row, ...]) -> list[Row]:
     return [
         group[0]._replace(path=f"{pattern} ({len(group)} times)")
         if len(group) > 1
-        else group[0]
+        else group[0]._replace(path=group[0].path or "(model)")
         for (pattern, *_), group in groups.items()
     ]

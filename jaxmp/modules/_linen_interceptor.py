@@ -118,8 +118,9 @@ class Interceptor:
         module = context.module
         if not self.covers(module.scope):
             return next_fun(*args, **kwargs)
-        is_root = self._path_in_model(module) == ()
-        if _is_about_layer(module, context.method_name) and not is_root:
+        if not hasattr(type(module), context.method_name):
+            # A function that is run as if it were a method, as `nn.vjp` runs what it is
+            # given; it calls the methods that this is about.
             return next_fun(*args, **kwargs)
         dtypes = self._dtypes_of(module)
         adapt, method = self._adapter(module, dtypes), context.method_name
@@ -316,15 +317,6 @@ class Interceptor:
         finally:
             if from_outside:
                 self.inside.discard(id(module))
-
-
-def _is_about_layer(module: nn.Module, method: str) -> bool:
-    """Whether a function of the user's is run as if it were a method of Flax's layer.
-
-    As the functions are that `nn.vjp` and `nn.custom_vjp` are given.
-    """
-    is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
-    return is_flax and not hasattr(type(module), method)
 
 
 def carry_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
