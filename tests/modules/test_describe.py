@@ -154,3 +154,12 @@ def test_of_variables_paths_and_norms_are_known():
 def test_a_linen_module_needs_an_example():
     with pytest.raises(MissingExample, match=r"describe\(model, policy, jnp.zeros"):
         jaxmp.describe(Net(), "mixed_bfloat16")
+
+
+def test_the_policy_that_is_in_force_is_not_said_to_replace_itself():
+    policied = jaxmp.apply_policy(Net(), "mixed_bfloat16")
+    same = jaxmp.describe(policied, "mixed_bfloat16", X)
+    assert same.title == "policy p=full,c=bf16,o=full"
+    other = jaxmp.describe(policied, "mixed_float16", X)
+    assert other.title.endswith("in place of p=full,c=bf16,o=full")
+    assert str(same).splitlines()[3].startswith("(model) ")

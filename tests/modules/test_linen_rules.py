@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmp import PolicyRule, apply_policy, default_rules
+from jaxmp import PolicyRule, apply_policy, default_rules, describe
 from jaxmp.errors import InvalidRule, NotAModule, PolicyError, UnusedRule
 from jaxmp.policy import everything_in_half, head_in_float32, matmuls_in_half
 from jaxmp.testing import equations, matmuls
@@ -68,7 +68,8 @@ def test_what_a_rule_leaves_out_is_inherited():
     rules = (PolicyRule(path="encoder", params="bfloat16", compute="float32"),)
     model = apply_policy(Model(), HALF, rules=rules)
     variables = model.init(KEY, X)["params"]
-    assert set(jax.tree.leaves(dtypes(variables["encoder"]))) == {BF16}
+    assert set(jax.tree.leaves(dtypes(variables["encoder"]["dense"]))) == {BF16}
+    assert set(jax.tree.leaves(dtypes(variables["encoder"]["norm"]))) == {F32}
     assert set(jax.tree.leaves(dtypes(variables["blocks_0"]))) == {F32}
     found = outputs(Model(), X, rules=rules)
     assert found["encoder/dense"] == F32
@@ -199,3 +200,26 @@ def test_bad_policies_and_rules():
         PolicyRule(kind="dens", compute="float32")
     one = PolicyRule(path="blocks_0", compute="float32")
     assert apply_policy(Model(), HALF, rules=one).init(KEY, X)
+
+
+def test_rules_of_the_user_come_before_the_default_ones():
+    rule = PolicyRule(path="dense", compute="float32")
+    for rules, norm in (
+        ((rule,), "float32"),
+        (rule, "float32"),
+        ((rule, *default_rules), "float32"),
+        ((rule, PolicyRule(kind="norm", compute="bfloat16")), "bfloat16"),
+        ((), "bfloat16"),
+    ):
+        rows = describe(Encoder(), HALF, X, rules=rules).rows
+        computes = {row.path: row.computes for row in rows}
+        assert computes["norm"] == norm
+        assert computes["dense"] == ("float32" if rules else "bfloat16")
+
+
+def test_a_model_that_wraps_a_module_is_told_apart():
+    class FlaxModel:
+        module = Model()
+
+    with pytest.raises(NotAModule, match=r"FlaxModel is no module.*model\.module"):
+        apply_policy(FlaxModel(), "mixed_bfloat16")
