@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
+from jaxmp._barrier import gpu_barrier
 from jaxmp.casting import _registry
 from jaxmp.casting._islands import Island, is_elementwise
 from jaxmp.casting._pick import bind_with_picks, has_pick
@@ -147,10 +148,9 @@ class Executor:
             run = functools.partial(self._run_members, island, depth)
             if island.recompute:
                 key = signature(island, depth, args)
-                # Between two matmuls XLA would write an activation in float32 as well,
-                # not to compute it again; a barrier stops it. Around reductions it
-                # would also stop it from fusing, which costs more traffic.
-                run = jax.checkpoint(run, prevent_cse=is_elementwise(island))
+                # Around reductions a barrier would stop XLA from fusing, which costs
+                # more traffic than what it would rather keep than compute again.
+                run = jax.checkpoint(run, prevent_cse=False)
                 run = run if key is None else self._islands.setdefault(key, run)
             outs = run(*args)
         for (v, dtype), value in zip(island.outputs, outs, strict=True):
@@ -158,6 +158,8 @@ class Executor:
 
     def _run_members(self, island: Island, depth: int, *args: Any) -> list[Any]:
         inside = _Values()
+        if island.recompute and is_elementwise(island):
+            args = tuple(map(gpu_barrier, args))
         inside.write(island.inputs, [_widen(x) for x in args])
         for plan in island.members:
             outs = self.bind(plan, inside, in_island=island.recompute, depth=depth)
