@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
-from jaxmp._barrier import gpu_barrier
 from jaxmp.casting import _registry
 from jaxmp.casting._islands import Island, is_elementwise
 from jaxmp.casting._pick import bind_with_picks, has_pick
 from jaxmp.casting._plan import EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
+from jaxmp.casting._recompute import recomputed
 from jaxmp.casting._regions import region_of, region_of_island
 from jaxmp.casting._scatter import is_retyped_scatter, scatter
 from jaxmp.casting._signature import common_scope, signature
@@ -148,9 +148,7 @@ class Executor:
             run = functools.partial(self._run_members, island, depth)
             if island.recompute:
                 key = signature(island, depth, args)
-                # Around reductions a barrier would stop XLA from fusing, which costs
-                # more traffic than what it would rather keep than compute again.
-                run = jax.checkpoint(run, prevent_cse=False)
+                run = recomputed(run, is_elementwise(island))
                 run = run if key is None else self._islands.setdefault(key, run)
             outs = run(*args)
         for (v, dtype), value in zip(island.outputs, outs, strict=True):
@@ -158,8 +156,6 @@ class Executor:
 
     def _run_members(self, island: Island, depth: int, *args: Any) -> list[Any]:
         inside = _Values()
-        if island.recompute and is_elementwise(island):
-            args = tuple(map(gpu_barrier, args))
         inside.write(island.inputs, [_widen(x) for x in args])
         for plan in island.members:
             outs = self.bind(plan, inside, in_island=island.recompute, depth=depth)
