@@ -13,7 +13,7 @@ from jax.extend import source_info_util
 from jaxmp.casting import _registry
 from jaxmp.casting._islands import Island, is_elementwise
 from jaxmp.casting._pick import bind_with_picks, has_pick
-from jaxmp.casting._plan import EqnPlan, JaxprPlan
+from jaxmp.casting._plan import LAYER_REASON, EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
 from jaxmp.casting._recompute import recomputed
 from jaxmp.casting._regions import region_of, region_of_island
@@ -115,8 +115,10 @@ class Executor:
             source_info_util.user_context(traceback, name_stack=stack),
             eqn.ctx.manager,
         ):
+            # A layer widens its input once: its gradient is added up in float32.
+            read = env.read_once if plan.reason == LAYER_REASON else env.read
             operands = [
-                env.read(v, dtype)
+                read(v, dtype)
                 for v, dtype in zip(eqn.invars, plan.in_dtypes, strict=True)
             ]
             if plan.call is not None:
@@ -190,6 +192,7 @@ class _Values:
     def __init__(self):
         self.stored: dict[Any, Any] = {}
         self.narrow: dict[tuple[Any, np.dtype], Any] = {}
+        self.widened: dict[Any, Any] = {}
 
     def write(self, variables, values) -> None:
         self.stored.update(zip(variables, values, strict=True))
@@ -210,6 +213,14 @@ class _Values:
             return self.narrow[atom, dtype]
         value = self.stored[atom]
         return value if dtype is None else cast(value, dtype)
+
+    def read_once(self, atom, dtype) -> Any:
+        """Reads a value, and widens it once for all who read it like this."""
+        if dtype != FLOAT32 or is_literal(atom):
+            return self.read(atom, dtype)
+        if atom not in self.widened:
+            self.widened[atom] = self.read(atom, dtype)
+        return self.widened[atom]
 
 
 _AS_STORED = object()

@@ -40,10 +40,11 @@ LAYER_SCOPE = "jaxmp.layer"
 # A cast that shows a half result to code that was written for float32. It is no wish
 # for float32: the value stays in half, and follows its readers.
 BORDER_SCOPE = "jaxmp.border"
+LAYER_REASON = "a layer of Flax, decided by its policy"
 _DECIDED = {
     FULL_PRECISION_SCOPE: "full_precision",
     AUTOCAST_SCOPE: "decided by the autocast inside",
-    LAYER_SCOPE: "a layer of Flax, decided by its policy",
+    LAYER_SCOPE: LAYER_REASON,
 }
 _OWN_SCOPES = frozenset((*_DECIDED, BORDER_SCOPE))
 

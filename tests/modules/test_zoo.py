@@ -66,20 +66,6 @@ def test_parameters_are_stored_as_the_policy_says(model, policy, trace_step):
 
 @every_policy
 @every_model
-def test_every_layer_returns_the_compute_dtype(model, policy, trace_step):
-    layers, dtypes = trace_step(model, policy).layers, jaxmp.get_policy(policy)
-    assert len(layers) > 1
-    for path, outputs in layers.items():
-        if path == "":
-            assert {x.dtype for x in outputs} == {dtypes.output_dtype}
-            continue
-        # A recurrent layer hands its carry on in the dtype in which that came.
-        outputs = outputs[-1:] if re.fullmatch(CELL, path) else outputs
-        assert {x.dtype for x in outputs} == {dtypes.compute_dtype}, path
-
-
-@every_policy
-@every_model
 def test_every_matmul_forward_and_backward_is_in_the_compute_dtype(
     model, policy, trace_step
 ):
