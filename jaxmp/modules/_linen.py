@@ -181,6 +181,10 @@ def _apply_in_region(
             settings,
             application.named_scopes,
             watch,
+            functools.partial(
+                Interceptor(application, (), type(module)._inside).around_rules,
+                dtypes.compute,
+            ),
         )
 
 

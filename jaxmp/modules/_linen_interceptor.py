@@ -78,9 +78,12 @@ class Interceptor:
         self.inside: set[int] = set()
         self.leaves: dict[str, Leaf] = {}
         self.handing: set[Path] = set()
+        self.covers_all = False
 
     def covers(self, scope: Scope | None) -> bool:
         """Whether a layer belongs to the module that this was made for."""
+        if self.covers_all:
+            return True
         while scope is not None:
             if scope.flags.get(_FLAG) == self.application:
                 return True
@@ -121,7 +124,8 @@ class Interceptor:
         if not hasattr(type(module), context.method_name):
             # A function that is run as if it were a method, as `nn.vjp` runs what it is
             # given; it calls the methods that this is about.
-            return next_fun(*args, **kwargs)
+            with self._flagged(module.scope):
+                return next_fun(*args, **kwargs)
         dtypes = self._dtypes_of(module)
         adapt, method = self._adapter(module, dtypes), context.method_name
         is_entry = id(module) not in self.inside and method != "setup"
@@ -198,18 +202,24 @@ class Interceptor:
             self.application.named_scopes,
             finish,
             watch,
-            functools.partial(self._around_rules, dtypes.compute),
+            functools.partial(self.around_rules, dtypes.compute),
         )
         with inside_region(dtypes.compute):
             return lifted(module, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _around_rules(self, dtype: np.dtype) -> Iterator[None]:
+    def around_rules(self, dtype: np.dtype) -> Iterator[None]:
+        """Around custom derivative rules, which are traced after the module has run.
+
+        Their scopes are made then, and nothing else than the module's layers is called.
+        """
         token = running.set((*running.get(), self))
+        self.covers_all = True
         try:
             with nn.intercept_methods(self), inside_region(dtype):
                 yield
         finally:
+            self.covers_all = False
             running.reset(token)
 
     def _handed_down(self, module: nn.Module, dtypes: LayerDtypes) -> dict[str, Any]:

@@ -21,7 +21,6 @@ run_policies = pytest.mark.parametrize(
     [POLICIES[0], *(pytest.param(p, marks=pytest.mark.slow) for p in POLICIES[1:])],
 )
 FLOAT32 = jnp.dtype(jnp.float32)
-CELL = r"rnn/(cell|(for|back)ward_rnn(/cell)?)"
 
 
 def by_path(tree):
