@@ -7,6 +7,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxmp
@@ -70,6 +71,13 @@ def blocks(text, language):
 def run_page(path, text):
     """Runs the blocks of a page one after the other, as a reader would paste them."""
     namespace = {"__name__": path.stem}
+    # Public models promote ranks, as JAX lets them.
+    ranks = "allow" if "transformers" in text else "raise"
+    with jax.numpy_rank_promotion(ranks):
+        _run_blocks(path, text, namespace)
+
+
+def _run_blocks(path, text, namespace):
     for line, code in blocks(text, "python"):
         tree = ast.increment_lineno(ast.parse(code, str(path)), line)
         exec(compile(tree, str(path), "exec"), namespace)

@@ -151,7 +151,9 @@ def _follows(eqn) -> bool:
 
 def is_elementwise(island: Island) -> bool:
     """Whether an island is an activation such as GELU: no sum, no maximum, no shape."""
-    return all(_is_elementwise(plan.eqn) for plan in island.members)
+    shapes = {v.aval.shape for v in made_in_order(island.members)} - {()}
+    is_of_arrays = all(v.aval.shape in shapes for v, _ in island.outputs)
+    return is_of_arrays and all(_is_elementwise(p.eqn) for p in island.members)
 
 
 def _is_elementwise(eqn) -> bool:

@@ -46,7 +46,7 @@ _DECIDED = {
     AUTOCAST_SCOPE: "decided by the autocast inside",
     LAYER_SCOPE: LAYER_REASON,
 }
-_OWN_SCOPES = frozenset((*_DECIDED, BORDER_SCOPE))
+OWN_SCOPES = frozenset((*_DECIDED, BORDER_SCOPE))
 
 
 @dataclasses.dataclass(slots=True)
@@ -178,7 +178,7 @@ def scopes(eqn: Any) -> tuple[str, ...]:
     """The user's name scopes around an equation, normalised, without jaxmp's own."""
     stack = eqn.source_info.name_stack.stack
     names = (part.name for part in stack if type(part).__name__ == "Scope")
-    return _rules.normalise(tuple(n for n in names if n not in _OWN_SCOPES))
+    return _rules.normalise(tuple(n for n in names if n not in OWN_SCOPES))
 
 
 def is_backward(eqn: Any) -> bool:

@@ -90,7 +90,9 @@ def describe(
       policy: what `get_policy` takes.
       *example_args: for a linen module, arguments of its call: arrays or
         `jax.ShapeDtypeStruct`s. Nothing is computed.
-      rules, explicit_dtype, own_code: as for `apply_policy`.
+      rules: as for `apply_policy`.
+      explicit_dtype: as for `apply_policy`.
+      own_code: as for `apply_policy`.
 
     Returns:
       A `Description`: `print` it for a table, in which repeated blocks share a line, or

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxmp._scopes import layer_path
 from jaxmp.casting import OpRule
-from jaxmp.casting._plan import AUTOCAST_SCOPE, scope_names
+from jaxmp.casting._plan import AUTOCAST_SCOPE, LAYER_SCOPE, scope_names
 from jaxmp.numerics._interpreter import bind
 from jaxmp.numerics._keep import Line
 from jaxmp.numerics._origin import NARROW, Origin
@@ -183,7 +183,10 @@ def _how(site: Site) -> str:
 
 def _is_under_autocast(site: Site | None) -> bool:
     while site is not None:
-        if AUTOCAST_SCOPE in scope_names(site.eqn):
+        names = scope_names(site.eqn)
+        if LAYER_SCOPE in names:
+            return False
+        if AUTOCAST_SCOPE in names:
             return True
         site = site.parent
     return False

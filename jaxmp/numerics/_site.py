@@ -4,12 +4,10 @@ import functools
 from typing import Any
 
 from jaxmp._sources import Source, is_users, written
-from jaxmp.casting._plan import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, is_backward
+from jaxmp.casting._plan import OWN_SCOPES, is_backward
 from jaxmp.casting._rules import normalise
 
-_OWN_SCOPES = frozenset(
-    (AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, "checkpoint", "rematted_computation")
-)
+_OWN_SCOPES = frozenset((*OWN_SCOPES, "checkpoint", "rematted_computation"))
 _CHECKPOINTS = ("remat2", "checkpoint", "remat")
 
 

@@ -10,10 +10,16 @@ def walk(jaxpr: Any) -> Iterator[Any]:
     """All equations of a jaxpr and of those inside of it, in order."""
     for eqn in open_jaxpr(jaxpr).eqns:
         yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple) else (value,):
-                if hasattr(inner, "eqns"):
-                    yield from walk(inner)
+        for inner in _inside(eqn):
+            yield from walk(inner)
+
+
+def _inside(eqn: Any) -> Iterator[Any]:
+    """The jaxprs that an equation holds."""
+    for value in eqn.params.values():
+        for inner in value if isinstance(value, tuple) else (value,):
+            if hasattr(inner, "eqns"):
+                yield inner
 
 
 def first_equations(jaxpr: Any) -> dict[Any, Any]:
@@ -31,16 +37,22 @@ def first_equations(jaxpr: Any) -> dict[Any, Any]:
 
 
 def reader(jaxpr: Any, eqn: Any) -> Any:
-    """The first equation that reads what another made, or None."""
+    """The first equation that reads what another made, or None.
+
+    What a call returns is read by what reads the result of the call.
+    """
     made = set(eqn.outvars)
-    return next(
-        (
-            e
-            for e in walk(jaxpr)
-            if any(not hasattr(v, "val") and v in made for v in e.invars)
-        ),
-        None,
-    )
+    for e in walk(jaxpr):
+        if any(not hasattr(v, "val") and v in made for v in e.invars):
+            return e
+    for call in walk(jaxpr):
+        for inner in _inside(call):
+            outs = open_jaxpr(inner).outvars
+            if len(outs) != len(call.outvars) or eqn not in open_jaxpr(inner).eqns:
+                continue
+            if any(not hasattr(v, "val") and v in made for v in outs):
+                return reader(jaxpr, call)
+    return None
 
 
 def producer(jaxpr: Any, eqn: Any) -> Any:

@@ -15,6 +15,7 @@ _MOVES = frozenset(
         "broadcast_in_dim",
         "convert_element_type",
         "copy",
+        "gpu_barrier",
         "copy_p",
         "expand_dims",
         "name",

@@ -42,6 +42,7 @@ _STRUCTURAL = frozenset(
     (
         "broadcast_in_dim",
         "copy",
+        "gpu_barrier",
         "copy_p",
         "device_put",
         "dynamic_slice",

@@ -8,6 +8,7 @@ from jaxmp._jax_internals import open_jaxpr, scan_arity
 from jaxmp.casting._plan import (
     AUTOCAST_SCOPE,
     FULL_PRECISION_SCOPE,
+    LAYER_SCOPE,
     is_backward,
     scope_names,
     scopes,
@@ -50,7 +51,8 @@ class Context(NamedTuple):
         return self._replace(
             path=self.path + scopes(eqn),
             in_backward=self.in_backward or is_backward(eqn),
-            in_autocast=self.in_autocast or AUTOCAST_SCOPE in names,
+            in_autocast=(self.in_autocast or AUTOCAST_SCOPE in names)
+            and LAYER_SCOPE not in names,
             in_full_precision=self.in_full_precision or FULL_PRECISION_SCOPE in names,
             site=Site(eqn.source_info.traceback, self.site),
         )

@@ -29,6 +29,11 @@ def run(source):
     return namespace
 
 
+def training():
+    """The block with the training step."""
+    return next(block for block in blocks("python") if "TrainState.create" in block)
+
+
 def test_there_are_two_commands_one_line_each():
     assert blocks("bash") == [
         SET_UP + '".[examples]" && .venv/bin/python examples/train_lm.py\n',
@@ -46,7 +51,7 @@ def test_at_most_six_lines_change():
 def test_both_sides_of_the_diff_train():
     (diff,) = blocks("diff")
     new = side(diff, "+")
-    assert new == blocks("python")[0]
+    assert new == training()
     before, after = run(side(diff, "-")), run(new)
     np.testing.assert_allclose(before["loss"], after["loss"], rtol=1e-3)
     assert int(after["state"].step) == 1
@@ -55,7 +60,7 @@ def test_both_sides_of_the_diff_train():
 
 @pytest.mark.parametrize("name", ["mixed_bfloat16", "float32"])
 def test_one_string_changes_the_precision(name):
-    source = blocks("python")[0]
+    source = training()
     assert source.count('"mixed_float16"') == 1
     page = run(source.replace('"mixed_float16"', f'"{name}"'))
     assert int(page["state"].step) == 1
