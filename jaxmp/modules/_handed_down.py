@@ -57,14 +57,18 @@ def is_float32(value: Any) -> bool:
 
 def fields_of(module: Any) -> dict[str, Any]:
     """The attributes of a module that may hold a dtype or a config."""
-    of_classes = {
-        name: inspect.getattr_static(type(module), name, None)
-        for name in _COMPUTE | _PARAMS
-    }
-    plain = {name: x for name, x in of_classes.items() if is_float32(x)}
     own = {name: x for name, x in vars(module).items() if not name.startswith("_")}
     own.pop("parent", None)
-    return {**plain, **own}
+    return {**_of_class(type(module)), **own}
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_class(cls: type) -> dict[str, Any]:
+    """The float32 dtypes that are attributes of a class."""
+    of_class = {
+        name: inspect.getattr_static(cls, name, None) for name in _COMPUTE | _PARAMS
+    }
+    return {name: x for name, x in of_class.items() if is_float32(x)}
 
 
 def was_handed_down(dtype: Any, by_module: bool) -> bool:
