@@ -5,7 +5,7 @@ and only the machine's bill is not.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from jaxmp.casting._plan import JaxprPlan
 from jaxmp.casting._shares import shares_of
 from jaxmp.errors import MostlyFloat32Warning, PolicyWithoutEffect
 from jaxmp.modules._layers import Application, Origin
+from jaxmp.policy import default_rules
 
 
 class Leaf(NamedTuple):
@@ -48,7 +49,7 @@ def check_plan(
       name: of the model's class.
       application: what was applied.
     """
-    if _is_by_rule(leaves):
+    if _is_by_rule(leaves, application):
         return
     shares = shares_of(plan)
     if shares.half or not shares.total:
@@ -61,7 +62,10 @@ def check_plan(
 
 
 def check_leaves(
-    leaves: Mapping[str, Leaf], name: str, application: Application
+    leaves: Mapping[str, Leaf],
+    name: str,
+    application: Application,
+    said: set[Any] | None = None,
 ) -> None:
     """Raises if every layer is kept in float32; warns if most parameters are.
 
@@ -69,6 +73,7 @@ def check_leaves(
       leaves: the layers of a model that multiply or look up, by path.
       name: of the model's class.
       application: what was applied.
+      said: remembers what was warned of, so that it is said once.
     """
     if application.policy.compute_dtype not in _tree.HALF or not leaves:
         return
@@ -77,7 +82,9 @@ def check_leaves(
         _raise(name, application, leaves, [])
     size = sum(leaf.size for leaf in leaves.values())
     kept_size = sum(leaf.size for leaf in kept.values())
-    if 2 * kept_size > size:
+    said = set() if said is None else said
+    if 2 * kept_size > size and frozenset(kept) not in said:
+        said.add(frozenset(kept))
         _warnings.warn(
             f"{_shown(kept)} of {name} hold {kept_size / size:.0%} of its parameters "
             f"and stay in float32 under {str(application.policy)!r}. "
@@ -91,15 +98,24 @@ def _repair(application: Application) -> str:
     return (
         "If that is not meant, apply_policy(model, policy, explicit_dtype='override') "
         "gives every layer the policy's dtype, and a rule gives it to some: "
-        f"rules=(PolicyRule(path=..., compute='{dtype}'), *default_rules)."
+        f"rules=[PolicyRule(path=..., compute='{dtype}')]."
     )
 
 
-def _is_by_rule(leaves: Mapping[str, Leaf]) -> bool:
-    """Whether a rule of the user's keeps a layer in float32."""
+def _is_by_rule(leaves: Mapping[str, Leaf], application: Application) -> bool:
+    """Whether a rule of the user's keeps a layer in float32.
+
+    Where the layers are not known, any rule of the user's that could do so counts.
+    """
+    if leaves:
+        return any(
+            leaf.origin is Origin.RULE and leaf.dtype not in _tree.HALF
+            for leaf in leaves.values()
+        )
     return any(
-        leaf.origin is Origin.RULE and leaf.dtype not in _tree.HALF
-        for leaf in leaves.values()
+        rule.compute is not None and rule.compute not in _tree.HALF
+        for rule in application.rules
+        if rule not in default_rules
     )
 
 

@@ -6,7 +6,8 @@ dtypes and, for the time of the call,
 
 - sets `dtype` on a layer of Flax's own, which then casts its inputs and parameters just
   as if the dtype had been written into the model;
-- casts the inputs, the parameters and the outputs of a layer of the user's.
+- runs the code of a layer of the user's as it was written, in a region that is planned
+  (`_own_code`), or, with `own_code="half"`, casts its inputs, parameters and outputs.
 
 Parameters are cast where they are initialised, and stored so.
 
@@ -30,11 +31,7 @@ from flax.core import Scope
 from jaxmp.casting._region import region_settings, run_region
 from jaxmp.modules._casts import cast_carry
 from jaxmp.modules._effect import check_plan
-from jaxmp.modules._layers import (
-    Application,
-    of_root,
-    original_class,
-)
+from jaxmp.modules._layers import Application, of_root, original_class
 from jaxmp.modules._linen_interceptor import (
     Interceptor,
     Path,
@@ -43,10 +40,8 @@ from jaxmp.modules._linen_interceptor import (
     modules_in,
     running,
 )
-from jaxmp.modules._linen_layers import (
-    is_leaf,
-)
-from jaxmp.modules._own_code import inside_region, opens_region
+from jaxmp.modules._linen_layers import is_leaf
+from jaxmp.modules._own_code import opens_region, region
 
 
 def apply_to_linen(module: nn.Module, application: Application) -> nn.Module:
@@ -132,7 +127,7 @@ def _policied(
             "_inside": inside,
             "_used_rules": set(),
             "_leaves": {},
-            "_is_checked": False,
+            "_said": set(),
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
@@ -174,7 +169,7 @@ def _apply_in_region(
             check_plan(plan, type(module)._leaves, name, application)
 
     settings = region_settings(dtypes.compute, dtypes.precision)
-    with inside_region(dtypes.compute):
+    with region(dtypes.compute):
         return run_region(
             run,
             (variables, args, rngs, kwargs),

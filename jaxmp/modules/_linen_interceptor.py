@@ -40,7 +40,12 @@ from jaxmp.modules._linen_layers import (
     origin_in,
 )
 from jaxmp.modules._linen_region import planned_method
-from jaxmp.modules._own_code import inside_region, opens_region, region_dtype
+from jaxmp.modules._own_code import (
+    inside_region,
+    opens_region,
+    region,
+    region_dtype,
+)
 from jaxmp.policy import PolicyRule
 
 Path = tuple[str, ...]
@@ -112,10 +117,9 @@ class Interceptor:
     def _check_effect(self, module: nn.Module) -> None:
         cls: Any = type(module)
         cls._leaves.update(self.leaves)
-        if not cls._is_checked and not _watchers.get():
-            cls._is_checked = True
+        if not _watchers.get():
             name = original_class(cls).__name__
-            check_leaves(self.leaves, name, self.application)
+            check_leaves(self.leaves, name, self.application, cls._said)
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
@@ -204,7 +208,7 @@ class Interceptor:
             watch,
             functools.partial(self.around_rules, dtypes.compute),
         )
-        with inside_region(dtypes.compute):
+        with region(dtypes.compute):
             return lifted(module, *args, **kwargs)
 
     @contextlib.contextmanager

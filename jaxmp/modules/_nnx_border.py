@@ -24,6 +24,7 @@ from jaxmp.modules._own_code import (
     in_float32,
     inside_region,
     opens_region,
+    region,
     region_dtype,
     shown,
 )
@@ -189,7 +190,7 @@ def _open_region(
 
     around = functools.partial(inside_region, border.compute)
     try:
-        with around():
+        with region(border.compute):
             return run_method(
                 run,
                 (layer, *args),
@@ -218,31 +219,31 @@ def _call_users(
     kwargs: dict[str, Any],
 ) -> Any:
     """Calls a layer of the user's: in a region it is planned, outside cast around."""
-    region = region_dtype()
+    around = region_dtype()
     carry = _carry(layer, args, kwargs)
-    reads = shown if region is not None else _tree.cast_floating
-    read = jnp.dtype(jnp.float32) if region is not None else border.compute
+    reads = shown if around is not None else _tree.cast_floating
+    read = jnp.dtype(jnp.float32) if around is not None else border.compute
     cast = functools.partial(_cast_parameter, functools.partial(reads, dtype=read))
     with (
         _named(border.scope),
         _handing_down(layer, border),
         _replaced(layer, cast),
     ):
-        if region == border.compute:
+        if around == border.compute:
             output = method(layer, *args, **kwargs)
             is_cast = border.names_output
         else:
-            is_cast = region is None or has_half((args, kwargs)) or border.names_output
+            is_cast = around is None or has_half((args, kwargs)) or border.names_output
             args, kwargs = cast_inputs(args, kwargs, border.compute, carry)
-            with _kept(region, border.compute):
+            with _kept(around, border.compute):
                 output = method(layer, *args, **kwargs)
     if border.output is None or not is_cast:
         return output
     return cast_carry(carry, output, border.output)
 
 
-def _kept(region: np.dtype | None, dtype: np.dtype) -> Any:
-    return contextlib.nullcontext() if region is None else in_float32(dtype)
+def _kept(around: np.dtype | None, dtype: np.dtype) -> Any:
+    return contextlib.nullcontext() if around is None else in_float32(dtype)
 
 
 def _carry(layer: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,10 +2,10 @@
 
 The outermost layer of the user's opens a *region*: its code, and that of all layers
 inside, is traced and planned as `autocast` would plan it. A layer of Flax inside has
-been decided by the policy and stays as it is. Where its author gave it no dtype, its
-half result is shown to the code around as the float32 that it would be without a
-policy: scans find the carries that they started with, a constant such as 1 - 1e-6 is
-not rounded, and the plan decides where the value is read in half, where in float32.
+been decided by the policy and stays as it is. Its half result is shown to the code
+around as the float32 that it would be without a policy: scans find the carries that
+they started with, a constant such as 1 - 1e-6 is not rounded, and the plan decides
+where the value is read in half, where in float32.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 
 from jaxmp import _tree
 from jaxmp.casting._plan import BORDER_SCOPE, FULL_PRECISION_SCOPE, LAYER_SCOPE
@@ -43,6 +44,26 @@ def inside_region(dtype: np.dtype) -> Iterator[None]:
         yield
     finally:
         _dtype.reset(token)
+
+
+@contextlib.contextmanager
+def region(dtype: np.dtype) -> Iterator[None]:
+    """Around a region; an error of tracing says what runs without it."""
+    with inside_region(dtype):
+        try:
+            yield
+        except _NEEDS_VALUES as error:
+            if _HINT not in getattr(error, "__notes__", ()):
+                error.add_note(_HINT)
+            raise
+
+
+_NEEDS_VALUES = (ConcretizationTypeError, TracerArrayConversionError)
+_HINT = (
+    "apply_policy() traces the code of your layers to plan it, as jax.jit does. Code "
+    "that needs the values of arrays runs outside of jax.jit with "
+    "apply_policy(model, policy, own_code='half')."
+)
 
 
 @contextlib.contextmanager

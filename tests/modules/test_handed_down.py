@@ -355,6 +355,10 @@ def test_a_policy_that_changes_nothing_is_an_error():
         model.init(KEY, X)
     with pytest.raises(PolicyWithoutEffect, match=match):
         apply_policy(HardCoded(), "mixed_float16").apply(HardCoded().init(KEY, X), X)
+    half = apply_policy(HardCoded(), "mixed_bfloat16", own_code="half")
+    for _ in range(2):
+        with pytest.raises(PolicyWithoutEffect, match=match):
+            half.init(KEY, X)
     own = apply_policy(HardCodedOwn(), "mixed_bfloat16")
     with pytest.raises(
         PolicyWithoutEffect, match=r"precision=HIGHEST.*test_handed_dow"
@@ -373,6 +377,10 @@ def test_no_error_where_it_is_meant_or_has_an_effect():
         ("mixed_bfloat16", {"explicit_dtype": "override"}),
     ):
         apply_policy(HardCoded(), policy, **options).apply(params, X)
+    nnx_model = apply_policy(Everywhere(nnx.Rngs(0)), "mixed_bfloat16", rules=rules)
+    assert {m.output for m in matmuls(jax.make_jaxpr(lambda m: m(X))(nnx_model))} == {
+        F32
+    }
     assert jaxmp.describe(HardCoded(), "mixed_bfloat16", X).rows
 
     class NoMatmul(nn.Module):

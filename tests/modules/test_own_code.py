@@ -150,11 +150,43 @@ def test_autocast_around_a_policy_changes_nothing(own_code, policy):
     assert jaxmp.autocast(f, policy)(params) == f(params)
 
 
-def test_own_code_in_half_is_what_it_was():
-    model = apply_policy(LinenNet(running_sum), "mixed_bfloat16", own_code="half")
-    params = model.init(KEY, X)
-    jaxpr = jax.make_jaxpr(model.apply)(params, X)
-    assert "remat" not in str(jaxpr)
+@pytest.mark.parametrize(("own_code", "dtype"), [("half", BF16), ("autocast", F32)])
+def test_own_code_sees_half_only_if_asked_to(own_code, dtype):
+    seen = []
+
+    def look(h, w):
+        seen.append((h.dtype, w.dtype))
+        return h @ w
+
+    model = apply_policy(LinenNet(look), "mixed_bfloat16", own_code=own_code)
+    model.apply(LinenNet(look).init(KEY, X), X)
+    assert seen[-1] == (dtype, dtype)
+
+
+def test_code_that_needs_values_is_told_what_runs_it():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8)(x if x.sum() > 0 else -x)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(8, 8, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dense(x * float(x.sum()))
+
+    params = Net().init(KEY, X)
+    model = apply_policy(Net(), "mixed_bfloat16")
+    for run in (
+        lambda: model.apply(params, X),
+        lambda: model.bind(params)(X),
+        lambda: apply_policy(Nnx(nnx.Rngs(0)), "mixed_bfloat16")(X),
+    ):
+        with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
+            run()
+        assert sum("own_code='half'" in note for note in caught.value.__notes__) == 1
+    apply_policy(Net(), "mixed_bfloat16", own_code="half").apply(params, X)
 
 
 def test_own_matmuls_are_in_half():
@@ -233,10 +265,10 @@ def test_parameters_are_shown_as_they_were_written_and_stored_in_half():
     assert set(seen) == {(F32, F32)}
 
 
-@pytest.mark.parametrize("make", [lambda: bridge.ToLinen(nnx.Linear, args=(8, 3))])
-def test_nnx_layers_in_linen(make):
-    params = make().init(KEY, X)
-    model = apply_policy(make(), "mixed_bfloat16")
+def test_nnx_layers_in_linen():
+    plain = bridge.ToLinen(nnx.Linear, args=(8, 3))
+    params = plain.init(KEY, X)
+    model = apply_policy(plain, "mixed_bfloat16")
     assert jax.tree.structure(model.init(KEY, X)) == jax.tree.structure(params)
     jaxpr = jax.make_jaxpr(model.apply)(params, X)
     assert {m.output for m in matmuls(jaxpr)} == {BF16}
