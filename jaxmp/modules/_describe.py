@@ -16,7 +16,7 @@ from jaxmp.modules._layers import (
     Application,
     LayerDtypes,
     Origin,
-    is_flax_layer,
+    is_of_flax,
     original_class,
 )
 from jaxmp.modules._linen import application_of, apply_to_linen
@@ -245,9 +245,7 @@ def _is_planned(module: Any, dtypes: LayerDtypes, application: Application) -> b
     """Whether the plan decides in which dtype a layer's result is read."""
     if application.own_code != "autocast" or application.policy.compute_dtype == F32:
         return False
-    is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
-    names_output = dtypes.rule is not None and dtypes.rule.output is not None
-    return not is_flax and not names_output
+    return not is_of_flax(type(module)) and not dtypes.names_output
 
 
 def _rule_text(rule: PolicyRule | None) -> str:

@@ -63,6 +63,19 @@ def is_flax_layer(cls: type) -> bool:
     return cls.__module__.startswith(("flax.linen.", "flax.nnx.nn."))
 
 
+def is_of_flax(cls: type) -> bool:
+    """True for Flax's own layers and what inherits from them, under a policy or not."""
+    return any(map(is_flax_layer, cls.__mro__))
+
+
+def declared_dtype(param_dtype: Any) -> np.dtype:
+    """The dtype in which an author stores parameters; float32 if none is said."""
+    try:
+        return jnp.dtype(jnp.float32 if param_dtype is None else param_dtype)
+    except (TypeError, ValueError):  # it means something else to the user
+        return jnp.dtype(jnp.float32)
+
+
 def kind_of(module: Any) -> str | None:
     """Returns the kind of a layer, the same for its linen and its nnx form."""
     for cls in type(module).__mro__:
@@ -141,6 +154,16 @@ class LayerDtypes(NamedTuple):
     rule: PolicyRule | None
     precision: Any = None
     """What a layer's matmuls take as `precision=`; None leaves it as it is."""
+
+    @property
+    def names_output(self) -> bool:
+        """Whether a rule of the user's names what the layer returns."""
+        return self.rule is not None and self.rule.output is not None
+
+    def expected(self, module: Any) -> np.dtype:
+        """The `dtype` of one of Flax's layers that was built for the policy."""
+        is_norm = kind_of(module) == "norm" and self.compute.itemsize >= 4
+        return self.output if is_norm else self.compute
 
 
 def of_root(policy: Policy, rules: Iterable[PolicyRule], module: Any) -> LayerDtypes:

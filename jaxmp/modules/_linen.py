@@ -35,12 +35,11 @@ from jaxmp.modules._layers import Application, of_root, original_class
 from jaxmp.modules._linen_interceptor import (
     Interceptor,
     Path,
-    carry_in,
     linen_fields,
     modules_in,
     running,
 )
-from jaxmp.modules._linen_layers import is_leaf
+from jaxmp.modules._linen_layers import carry_in, is_leaf
 from jaxmp.modules._own_code import opens_region, region
 
 

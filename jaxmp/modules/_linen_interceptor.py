@@ -13,7 +13,7 @@ import numpy as np
 from flax.core import Scope, freeze
 
 from jaxmp.casting._region import region_settings
-from jaxmp.modules._casts import carry_of, cast_carry
+from jaxmp.modules._casts import cast_carry
 from jaxmp.modules._effect import Leaf, check_leaves, check_plan
 from jaxmp.modules._handed_down import HandedDown, fields_of, handed_down, hands_down
 from jaxmp.modules._layers import (
@@ -21,7 +21,7 @@ from jaxmp.modules._layers import (
     LayerDtypes,
     Origin,
     check_all_used,
-    is_flax_layer,
+    is_of_flax,
     kind_of,
     of_layer,
     of_root,
@@ -35,6 +35,7 @@ from jaxmp.modules._linen_layers import (
     adapt_user_layer,
     as_written,
     attributes,
+    carry_in,
     is_leaf,
     is_transparent,
     origin_in,
@@ -230,7 +231,7 @@ class Interceptor:
         """The fields in which a module hands a dtype down, as they are meanwhile."""
         if self.application.explicit_dtype == "keep":
             return {}
-        is_flax = any(is_flax_layer(cls) for cls in type(module).__mro__)
+        is_flax = is_of_flax(type(module))
         if is_flax and self._path_in_model(module) != ():
             return {}
         fields = fields_of(module)
@@ -331,11 +332,6 @@ class Interceptor:
         finally:
             if from_outside:
                 self.inside.discard(id(module))
-
-
-def carry_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    is_cell = isinstance(module, nn.RNNCellBase)
-    return carry_of(args, kwargs) if is_cell else None
 
 
 _watchers: contextvars.ContextVar[tuple[Callable[[Visit], None], ...]] = (

@@ -15,7 +15,9 @@ from jaxmp.modules._handed_down import was_handed_down
 from jaxmp.modules._layers import (
     LayerDtypes,
     Origin,
+    declared_dtype,
     is_flax_layer,
+    is_of_flax,
     kind_of,
     origin_of,
 )
@@ -45,9 +47,8 @@ def is_transparent(module: nn.Module) -> bool:
 
 def is_leaf(module: nn.Module) -> bool:
     """True for layers of Flax that compute in a `dtype` of theirs."""
-    is_own = any(is_flax_layer(cls) for cls in type(module).__mro__)
     has_dtype = "dtype" in module.__dataclass_fields__
-    return is_own and has_dtype and not is_transparent(module)
+    return is_of_flax(type(module)) and has_dtype and not is_transparent(module)
 
 
 class LayerCall(NamedTuple):
@@ -77,12 +78,17 @@ class LayerCall(NamedTuple):
     @property
     def carry(self) -> Any:
         """What a cell is called with as its carry; None for other layers."""
-        is_cell = isinstance(self.module, nn.RNNCellBase)
-        return carry_of(self.args, self.kwargs) if is_cell else None
+        return carry_in(self.module, self.args, self.kwargs)
 
     def run(self) -> Any:
         """Calls the method."""
         return self.fun(*self.args, **self.kwargs)
+
+
+def carry_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a cell is called with as its carry; None for other layers."""
+    is_cell = isinstance(module, nn.RNNCellBase)
+    return carry_of(args, kwargs) if is_cell else None
 
 
 def adapt_flax_layer(call: LayerCall) -> Any:
@@ -125,7 +131,7 @@ def adapt_user_layer(call: LayerCall) -> Any:
                 output = call.fun(*args, **kwargs)
         # What took half is to return half; what took float32 is read as it has to be.
         is_narrowed = dtypes.compute != region and has_half((call.args, call.kwargs))
-        if is_narrowed or names_output(dtypes):
+        if is_narrowed or dtypes.names_output:
             return cast_carry(call.carry, output, dtypes.output)
         return output
 
@@ -154,16 +160,12 @@ def adapt_transparent_layer(call: LayerCall) -> Any:
         return call.run()
 
 
-def names_output(dtypes: LayerDtypes) -> bool:
-    return dtypes.rule is not None and dtypes.rule.output is not None
-
-
 def as_written(call: LayerCall, output: Any) -> Any:
     """The result of one of Flax's layers, as it would be without a policy."""
     is_kept = origin_in(call) is Origin.AUTHOR
-    if region_dtype() is None or is_kept or names_output(call.dtypes):
+    if region_dtype() is None or is_kept or call.dtypes.names_output:
         return output
-    declared = _declared_dtype(call.module)
+    declared = _declared(call.module)
     if call.carry is None or not isinstance(output, tuple) or len(output) != 2:
         return shown(output, declared)
     new_carry, result = output
@@ -174,20 +176,9 @@ def _show_parameter(x: Any) -> Any:
     return shown(x, jnp.float32)
 
 
-def expected_dtype(module: nn.Module, dtypes: LayerDtypes) -> np.dtype:
-    """The `dtype` that a layer of Flax has if it was handed the policy's."""
-    is_norm = kind_of(module) == "norm" and dtypes.compute.itemsize >= 4
-    return dtypes.output if is_norm else dtypes.compute
-
-
-def _declared_dtype(module: Any) -> np.dtype:
-    """The dtype in which the author would store parameters; float32 if none is said."""
-    fields = getattr(type(module), "__dataclass_fields__", {})
-    declared = vars(module).get("param_dtype") if "param_dtype" in fields else None
-    try:
-        return jnp.dtype(jnp.float32 if declared is None else declared)
-    except (TypeError, ValueError):  # a field of the user's that means something else
-        return jnp.dtype(jnp.float32)
+def _declared(module: nn.Module) -> np.dtype:
+    is_field = "param_dtype" in module.__dataclass_fields__
+    return declared_dtype(vars(module).get("param_dtype") if is_field else None)
 
 
 def _settings(module: nn.Module, method: str, dtypes: LayerDtypes) -> dict[str, Any]:
@@ -232,7 +223,7 @@ def origin_in(call: LayerCall) -> Origin:
     was_handed = call.explicit_dtype != "keep" and was_handed_down(
         module.dtype, call.by_module
     )
-    expected = expected_dtype(module, dtypes)
+    expected = dtypes.expected(module)
     return origin_of(module.dtype, expected, dtypes, call.explicit_dtype, was_handed)
 
 
@@ -262,7 +253,7 @@ def _parameters(
     if "param" in vars(module):
         yield
         return
-    declared = _declared_dtype(module)
+    declared = _declared(module)
     stored = stored if declared == jnp.float32 else declared
 
     def param(name, init_fn, *args, **kwargs):

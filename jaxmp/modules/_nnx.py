@@ -30,7 +30,8 @@ from jaxmp.modules._layers import (
     LayerDtypes,
     Origin,
     check_all_used,
-    is_flax_layer,
+    declared_dtype,
+    is_of_flax,
     kind_of,
     of_layer,
     of_root,
@@ -46,7 +47,6 @@ from jaxmp.modules._nnx_border import (
 from jaxmp.modules._nnx_settings import (
     WEIGHT_NORMS,
     author_dtype,
-    expected_dtype,
     forget_default,
     has_settings,
     is_transparent,
@@ -132,7 +132,7 @@ def _apply_to_layer(
         compute=dtypes.compute,
         params=dtypes.params,
         output=dtypes.output,
-        names_output=dtypes.rule is not None and dtypes.rule.output is not None,
+        names_output=dtypes.names_output,
         plans=application.own_code == "autocast",
         named_scopes=application.named_scopes,
         precision=dtypes.precision,
@@ -154,7 +154,9 @@ def _leaf_border(
     """Sets one of Flax's layers up, and returns what is left to do around it."""
     if origin is Origin.AUTHOR:
         return dataclasses.replace(border, is_leaf=True, output=None)
-    shown = None if border.names_output else _declared_dtype(layer)
+    shown = (
+        None if border.names_output else declared_dtype(vars(layer).get("param_dtype"))
+    )
     for name, value in settings_for(layer, dtypes).items():
         setattr(layer, name, value)
     return dataclasses.replace(border, is_leaf=True, shown=shown)
@@ -183,7 +185,7 @@ def origins_of(layers: Layers, application: Application) -> dict[str, Origin]:
         )
         origins[path] = origin_of(
             author,
-            expected_dtype(layer, dtypes),
+            dtypes.expected(layer),
             dtypes,
             application.explicit_dtype,
             was_handed and application.explicit_dtype != "keep",
@@ -202,7 +204,7 @@ def _modules_around(path: str, layers: Layers) -> list[Any]:
 
 
 def _hands_down(module: Any) -> bool:
-    return not _is_flax(type(module)) and hands_down(fields_of(module))
+    return not is_of_flax(type(module)) and hands_down(fields_of(module))
 
 
 def _leaves(layers: Layers, origins: dict[str, Origin]) -> dict[str, Leaf]:
@@ -220,27 +222,11 @@ def _leaves(layers: Layers, origins: dict[str, Origin]) -> dict[str, Leaf]:
     return leaves
 
 
-def _is_flax(cls: type) -> bool:
-    return any(map(is_flax_layer, original_class(cls).__mro__))
-
-
-def _declared_dtype(layer: Any) -> np.dtype:
-    """The dtype in which the author stores parameters; float32 if none is said."""
-    declared = vars(layer).get("param_dtype")
-    try:
-        return jnp.dtype(jnp.float32 if declared is None else declared)
-    except (
-        TypeError,
-        ValueError,
-    ):  # an attribute of the user's that means something else
-        return _FLOAT32
-
-
 _FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def _store_parameters(layer: nnx.Module, dtype: np.dtype) -> None:
-    declared = _declared_dtype(layer)
+    declared = declared_dtype(vars(layer).get("param_dtype"))
     dtype = dtype if declared == jnp.float32 else declared
     for parameters in own_parameters(layer).values():
         for parameter in parameters:

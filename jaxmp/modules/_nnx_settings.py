@@ -9,7 +9,6 @@ import inspect
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxmp.modules._attention import dot_product_attention
@@ -41,12 +40,6 @@ def author_dtype(layer: Any) -> Any:
     if isinstance(layer, nnx.Embed) and dtype == layer.param_dtype:
         return None  # what Embed makes of no dtype at all
     return None if dtype is None else jnp.dtype(dtype)
-
-
-def expected_dtype(layer: Any, dtypes: LayerDtypes) -> np.dtype:
-    """The `dtype` that a layer of Flax has if it was built for the policy."""
-    is_norm = kind_of(layer) == "norm" and dtypes.compute.itemsize >= 4
-    return dtypes.output if is_norm else dtypes.compute
 
 
 def settings_for(layer: Any, dtypes: LayerDtypes) -> dict[str, Any]:
