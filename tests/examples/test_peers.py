@@ -12,7 +12,8 @@ def test_the_four_scalers_train_alike():
     seconds, losses = update_step.measure(width=16, depth=2, batch=4, rounds=3)
     assert seconds.shape == (4, 3)
     assert np.all(seconds > 0)
-    np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
+    # jaxmp computes GELU in float32 inside, the others in half.
+    np.testing.assert_allclose(losses, losses[0], rtol=3e-5)
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+import transformers
+from transformers.models.auto import modeling_flax_auto
+from transformers.models.roformer import modeling_flax_roformer
 
 import jaxmp
-
-try:
-    import transformers
-    from transformers.models.auto import modeling_flax_auto
-    from transformers.models.roformer import modeling_flax_roformer
-except (ImportError, RuntimeError) as error:
-    pytest.skip(f"transformers has no Flax here: {error}", allow_module_level=True)
 
 from . import _support
 from ._support import POLICIES, SHARES, Training, matmuls, sums_in_half, types, weights
