@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmp.errors import UnusedRule
 from jaxmp.policy import Policy, PolicyRule
-from jaxmp.policy._rules import first_match
+from jaxmp.policy._rules import first_match, norms_in_float32
 
 _KIND_OF_FLAX_CLASS = {
     "Dense": "dense",
@@ -154,6 +154,8 @@ class LayerDtypes(NamedTuple):
     rule: PolicyRule | None
     precision: Any = None
     """What a layer's matmuls take as `precision=`; None leaves it as it is."""
+    outside: Any = None
+    """Of what is a norm by its name, the dtypes around it, for the layers in it."""
 
     @property
     def names_output(self) -> bool:
@@ -181,14 +183,23 @@ def of_root(policy: Policy, rules: Iterable[PolicyRule], module: Any) -> LayerDt
 def of_layer(
     enclosing: LayerDtypes, rules: Iterable[PolicyRule], path: str, module: Any
 ) -> LayerDtypes:
-    """Returns the dtypes of a layer inside of another one."""
-    rule = first_match(rules, path, module, kind_of(module))
+    """Returns the dtypes of a layer inside of another one.
+
+    What is called a norm and holds other layers, such as a convolution and its norm, is
+    float32 for itself and not for them.
+    """
+    kind = kind_of(module)
+    rule = first_match(rules, path, module, kind)
+    is_ready_made_norm = rule in norms_in_float32
+    if enclosing.outside is not None and kind != "norm":
+        enclosing = enclosing.outside
     return LayerDtypes(
         params=_either(rule and rule.params, enclosing.params),
         compute=_either(rule and rule.compute, enclosing.compute),
         output=_either(rule and rule.output, enclosing.compute),
         rule=rule,
         precision=enclosing.precision,
+        outside=enclosing if is_ready_made_norm else None,
     )
 
 

@@ -223,3 +223,35 @@ def test_a_model_that_wraps_a_module_is_told_apart():
 
     with pytest.raises(NotAModule, match=r"FlaxModel is no module.*model\.module"):
         apply_policy(FlaxModel(), "mixed_bfloat16")
+
+
+class ConvBatchNorm(nn.Module):
+    """Called a norm for the norm in it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3,), name="conv")(x)
+        w = self.param("w", nn.initializers.ones, (4, 4))
+        x = nn.LayerNorm(name="norm")(x @ w)
+        return Scale(name="scale")(x)
+
+
+class Scale(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="dense")(x)
+
+
+def test_layers_in_what_is_called_a_norm_are_not_kept_in_float32():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(ConvBatchNorm(name="block")(x))
+
+    rows = {row.path: row.computes for row in describe(Net(), HALF, X).rows}
+    assert rows["block"] == rows["block/norm"] == "float32"
+    inside = ("block/conv", "block/scale", "block/scale/dense")
+    assert {rows[path] for path in inside} == {"bfloat16"}
+    model = apply_policy(Net(), HALF)
+    jaxpr = jax.make_jaxpr(model.apply)(Net().init(KEY, X), X)
+    assert [m.output for m in matmuls(jaxpr)] == [BF16, F32, BF16, BF16]

@@ -302,3 +302,27 @@ def test_trap_41_an_rnn_of_5000_steps():
     x = jnp.full((1, 5000, 1), 0.25)
     gradient = nnx.grad(lambda m: m(x).sum())(model)
     assert gradient["cell"]["dense_i"]["kernel"][...].item() == 1250
+
+
+class LinearLayerNorm(nnx.Module):
+    """Called a norm for the norm in it."""
+
+    def __init__(self, keys):
+        self.linear = nnx.Linear(8, 8, rngs=keys)
+        self.norm = nnx.LayerNorm(8, rngs=keys)
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
+def test_layers_in_what_is_called_a_norm_are_not_kept_in_float32():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.block = LinearLayerNorm(rngs())
+
+        def __call__(self, x):
+            return self.block(x)
+
+    model = apply_policy(Net(), HALF)
+    jaxpr = jax.make_jaxpr(lambda model: model(X))(model)
+    assert {m.output for m in matmuls(jaxpr)} == {BF16}
