@@ -22,7 +22,7 @@ def matmul_repair(matmul: Matmul, half: str, has_policy: bool) -> str:
         return (
             "jaxmp.autocast, which jaxmp.apply_policy also uses for your own layers, "
             "has left it so, for a rule, a precision= or a cast in the program asks "
-            "for that: jaxmp.explain(fn, policy)(*args) of the plain function says which."
+            "for that; jaxmp.explain(plain_fn, policy)(*args) says which."
         )
     if matmul.under == "apply_policy":
         return _under_a_policy(matmul, half)
