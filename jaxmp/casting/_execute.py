@@ -12,11 +12,11 @@ from jax.extend import source_info_util
 
 from jaxmp.casting import _registry
 from jaxmp.casting._islands import Island, is_elementwise
+from jaxmp.casting._named_scopes import region_of, region_of_island
 from jaxmp.casting._pick import bind_with_picks, has_pick
 from jaxmp.casting._plan import LAYER_REASON, EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
 from jaxmp.casting._recompute import recomputed
-from jaxmp.casting._regions import region_of, region_of_island
 from jaxmp.casting._scatter import is_retyped_scatter, scatter
 from jaxmp.casting._signature import common_scope, signature
 from jaxmp.casting._softmax import Softmax, run_softmax
