@@ -1053,7 +1053,7 @@ ADVICE = {
     "autocast": (
         under_autocast,
         "(under_autocast.<locals>.<lambda>)",
-        ("jaxmp.explain(fn, policy)(*args) says which",),
+        ("jaxmp.explain(plain_fn, policy)(*args) says which",),
     ),
     "nothing in use": (
         lambda x: x @ x,
