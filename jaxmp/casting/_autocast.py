@@ -28,6 +28,7 @@ from jaxmp.casting._plan import (
     Settings,
 )
 from jaxmp.casting._planner import Planner
+from jaxmp.casting._returned_states import returned_states
 from jaxmp.casting._rules import read_rules
 from jaxmp.casting._states import FLOAT32, castable_dtype, is_literal, traced_state
 from jaxmp.errors import AutocastError, AutocastRuleError
@@ -193,7 +194,14 @@ def read_settings(policy: Any, rules: Sequence[Any], half_residuals: bool) -> Se
             f"autocast computes in bfloat16, float16 or float32, not in {dtype}, which "
             f"the policy {str(policy)!r} names. Write autocast(fn, 'mixed_bfloat16')."
         )
-    return Settings(dtype, policy.lax_precision, read_rules(rules), half_residuals)
+    rules = read_rules(rules)
+    for rule in rules:
+        if rule.carry not in (None, FLOAT32, dtype):
+            raise AutocastRuleError(
+                f"{rule} carries in {rule.carry}, but {str(policy)!r} computes in "
+                f"{dtype}. Write carry='{dtype}' or carry='float32'."
+            )
+    return Settings(dtype, policy.lax_precision, rules, half_residuals)
 
 
 def plan_jaxpr(
@@ -208,6 +216,8 @@ def plan_jaxpr(
     in_states = [traced_state(v) for v in jaxpr.jaxpr.invars]
     is_half = output_dtype is not None and jnp.dtype(output_dtype) in _tree.HALF
     out_wants = [is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars]
+    if not settings.is_plain:
+        in_states = returned_states(planner, jaxpr, in_states, out_wants)
     plan = planner.plan(jaxpr, in_states, out_wants, consts=jaxpr.consts)
     return plan, planner
 

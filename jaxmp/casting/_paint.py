@@ -38,6 +38,7 @@ from jaxmp.casting._states import (
     low,
     traced_state,
 )
+from jaxmp.casting._unrolled_sums import unrolled_sums
 
 # Products and quotients with an island's result are gates and normalisations; sums
 # with it are residual streams.
@@ -63,6 +64,7 @@ class Painter:
         self.states.update((v, traced_state(v)) for v in jaxpr.constvars)
         self.constants = Constants(planner.settings.compute_dtype, jaxpr, consts)
         self.feeds = Feeds()
+        self.sums = unrolled_sums(jaxpr)
 
     def paint(self, out_wants: tuple[bool, ...]) -> JaxprPlan:
         eqns = []
@@ -306,6 +308,8 @@ class Painter:
             bad = self.constants.unfit(eqn.invars, choice.state.dtype)
             if bad is not None:
                 return _Choice(FULL, bad)
+            if id(eqn) in self.sums and choice.state.kind is Kind.LOW:
+                return _Choice(FULL, "part of a sum of many terms")
         return choice
 
     def by_neighbours(self, eqn, states) -> "_Choice":

@@ -72,7 +72,7 @@ class Planner:
             self._alive.append(jaxpr)
             self._sums[key] = _sums.is_sum(jaxpr, *key[1:])
             if self._sums[key]:
-                self._updates.update(_sums.updates(jaxpr, index, out))
+                self._updates |= _sums.updates(jaxpr, index, out)
         return self._sums[key]
 
     def wanted(
@@ -193,12 +193,27 @@ class Planner:
         decision = decided_by_scope(eqn)
         if decision is not None or not self.settings.rules:
             return decision
+        rule = self._matching(eqn, context, "compute")
+        if rule is None:
+            return None
+        return Decision(rule.compute, f"rule {_show(rule)}", rule)
+
+    def carry_dtype(self, loop: Any, context: Context) -> Any:
+        """The dtype that the user decided for what a loop carries, or None."""
+        rule = self._matching(loop, context, "carry")
+        return None if rule is None else rule.carry
+
+    def _matching(
+        self, eqn: Any, context: Context, decides: str
+    ) -> _rules.OpRule | None:
+        """The first rule that matches an equation and decides about something."""
         around = context.scopes + scopes(eqn)
-        name = eqn.primitive.name
         for rule in self.settings.rules:
-            if _rules.matches(rule, name, around, eqn):
+            if getattr(rule, decides) is None:
+                continue
+            if _rules.matches(rule, eqn.primitive.name, around, eqn):
                 self.used_rules.add(rule)
-                return Decision(rule.compute, f"rule {_show(rule)}", rule)
+                return rule
         return None
 
     def matmul_intent(self, eqn: Any) -> str | None:

@@ -26,6 +26,9 @@ class OpRule:
       function: regular expression, matched in full against the names of the Python
         functions that an operation was written in.
       compute: the dtype that the matched operations compute in and return.
+      carry: the dtype of what the matched loops (`scan`, `while`) carry for the matmuls
+        in them: `"float32"`, such as for the small steps of an integrator, or the
+        compute dtype of the policy, for sums too. It decides nothing else in the loop.
       allow_unused: if False, a rule that matches nothing is an error.
 
     Example:
@@ -41,17 +44,23 @@ class OpRule:
     path: str | None = None
     function: str | None = None
     compute: Any = None
+    carry: Any = None
     allow_unused: bool = False
 
     def __post_init__(self):
-        if self.compute is None:
-            raise AutocastRuleError(f"{self} sets no dtype. Give it compute='float32'.")
+        if (self.compute is None) == (self.carry is None):
+            raise AutocastRuleError(
+                f"{self} has to set one dtype. Give it compute='float32', or "
+                "carry='float32' for what loops carry."
+            )
         if (self.primitive, self.path, self.function) == (None, None, None):
             raise AutocastRuleError(
                 f"{self} has no condition. Give it primitive=, path= or function=."
             )
-        dtype = get_policy(self.compute).compute_dtype
-        object.__setattr__(self, "compute", np.dtype(dtype))
+        for name in ("compute", "carry"):
+            if getattr(self, name) is not None:
+                dtype = get_policy(getattr(self, name)).compute_dtype
+                object.__setattr__(self, name, np.dtype(dtype))
         if isinstance(self.primitive, (list, set)):
             object.__setattr__(self, "primitive", tuple(self.primitive))
 

@@ -22,7 +22,7 @@ from jaxmp.errors import (
     NoSuchRows,
     RuleAlreadyRegistered,
 )
-from jaxmp.testing import matmuls
+from jaxmp.testing import equations, matmuls
 from jaxmp.testing._functions import example_arguments
 
 W, X = example_arguments()
@@ -299,3 +299,58 @@ def test_only_what_was_closed_over_is_traced_too():
 def test_the_documented_lists_are_those_of_the_table():
     path = pathlib.Path(__file__).parents[2] / "docs" / "op_lists.md"
     assert table_as_markdown() in path.read_text()
+
+
+def small_steps(w, x):
+    def step(h, _):
+        return h + 0.01 * jnp.tanh(h @ w), None
+
+    return lax.scan(step, x, length=20)[0] @ w
+
+
+def running_sum(w, x):
+    def step(total, x):
+        return total + jnp.outer(x, x @ w), x @ total
+
+    return lax.scan(step, jnp.zeros_like(w), x)[1] @ w
+
+
+def forever(w, x):
+    def body(state):
+        i, h = state
+        return i + 1, h + jnp.tanh(h @ w)
+
+    return lax.while_loop(lambda state: state[0] < 3, body, (0, x))[1]
+
+
+@pytest.mark.parametrize(
+    ("fn", "carry", "primitive"),
+    [
+        (small_steps, F32, "scan"),
+        (running_sum, BF16, "scan"),
+        (forever, BF16, "while"),
+    ],
+)
+def test_a_rule_decides_what_loops_carry(fn, carry, primitive):
+    def carried(rules):
+        told = jaxmp.explain(fn, rules=rules)(W, X)
+        assert told.half_flops == 1.0
+        jaxpr = jax.make_jaxpr(jaxmp.autocast(fn, rules=rules))(W, X)
+        (loop,) = [e for _, e in equations(jaxpr) if e.primitive.name == primitive]
+        return str(loop.outvars[-1 if primitive == "while" else 0].aval.dtype)
+
+    assert carried([]) != carry
+    assert carried([OpRule(primitive=primitive, carry=carry)]) == carry
+    assert carried([OpRule(function=fn.__name__, carry=carry)]) == carry
+
+
+def test_rules_for_carries_that_decide_nothing_are_refused():
+    with pytest.raises(AutocastRuleError, match="has to set one dtype"):
+        OpRule(primitive="scan")
+    with pytest.raises(AutocastRuleError, match="has to set one dtype"):
+        OpRule(primitive="scan", compute=F32, carry=F32)
+    with pytest.raises(AutocastRuleError, match="Write carry='bfloat16'"):
+        jaxmp.autocast(network, rules=[OpRule(primitive="scan", carry="float16")])
+    unused = jaxmp.autocast(network, rules=[OpRule(primitive="scan", carry=F32)])
+    with pytest.raises(AutocastRuleError, match="matches no operation"):
+        unused(W, X)

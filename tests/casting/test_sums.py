@@ -179,27 +179,88 @@ def test_sums_are_as_accurate_as_the_matmuls_that_read_them(recurrence):
     assert distance < 0.02 * np.linalg.norm(expected_grad)
 
 
-def layers(x, w, count=12):
-    def block(x, w):
-        h = jax.nn.standardize(x)
-        return x + jax.nn.gelu(h @ w) @ w.T, None
-
-    return lax.scan(block, x @ w, jnp.broadcast_to(w, (count, *w.shape)))[0]
+def norm(x):
+    return jax.nn.standardize(x) * 1.1 + 0.1
 
 
-@pytest.mark.parametrize("differentiated", [False, True])
-def test_the_residual_stream_of_a_few_layers_is_in_half(differentiated):
+def rms(x):
+    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+def mlp(x, w):
+    return jax.nn.gelu(x @ w) @ w.T
+
+
+def attention(x, w):
+    return jax.nn.softmax((x @ w) @ (x @ w).T) @ x @ w
+
+
+def dropped(x):
+    keep = jax.random.bernoulli(jax.random.key(1), 0.9, x.shape)
+    return jnp.where(keep, x / 0.9, 0.0)
+
+
+def post_norm(x, w):
+    x = norm(x + attention(x, w))
+    return norm(x + mlp(x, w))
+
+
+def pre_norm(x, w):
+    x = x + attention(norm(x), w)
+    return x + mlp(norm(x), w)
+
+
+BLOCKS = {
+    "pre-norm": pre_norm,
+    "post-norm": post_norm,
+    "deep norm": lambda x, w: norm(2.2 * x + mlp(x, w)),
+    "rms norm": lambda x, w: x + mlp(rms(x), w) * (rms(x) @ w),
+    "parallel": lambda x, w: x + attention(norm(x), w) + mlp(norm(x), w),
+    "sandwich": lambda x, w: x + norm(mlp(norm(x), w)),
+    "dropout": lambda x, w: x + dropped(mlp(norm(x), w)),
+    "layer scale": lambda x, w: x + 1e-4 * mlp(norm(x), w),
+    "rezero": lambda x, w: x + w[0, 0] * mlp(x, w),
+    "activated": lambda x, w: jax.nn.relu(x + jax.nn.relu(x @ w) @ w),
+    "linear attention": lambda x, w: x + (x @ w) @ ((x @ w).T @ norm(x)) / STEPS,
+    "clipped": lambda x, w: jnp.clip(x + mlp(norm(x), w), -10, 10),
+}
+
+
+def layers(block, w, count=12):
+    ws = jnp.broadcast_to(w, (count, *w.shape))
+    return lax.scan(lambda x, w: (block(x, w), None), V @ w, ws)[0]
+
+
+def streams(name, transform):
     def loss(w):
-        return jnp.sum(layers(V, w) @ w)
+        return jnp.sum(layers(BLOCKS[name], w) @ w)
 
-    fn = jax.grad(loss) if differentiated else loss
-    streams = [
-        aval.dtype
-        for eqn in loops(jaxmp.autocast(fn), W)
-        for aval in carries(eqn)
-        if aval.shape == V.shape
-    ]
-    assert set(streams) == {BF16}
+    found = loops(jaxmp.autocast(transform(loss)), W)
+    return [a.dtype for eqn in found for a in carries(eqn) if a.shape == V.shape]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_residual_stream_of_a_few_layers_is_in_half(name):
+    assert streams(name, lambda loss: loss) == [BF16]
+
+
+@pytest.mark.parametrize("name", ["pre-norm", "sandwich", "layer scale"])
+def test_the_gradients_of_a_few_layers_are_in_half(name):
+    assert set(streams(name, jax.grad)) == {BF16}
+
+
+def test_a_normed_sum_of_small_steps_is_a_sum():
+    """A norm does not make layers of what it norms."""
+
+    def fn(w):
+        def step(h, x):
+            h = rms(h + 0.001 * x)
+            return h, h @ w
+
+        return lax.scan(step, jnp.ones(SIZE), V[:64])[1]
+
+    (eqn,) = loops(jaxmp.autocast(fn), W)
+    assert [aval.dtype for aval in carries(eqn)] == [F32]
 
 
 def test_a_hidden_state_that_is_replaced_is_in_half():

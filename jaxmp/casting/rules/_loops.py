@@ -14,10 +14,13 @@ of the loop.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxmp._jax_internals import jaxpr_consts, open_jaxpr, scan_arity
 from jaxmp.casting._plan import Context
 from jaxmp.casting._planner import Planner
 from jaxmp.casting._states import (
+    FLOAT32,
     KEPT,
     NEUTRAL,
     Kind,
@@ -51,6 +54,7 @@ def find_carries(
     others: Sequence[bool],
     length: int | None,
     context: Context,
+    decided: np.dtype | None,
 ) -> Carries:
     """Finds which carries of a loop are wanted low: the least fixed point of the body.
 
@@ -61,6 +65,7 @@ def find_carries(
       others: which of its outputs besides the carries are wanted low.
       length: how often it runs, if that is known.
       context: of the body.
+      decided: the dtype that a rule of the user's gives to carries, if there is one.
     """
     opened = open_jaxpr(body)
     count = len(opened.outvars) - len(others)
@@ -82,11 +87,17 @@ def find_carries(
 
     carry = fixed_point()
     wanted = planner.wanted(body, (*carry, *others), context)
+
+    def is_sum(i: int) -> bool:
+        if decided is not None:
+            return decided == FLOAT32
+        return planner.is_sum(body, num_consts + i, i, length, context)
+
     sums = tuple(
         traced_state(v) is NEUTRAL
         and not is_literal(out)
         and (v in wanted or out in wanted)
-        and planner.is_sum(body, num_consts + i, i, length, context)
+        and is_sum(i)
         for i, (v, out) in enumerate(zip(traced, opened.outvars, strict=False))
     )
     if any(sums):
@@ -150,7 +161,8 @@ class ScanRule(CallRule):
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         num_consts, num_carry = scan_arity(eqn.params)
         others = tuple(results[num_carry:])
-        return find_carries(planner, body, num_consts, others, length, context)
+        decided = planner.carry_dtype(eqn, context)
+        return find_carries(planner, body, num_consts, others, length, context, decided)
 
     def wants(self, eqn, results, planner, context):
         return self._carries(eqn, results, planner, context).inputs
@@ -219,7 +231,8 @@ class WhileRule(CallRule):
 
     def _carries(self, eqn, planner, context):
         body, num_consts = eqn.params["body_jaxpr"], eqn.params["body_nconsts"]
-        return find_carries(planner, body, num_consts, (), None, context)
+        decided = planner.carry_dtype(eqn, context)
+        return find_carries(planner, body, num_consts, (), None, context, decided)
 
     def wants(self, eqn, results, planner, context):
         inputs = self._carries(eqn, planner, context).inputs

@@ -1,0 +1,115 @@
+"""Finds the state that a function takes, updates and returns, such as an average.
+
+What a program keeps between two calls is a sum over all calls, though no loop shows it.
+If a matmul reads it on the way it would be rounded, and the increments of the next call
+be lost.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jaxmp._jax_internals import open_jaxpr
+from jaxmp.casting import _registry, _sums, _updates
+from jaxmp.casting._plan import Context
+from jaxmp.casting._states import KEPT, NEUTRAL, State, is_literal, traced_state
+
+_UPDATES = _updates.ADDS | _updates.SUMS_INTO | {"mul", "div", "neg", "select_n"}
+
+
+def returned_states(
+    planner: Any, jaxpr: Any, in_states: Sequence[State | None], wants: Sequence[bool]
+) -> list[State | None]:
+    """The states of a function's inputs: sums that it returns are kept in float32.
+
+    Args:
+      planner: of the function.
+      jaxpr: of the function.
+      in_states: the states that its inputs come in.
+      wants: which of its outputs are wanted low.
+    """
+    jaxpr = open_jaxpr(jaxpr)
+    found = list(in_states)
+    origins = [
+        Origins(1 << i if traced_state(v) is NEUTRAL and v.aval.shape else 0)
+        for i, v in enumerate(jaxpr.invars)
+    ]
+    for out, (_, rounded) in enumerate(_flow(planner, jaxpr, origins, wants)):
+        for index in _set_bits(rounded):
+            is_known = found[index] is not NEUTRAL
+            if is_known or not _is_like(jaxpr, index, out):
+                continue
+            if _sums.is_state(jaxpr, index, out):
+                found[index] = KEPT
+    return found
+
+
+class Origins(NamedTuple):
+    """Which inputs a value may be an update of, as bits.
+
+    A train step has a thousand inputs and outputs: one pass has to find the few pairs
+    that are worth a look.
+    """
+
+    inputs: int
+    rounded: int = 0
+    """Those from which it would have been rounded on the way."""
+
+
+_NOTHING = Origins(0)
+
+
+def _flow(
+    planner: Any, jaxpr: Any, entering: Sequence[Origins], wants: Sequence[bool]
+) -> list[Origins]:
+    jaxpr = open_jaxpr(jaxpr)
+    wanted = planner.wanted(jaxpr, tuple(wants), Context())
+    values = dict(zip(jaxpr.invars, entering, strict=True))
+
+    def of(atom: Any) -> Origins:
+        return _NOTHING if is_literal(atom) else values.get(atom, _NOTHING)
+
+    for eqn in jaxpr.eqns:
+        operands = [of(v) for v in eqn.invars]
+        if not any(known.inputs for known in operands):
+            continue
+        for v, made in zip(
+            eqn.outvars, _made(planner, eqn, operands, wanted), strict=True
+        ):
+            here = made.inputs if v in wanted else 0
+            values[v] = Origins(made.inputs, made.rounded | here)
+    return [of(v) for v in jaxpr.outvars]
+
+
+def _made(
+    planner: Any, eqn: Any, operands: Sequence[Origins], wanted: frozenset[Any]
+) -> Sequence[Origins]:
+    """The origins of an equation's results, its own rounding aside."""
+    name, call = eqn.primitive.name, _registry.call_rule(eqn.primitive.name)
+    if call is None:
+        moves = name in _registry.LAYOUT or name == "convert_element_type"
+        is_update = name in _UPDATES or moves
+        return [_union(operands) if is_update else _NOTHING] * len(eqn.outvars)
+    if not call.is_loop and name != "cond":
+        results = [v in wanted for v in eqn.outvars]
+        return _flow(planner, call.bodies(eqn)[-1], operands, results)
+    union = _union(operands)
+    return [union._replace(rounded=union.inputs)] * len(eqn.outvars)
+
+
+def _union(operands: Sequence[Origins]) -> Origins:
+    inputs = rounded = 0
+    for known in operands:
+        inputs, rounded = inputs | known.inputs, rounded | known.rounded
+    return Origins(inputs, rounded)
+
+
+def _set_bits(bits: int) -> Iterator[int]:
+    while bits:
+        index = bits.bit_length() - 1
+        yield index
+        bits ^= 1 << index
+
+
+def _is_like(jaxpr: Any, index: int, out: int) -> bool:
+    v, result = jaxpr.invars[index].aval, jaxpr.outvars[out].aval
+    return (v.shape, v.dtype) == (result.shape, result.dtype)
