@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.ode import odeint
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -201,3 +202,27 @@ def test_a_policy_of_checkpoint_is_kept():
     (found,) = (e for _, e in equations(jaxpr) if e.params.get("policy"))
     assert found.params["policy"] is jax.checkpoint_policies.dots_saveable
     assert found.params["prevent_cse"] is False
+
+
+def test_custom_derivatives_that_close_over_what_has_a_gradient_are_refused():
+    """As without autocast: a gradient of zero would be wrong."""
+
+    def fn(x):
+        scaled = jax.custom_vjp(lambda y: y @ (x.T @ x))
+        scaled.defvjp(lambda y: (jnp.tanh(y), None), lambda _, dy: (dy,))
+        return jnp.sum(scaled(x))
+
+    with pytest.raises(Exception, match="closed-over value"):
+        jax.jit(jax.grad(jaxmp.autocast(fn)))(X)
+
+
+def test_differential_equations_of_jax():
+    """Their custom derivative closes over constants that are made inside of it."""
+
+    def loss(w):
+        times = jnp.linspace(0.0, 1.0, 3)
+        return jnp.sum(odeint(lambda y, t, w: jnp.tanh(y @ w), X, times, w) ** 2)
+
+    expected = jax.jit(jax.grad(loss))(W)
+    actual = jax.jit(jax.grad(jaxmp.autocast(loss)))(W)
+    assert np.linalg.norm(actual - expected) < 0.02 * np.linalg.norm(expected)

@@ -8,6 +8,7 @@ it is JAX that checks what the rule returns, under the name that the user gave i
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,11 +42,11 @@ class _CustomRule(SingleBodyRule):
         call = _CustomCall(plan.call, planner, context)
         return call_plan(eqn, plan.call.in_states, plan.out_states, call)
 
-    def primal(self, plan: EqnPlan, executor: Any) -> Any:
-        """The primal as a function of the operands, named like the user's."""
+    def primal(self, plan: EqnPlan, executor: Any, closed: Sequence[Any]) -> Any:
+        """The primal as a function of what it does not close over, named like it."""
 
         def run(*args):
-            return executor.run(plan.call.primal, self.consts(plan), args)
+            return executor.run(plan.call.primal, self.consts(plan), (*closed, *args))
 
         info = getattr(plan.call.primal.jaxpr, "debug_info", None)
         run.__name__ = getattr(info, "func_name", None) or "run"
@@ -58,9 +59,10 @@ class CustomJVPRule(_CustomRule):
     primitives = ("custom_jvp_call",)
 
     def execute(self, plan, operands, executor):
-        run = jax.custom_jvp(self.primal(plan, executor))
-        run.defjvp(_PlannedJVP(plan, executor))
-        return run(*operands)
+        closed, args = _split_closed(plan.eqn, operands)
+        run = jax.custom_jvp(self.primal(plan, executor, closed))
+        run.defjvp(_PlannedJVP(plan, executor, closed))
+        return run(*args)
 
 
 class CustomVJPRule(_CustomRule):
@@ -74,11 +76,18 @@ class CustomVJPRule(_CustomRule):
         return super().wants(eqn, results, planner, context)
 
     def execute(self, plan, operands, executor):
-        primal = self.primal(plan, executor)
+        closed, args = _split_closed(plan.eqn, operands)
+        primal = self.primal(plan, executor, closed)
         run = jax.custom_vjp(primal)
-        rule = _PlannedVJP(plan, executor, primal.__name__)
+        rule = _PlannedVJP(plan, executor, closed, primal.__name__)
         run.defvjp(rule.forward, rule.backward)
-        return run(*operands)
+        return run(*args)
+
+
+def _split_closed(eqn: Any, values: Sequence[Any]) -> tuple[Any, Any]:
+    """The first operands are what the function closes over: they have no gradient."""
+    count = eqn.params["num_consts"]
+    return values[:count], values[count:]
 
 
 class _Original:
@@ -87,7 +96,10 @@ class _Original:
     def __init__(self, eqn: Any):
         self.eqn = eqn
         self.avals = [v.aval for v in eqn.invars]
-        self.diff = [i for i, a in enumerate(self.avals) if _is_inexact(a)]
+        self.closed = eqn.params["num_consts"]
+        self.diff = [
+            i for i, a in enumerate(self.avals) if _is_inexact(a) and i >= self.closed
+        ]
         self.diff_outs = [i for i, v in enumerate(eqn.outvars) if _is_inexact(v.aval)]
 
     def at(self, args):
@@ -114,9 +126,10 @@ class _Original:
 class _PlannedJVP:
     """A derivative rule for `defjvp`, planned when it is first differentiated."""
 
-    def __init__(self, plan: EqnPlan, executor: Any):
+    def __init__(self, plan: EqnPlan, executor: Any, closed: Sequence[Any]):
         self.plan = plan
         self.executor = executor
+        self.closed = closed
         self.original = _Original(plan.eqn)
         self.__name__ = "jvp"
 
@@ -125,8 +138,9 @@ class _PlannedJVP:
         if "jvp" not in cache:
             cache["jvp"] = self.make()
         jaxpr, rule = cache["jvp"]
-        tangents = [tangents[i] for i in self.original.diff]
-        outs = self.executor.run(rule, jaxpr.consts, (*primals, *tangents))
+        tangents = [tangents[i - len(self.closed)] for i in self.original.diff]
+        args = (*self.closed, *primals, *tangents)
+        outs = self.executor.run(rule, jaxpr.consts, args)
         states = self.plan.out_states
         count = len(states)
         primal_outs = _cast_all(outs[:count], states)
@@ -163,9 +177,10 @@ class _PlannedJVP:
 class _PlannedVJP:
     """Forward and backward rules for `defvjp`, planned when first differentiated."""
 
-    def __init__(self, plan: EqnPlan, executor: Any, name: str):
+    def __init__(self, plan: EqnPlan, executor: Any, closed: Sequence[Any], name: str):
         self.plan = plan
         self.executor = executor
+        self.closed = closed
         self.name = name
         self.original = _Original(plan.eqn)
 
@@ -174,7 +189,7 @@ class _PlannedVJP:
         if "forward" not in cache:
             cache["forward"] = self.make_forward()
         jaxpr, rule, _ = cache["forward"]
-        outs = self.executor.run(rule, jaxpr.consts, args)
+        outs = self.executor.run(rule, jaxpr.consts, (*self.closed, *args))
         count = len(self.plan.out_states)
         return _cast_all(outs[:count], self.plan.out_states), outs[count:]
 
@@ -207,7 +222,7 @@ class _PlannedVJP:
         in_states = self.plan.call.primal.in_states
         states = [in_states[i] for i in self.original.diff]
         found = dict(zip(self.original.diff, _cast_all(found, states), strict=True))
-        return tuple(found.get(i) for i in range(len(in_states)))
+        return tuple(found.get(i) for i in range(len(self.closed), len(in_states)))
 
     def make_backward(self) -> tuple[Any, JaxprPlan]:
         forward_jaxpr, forward, tree = self.plan.call.primal.cache["forward"]
