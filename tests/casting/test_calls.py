@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmp
+from jaxmp.errors import AutocastError
 from jaxmp.testing import equations, matmuls
 from jaxmp.testing._functions import example_arguments
 
@@ -205,14 +206,14 @@ def test_a_policy_of_checkpoint_is_kept():
 
 
 def test_custom_derivatives_that_close_over_what_has_a_gradient_are_refused():
-    """As without autocast: a gradient of zero would be wrong."""
+    """As under jit: a gradient of zero would be wrong."""
 
     def fn(x):
         scaled = jax.custom_vjp(lambda y: y @ (x.T @ x))
         scaled.defvjp(lambda y: (jnp.tanh(y), None), lambda _, dy: (dy,))
         return jnp.sum(scaled(x))
 
-    with pytest.raises(Exception, match="closed-over value"):
+    with pytest.raises(AutocastError, match="closes over a value that has a gradient"):
         jax.jit(jax.grad(jaxmp.autocast(fn)))(X)
 
 

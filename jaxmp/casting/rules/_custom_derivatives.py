@@ -21,6 +21,7 @@ from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan
 from jaxmp.casting._planner import Planner
 from jaxmp.casting._states import NEUTRAL, State
 from jaxmp.casting.rules._call import SingleBodyRule, call_plan
+from jaxmp.errors import AutocastError
 
 
 @dataclasses.dataclass
@@ -77,6 +78,7 @@ class CustomVJPRule(_CustomRule):
 
     def execute(self, plan, operands, executor):
         closed, args = _split_closed(plan.eqn, operands)
+        closed = tuple(map(_without_gradient, closed))
         primal = self.primal(plan, executor, closed)
         run = jax.custom_vjp(primal)
         rule = _PlannedVJP(plan, executor, closed, primal.__name__)
@@ -85,9 +87,26 @@ class CustomVJPRule(_CustomRule):
 
 
 def _split_closed(eqn: Any, values: Sequence[Any]) -> tuple[Any, Any]:
-    """The first operands are what the function closes over: they have no gradient."""
+    """The first operands are what the function closes over: its rule skips them."""
     count = eqn.params["num_consts"]
     return values[:count], values[count:]
+
+
+@jax.custom_vjp
+def _without_gradient(x: jax.Array) -> jax.Array:
+    """A value that cannot be differentiated, where the gradient would be wrong."""
+    return x
+
+
+def _refuse(*_: Any) -> Any:
+    raise AutocastError(
+        "A custom_vjp function closes over a value that has a gradient, and its rule "
+        "gives none for it, so the gradient would be wrong. Pass the value to the "
+        "function as an argument."
+    )
+
+
+_without_gradient.defvjp(_refuse, _refuse)
 
 
 class _Original:
