@@ -8,6 +8,8 @@ which divides by a statistic of what it norms, updates too, and forgets the scal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxmp._jax_internals import open_jaxpr, scan_arity
 from jaxmp.casting import _registry
 from jaxmp.casting._states import is_literal
@@ -149,6 +151,8 @@ def _result(eqn: Any, operands: list[Use | None]) -> Use:
         if kept and not into_other:
             return _sum(eqn, operands, kept)
     is_factor = name == "mul" or (name == "div" and operands[0] in kept)
+    if is_factor and any(is_literal(v) and np.all(v.val == 1) for v in eqn.invars):
+        return known[0]
     if is_factor and len(kept) == 1:
         return _product(kept[0], [use for use in known if not use.is_update])
     if name == "select_n":

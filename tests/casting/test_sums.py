@@ -222,6 +222,7 @@ BLOCKS = {
     "rezero": lambda x, w: x + w[0, 0] * mlp(x, w),
     "activated": lambda x, w: jax.nn.relu(x + jax.nn.relu(x @ w) @ w),
     "linear attention": lambda x, w: x + (x @ w) @ ((x @ w).T @ norm(x)) / STEPS,
+    "gain of 1": lambda x, w: 1.0 * x + mlp(norm(x), w),
     "clipped": lambda x, w: jnp.clip(x + mlp(norm(x), w), -10, 10),
 }
 
