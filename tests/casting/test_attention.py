@@ -1,0 +1,737 @@
+"""Fused attention: kernels that float32 code calls are traced on half operands."""
+
+import functools
+import importlib
+import sys
+import threading
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import flash_attention as flash
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+import jaxmp
+from jaxmp._jax_internals import open_jaxpr
+from jaxmp.casting import OpRule, _functions
+from jaxmp.errors import AutocastRuleError, RuleAlreadyRegistered
+
+BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
+POLICIES = ("mixed_bfloat16", "mixed_float16")
+CUDNN, CUDNN_BACKWARD = (
+    "dot_product_attention_fwd_wrapper",
+    "dot_product_attention_bwd_wrapper",
+)
+KERNELS = (CUDNN, CUDNN_BACKWARD, "pallas_call")
+
+BATCH, LENGTH, HEADS, DEPTH = 2, 128, 2, 64
+WIDTH = HEADS * DEPTH
+X = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, WIDTH))
+W = jax.random.normal(jax.random.key(1), (WIDTH, WIDTH)) / 8
+# Masks that are added; the bias of cuDNN is float32 in most programs.
+BIAS = jnp.where(jnp.tril(jnp.ones((LENGTH, LENGTH), bool)), 0.0, np.finfo("f4").min)
+BIAS = BIAS[None, None]
+
+
+@pytest.fixture(autouse=True)
+def cudnn(monkeypatch):
+    """JAX asks for the version of cuDNN while it traces, and there is none here."""
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(_functions, "_registered", {})
+
+
+def heads(x):
+    return x.reshape(BATCH, LENGTH, HEADS, DEPTH)
+
+
+cudnn_attention = functools.partial(
+    jax.nn.dot_product_attention, implementation="cudnn"
+)
+
+
+def cudnn_layer(w, x, **kwargs):
+    q, k, v = (heads(x @ (scale * w)) for scale in (1, 2, 3))
+    return cudnn_attention(q, k, v, **kwargs).reshape(x.shape) @ w
+
+
+def flash_layer(w, x):
+    q, k, v = (jnp.swapaxes(heads(x @ (s * w)), 1, 2) for s in (1, 2, 3))
+    o = flash.flash_attention(q, k, v, causal=True, sm_scale=DEPTH**-0.5)
+    return jnp.swapaxes(o, 1, 2).reshape(x.shape) @ w
+
+
+def splash_kernel(interpret=False):
+    masks = splash.MultiHeadMask([splash.CausalMask((LENGTH, LENGTH))] * HEADS)
+    return splash.make_splash_mha_single_device(masks, interpret=interpret)
+
+
+def splash_layer(w, x, kernel=None):
+    kernel = splash_kernel() if kernel is None else kernel
+    q, k, v = (jnp.swapaxes(heads(x @ (s * w)), 1, 2) for s in (1, 2, 3))
+    o = jax.vmap(kernel)(q * DEPTH**-0.5, k, v)
+    return jnp.swapaxes(o, 1, 2).reshape(x.shape) @ w
+
+
+def reference_layer(w, x):
+    """What the causal layers above compute, written out."""
+    q, k, v = (heads(x @ (s * w)) for s in (1, 2, 3))
+    o = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    return o.reshape(x.shape) @ w
+
+
+LAYERS = {
+    "cudnn": cudnn_layer,
+    "cudnn with a bias": functools.partial(cudnn_layer, bias=BIAS),
+    "flash": flash_layer,
+    "splash": splash_layer,
+}
+layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+
+
+def equations(jaxpr, names=KERNELS):
+    """The equations of a jaxpr and of all inside, by the names of their primitives."""
+    for eqn in open_jaxpr(jaxpr).eqns:
+        if eqn.primitive.name in names:
+            yield eqn
+            continue
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(open_jaxpr(inner), "eqns"):
+                    yield from equations(inner, names)
+
+
+def operands(eqn):
+    """The dtypes of what has the shape of a query: operands, gradients, the result."""
+    values = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    return {a.dtype for a in values if a.ndim == 4 and a.shape[-1] == DEPTH}
+
+
+def kernels(fn, *args):
+    """For each kernel that a function calls: its name, and the dtypes of operands."""
+    found = equations(jax.make_jaxpr(fn)(*args))
+    return [(eqn.primitive.name, operands(eqn)) for eqn in found]
+
+
+def total(fn):
+    return lambda *args: fn(*args).sum()
+
+
+# What the kernels get
+
+
+@layers
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_kernel_gets_half_operands_forward_and_backward(layer, policy):
+    half = jaxmp.get_policy(policy).compute_dtype
+    cast = jaxmp.autocast(layer, policy)
+    assert jax.eval_shape(cast, W, X).dtype == F32
+    assert [dtypes for _, dtypes in kernels(cast, W, X)] == [{half}]
+    for fn in (jax.grad(total(cast)), jaxmp.autocast(jax.grad(total(layer)), policy)):
+        assert jax.eval_shape(fn, W, X).dtype == F32
+        found = kernels(fn, W, X)
+        assert len(found) >= 2
+        assert all(dtypes == {half} for _, dtypes in found)
+
+
+@layers
+def test_the_neighbours_of_a_kernel_stay_in_half(layer):
+    for fn in (layer, jax.grad(total(layer))):
+        told = jaxmp.explain(fn)(W, X)
+        assert told.half_flops == 1
+        assert told.reasons == ()
+        assert any("traced on half operands" in row.reason for row in told.rows)
+        written = [row.source for row in told.rows if "traced on half" in row.reason]
+        files = ("test_attention.py", "splash_attention_kernel.py")
+        assert all(source.startswith(files) for source in written)
+
+
+@layers
+def test_what_is_kept_for_the_backward_pass_is_half(layer):
+    kept = jaxmp.explain(layer)(W, X).residual_bytes
+    # The logarithm of each row's sum is float32, and so are the weights.
+    rows = 128 * BATCH * HEADS * LENGTH * 4
+    assert kept["float32"] <= W.nbytes + 2 * rows + BIAS.nbytes
+    assert kept["bfloat16"] <= 5 * X.nbytes + BIAS.nbytes // 2
+
+
+def test_without_autocast_a_kernel_gets_what_it_is_called_with():
+    assert kernels(flash_layer, W, X) == [("pallas_call", {F32})]
+    assert kernels(jaxmp.autocast(flash_layer, "float32"), W, X) == [
+        ("pallas_call", {F32})
+    ]
+
+
+def test_half_operands_are_left_alone():
+    def written_in_float16(w, x):
+        return flash_layer(w.astype(F16), x.astype(F16))
+
+    cast = jaxmp.autocast(written_in_float16)
+    assert kernels(cast, W, X) == [("pallas_call", {F16})]
+    told = jaxmp.explain(written_in_float16)(W, X)
+    assert not any("traced on half operands" in row.reason for row in told.rows)
+
+
+def test_masks_and_lengths_stay_as_they_are():
+    lengths = jnp.full(BATCH, LENGTH, jnp.int32)
+    mask = jnp.ones((1, 1, LENGTH, LENGTH), bool)
+
+    def padded(w, x):
+        return cudnn_layer(
+            w, x, mask=mask, query_seq_lengths=lengths, key_value_seq_lengths=lengths
+        )
+
+    (eqn,) = equations(jax.make_jaxpr(jaxmp.autocast(padded))(W, X))
+    assert operands(eqn) == {BF16}
+    assert [v.aval.dtype for v in eqn.invars if v.aval.shape == (BATCH,)] == [
+        jnp.int32
+    ] * 2
+
+
+def test_a_mask_that_is_added_stays_finite_in_half():
+    biases = []
+
+    def attend(q, bias):
+        jax.debug.callback(lambda b: biases.append(np.asarray(b)), bias)
+        return q
+
+    narrowed = _on_half(attend, ("q", "bias"))
+    for policy in POLICIES:
+        jaxmp.autocast(narrowed, policy)(X[0], BIAS[0, 0])
+        jax.effects_barrier()
+        assert biases[-1].dtype == jaxmp.get_policy(policy).compute_dtype
+        assert np.isfinite(biases[-1].astype("f4")).all()
+
+
+def _on_half(fn, operands):
+    from jaxmp.casting._half_operands import on_half
+
+    return on_half(fn, operands)
+
+
+def test_the_residual_that_is_asked_for_is_shown_in_float32():
+    def with_residual(w, x):
+        out, residual = cudnn_attention(*[heads(x @ w)] * 3, return_residual=True)
+        return out, residual
+
+    out = jax.eval_shape(jaxmp.autocast(with_residual), W, X)
+    assert [x.dtype for x in out] == [F32, F32]
+
+
+# Transformations
+
+
+def scanned(w, x):
+    return jax.lax.scan(lambda x, w: (x + cudnn_layer(w, x), None), x, w[None])[0]
+
+
+def mapped(w, x):
+    fn = jax.vmap(lambda x: cudnn_attention(x, x, x))
+    return fn(heads(x @ w)[None])[0].reshape(x.shape) @ w
+
+
+@jax.custom_vjp
+def with_a_rule(w, x):
+    return cudnn_layer(w, x)
+
+
+def _forward(w, x):
+    return jax.vjp(cudnn_layer, w, x)
+
+
+with_a_rule.defvjp(_forward, lambda vjp, g: vjp(g))
+
+
+def switched(w, x):
+    return jax.lax.cond(x.sum() > 0, cudnn_layer, lambda w, x: x @ w, w, x)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        jax.jit(cudnn_layer),
+        jax.checkpoint(cudnn_layer),
+        jax.checkpoint(jax.jit(cudnn_layer)),
+        scanned,
+        mapped,
+        with_a_rule,
+        switched,
+    ],
+    ids=["jit", "checkpoint", "both", "scan", "vmap", "custom_vjp", "cond"],
+)
+def test_under_transformations_of_jax(fn):
+    cast = jaxmp.autocast(fn)
+    for traced in (cast, jax.grad(total(cast)), jaxmp.autocast(jax.grad(total(fn)))):
+        found = kernels(jax.jit(traced), W, X)
+        assert found
+        assert all(dtypes == {BF16} for _, dtypes in found)
+        assert jax.eval_shape(traced, W, X).dtype == F32
+    assert jaxmp.explain(jax.grad(total(fn)))(W, X).half_flops == 1
+
+
+def test_what_jit_traced_under_autocast_is_not_used_without_it():
+    @jax.jit
+    def layer(w, x):
+        return flash_layer(w, x)
+
+    cast = jaxmp.autocast(layer)
+    for _ in range(2):
+        assert kernels(cast, W, X) == [("pallas_call", {BF16})]
+        assert kernels(layer, W, X) == [("pallas_call", {F32})]
+    assert kernels(jaxmp.autocast(layer, "mixed_float16"), W, X) == [
+        ("pallas_call", {F16})
+    ]
+
+
+def test_numbers_are_those_of_float32_up_to_rounding():
+    fn, reference = total(flash_layer), total(reference_layer)
+    grad = functools.partial(jax.value_and_grad, argnums=(0, 1))
+    expected = grad(reference)(W, X)
+    with pltpu.force_tpu_interpret_mode():
+        found = {"flash": jax.jit(grad(jaxmp.autocast(fn)))(W, X)}
+    splash_fn = functools.partial(splash_layer, kernel=splash_kernel(interpret=True))
+    found["splash"] = jax.jit(grad(jaxmp.autocast(total(splash_fn))))(W, X)
+    for name, tree in found.items():
+        for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+            assert x.dtype == F32
+            error = jnp.linalg.norm(x - y) / jnp.linalg.norm(y)
+            assert error < 0.02, name
+
+
+# Layers of Flax
+
+
+def linen_model(attention_fn):
+    return nn.MultiHeadDotProductAttention(
+        HEADS, qkv_features=WIDTH, attention_fn=attention_fn
+    )
+
+
+def linen_attention(query, key, value, **kwargs):
+    """Flax passes more than JAX's function takes."""
+    return cudnn_attention(query, key, value)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (heads(nn.Dense(WIDTH)(x)) for _ in range(3))
+        x = x + cudnn_attention(q, k, v).reshape(x.shape)
+        return x + nn.Dense(WIDTH)(nn.LayerNorm()(x))
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.qkv = nnx.Linear(WIDTH, 3 * WIDTH, rngs=rngs)
+        self.out = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        q, k, v = map(heads, jnp.split(self.qkv(x), 3, -1))
+        return self.out(x + cudnn_attention(q, k, v).reshape(x.shape))
+
+
+def nnx_attention():
+    return nnx.MultiHeadAttention(
+        HEADS, WIDTH, decode=False, attention_fn=linen_attention, rngs=nnx.Rngs(0)
+    )
+
+
+@pytest.mark.parametrize(
+    "model", [linen_model(linen_attention), Block(), nn.remat(Block)()]
+)
+def test_models_of_linen(model):
+    initial = (
+        model.copy(attention_fn=nn.dot_product_attention)
+        if hasattr(model, "attention_fn")
+        else model
+    )
+    with jax.numpy_rank_promotion("allow"):
+        shapes = jax.eval_shape(jaxmp.autocast(initial.init), jax.random.key(0), X)
+        params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
+        cast = jaxmp.autocast(model.apply)
+        applied = jaxmp.apply_policy(model, "mixed_bfloat16").apply
+        for fn in (cast, applied):
+            assert all(d == {BF16} for _, d in kernels(fn, params, X))
+            grad = jax.grad(lambda p, x, fn=fn: fn(p, x).astype(F32).sum())
+            found = kernels(grad, params, X)
+            assert {name for name, _ in found} == {CUDNN, CUDNN_BACKWARD}
+            assert all(d == {BF16} for _, d in found)
+        assert jaxmp.explain(model.apply)(params, X).half_flops == 1
+
+
+@pytest.mark.parametrize("make", [nnx_attention, lambda: NNXBlock(nnx.Rngs(0))])
+def test_models_of_nnx(make):
+    with jax.numpy_rank_promotion("allow"):
+        model = make()
+        fn = jaxmp.autocast(lambda model, x: model(x))
+        assert [d for _, d in kernels(fn, model, X)] == [{BF16}]
+        applied = jaxmp.apply_policy(model, "mixed_bfloat16")
+        assert [d for _, d in kernels(lambda x: applied(x), X)] == [{BF16}]
+        graphdef, state = nnx.split(applied)
+
+        def loss(state, x):
+            return nnx.merge(graphdef, state)(x).astype(F32).sum()
+
+        found = kernels(jax.grad(loss), state, X)
+        assert {name for name, _ in found} == {CUDNN, CUDNN_BACKWARD}
+        assert all(d == {BF16} for _, d in found)
+
+
+def test_a_layer_that_a_policy_keeps_in_float32_is_not_narrowed():
+    with jax.numpy_rank_promotion("allow"):
+        rules = [jaxmp.PolicyRule(path="attend", compute="float32")]
+        applied = jaxmp.apply_policy(Outer(), "mixed_bfloat16", rules=rules)
+        params = jax.eval_shape(applied.init, jax.random.key(0), X)
+        params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), params)
+        assert [d for _, d in kernels(applied.apply, params, X)] == [{F32}]
+        half = jaxmp.apply_policy(Outer(), "mixed_bfloat16")
+        assert [d for _, d in kernels(half.apply, params, X)] == [{BF16}]
+
+
+class Attend(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.ones, (WIDTH, WIDTH))
+        return flash_layer(w, x)
+
+
+class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(WIDTH)(Attend(name="attend")(nn.Dense(WIDTH)(x)))
+
+
+# What keeps a call in float32
+
+
+def test_full_precision_and_an_inner_autocast_keep_a_call_in_float32():
+    kept = [
+        jaxmp.full_precision(flash_layer),
+        jaxmp.full_precision(jax.jit(flash_layer)),
+        jaxmp.full_precision(jax.checkpoint(flash_layer)),
+        jaxmp.autocast(jax.jit(flash_layer), "float32"),
+    ]
+    for layer in kept:
+        cast = jaxmp.autocast(lambda w, x, layer=layer: layer(w, x) @ w)
+        assert kernels(cast, W, X) == [("pallas_call", {F32})]
+        assert all(d == {F32} for _, d in kernels(jax.grad(total(cast)), W, X))
+    inner = jaxmp.autocast(jaxmp.autocast(flash_layer, "mixed_float16"))
+    assert kernels(inner, W, X) == [("pallas_call", {F16})]
+
+
+def named(w, x):
+    with jax.named_scope("first"):
+        x = flash_layer(w, x)
+    with jax.named_scope("second"):
+        return attending(w, x)
+
+
+def attending(w, x):
+    return flash_layer(w, x)
+
+
+def test_rules_by_path_and_function_decide():
+    def operands_under(*rules):
+        return [d for _, d in kernels(jaxmp.autocast(named, rules=rules), W, X)]
+
+    assert operands_under() == [{BF16}, {BF16}]
+    assert operands_under(OpRule(path="first", compute=F32)) == [{F32}, {BF16}]
+    assert operands_under(OpRule(path="second", compute=F16)) == [{BF16}, {F16}]
+    assert operands_under(OpRule(function="attending", compute=F32)) == [{BF16}, {F32}]
+    both = OpRule(path="second", compute=BF16), OpRule(path=".*", compute=F32)
+    assert operands_under(*both) == [{F32}, {BF16}]
+    matmuls = OpRule(primitive="dot_general", compute=F32)
+    assert operands_under(matmuls) == [{BF16}, {BF16}]
+
+
+def test_rules_without_a_half_policy_narrow_where_they_match():
+    rules = [OpRule(path="second", compute=BF16)]
+    cast = jaxmp.autocast(named, "float32", rules=rules)
+    assert [d for _, d in kernels(cast, W, X)] == [{F32}, {BF16}]
+
+
+def test_a_rule_that_a_loop_hides_is_an_error_that_says_what_to_write():
+    def looped(w, x):
+        with jax.named_scope("first"):
+            body = jax.checkpoint(flash_layer)
+            return body(w, x)
+
+    rules = [OpRule(path="first", compute=F32)]
+    with pytest.raises(AutocastRuleError, match="full_precision") as caught:
+        jaxmp.autocast(looped, rules=rules)(W, X)
+    assert "test_attention.py" in str(caught.value)
+    assert "path='first'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        jaxmp.full_precision(cudnn_layer),
+        jaxmp.autocast(jaxmp.full_precision(cudnn_layer)),
+        jaxmp.autocast(cudnn_layer, "float32"),
+        jaxmp.autocast(cudnn_layer, rules=[OpRule(function=".*layer", compute=F32)]),
+    ],
+)
+def test_cudnn_in_float32_is_an_error_that_says_what_to_write(fn):
+    with pytest.raises(NotImplementedError, match="Q must be fp16") as caught:
+        fn(W, X)
+    (note,) = [text for text in caught.value.__notes__ if text.startswith("jaxmp: ")]
+    for repair in ("mixed_bfloat16", "full_precision", "implementation='xla'"):
+        assert repair in note
+
+
+# Functions of the user's
+
+
+def attend(q, k, v, *, scale=1.0, seen=None):
+    seen.append(q.dtype)
+    return jnp.matmul(q * scale, k.T).astype(q.dtype) @ v
+
+
+@jax.jit
+def jitted_attend(q, k, v):
+    return attend(q, k, v, seen=SEEN)
+
+
+class Kernel:
+    def __call__(self, q, k, v):
+        return attend(q, k, v, seen=SEEN)
+
+    @staticmethod
+    def attend(q, k, v):
+        return attend(q, k, v, seen=SEEN)
+
+
+class Inherited(Kernel):
+    pass
+
+
+SEEN = []
+HERE = sys.modules[__name__]
+
+
+def dtypes_seen(fn, *args):
+    SEEN.clear()
+    fn(*args)
+    return list(SEEN)
+
+
+def calls_attend(x):
+    return attend(x, x, x, seen=SEEN)
+
+
+CALLS = {
+    "a function": (attend, calls_attend),
+    "a jitted function": (jitted_attend, lambda x: jitted_attend(x, x, x)),
+    "a method": (Kernel.__call__, lambda x: Kernel()(x, x, x)),
+    "a method by its name": (
+        f"{__name__}.Kernel.__call__",
+        lambda x: Kernel()(x, x, x),
+    ),
+    "an inherited method": (Inherited.__call__, lambda x: Inherited()(x, x, x)),
+    "a static method": (Kernel.attend, lambda x: Kernel.attend(x, x, x)),
+    "a name": (f"{__name__}.attend", calls_attend),
+}
+
+
+@pytest.mark.parametrize(("function", "call"), CALLS.values(), ids=CALLS)
+def test_functions_that_a_user_registers(function, call):
+    x = X[0, :4, :4]
+    cast = jaxmp.autocast(call)
+    before = vars(HERE).copy(), vars(Kernel).copy()
+    jax.clear_caches()
+    assert dtypes_seen(cast, x) == [F32]
+    jaxmp.register_rule(function, "half_operands")
+    assert dtypes_seen(cast, x) == [BF16]
+    assert cast(x).dtype == F32
+    assert dtypes_seen(call, x + 1) == [F32]
+    assert all(vars(HERE)[name] is value for name, value in before[0].items())
+    assert all(vars(Kernel)[name] is value for name, value in before[1].items())
+
+
+def test_registering_twice_is_an_error():
+    for function in (attend, Kernel.__call__, "library.attend", lambda q: q):
+        jaxmp.register_rule(function, "half_operands")
+        with pytest.raises(RuleAlreadyRegistered, match="half operands already"):
+            jaxmp.register_rule(function, "half_operands")
+    with pytest.raises(RuleAlreadyRegistered):
+        jaxmp.register_rule(f"{__name__}.attend", "half_operands")
+    kernel = importlib.import_module(f"{splash.__name__}.splash_attention_kernel")
+    for known in (flash.flash_attention, kernel.SplashAttentionKernel.__call__):
+        with pytest.raises(RuleAlreadyRegistered):
+            jaxmp.register_rule(known, "half_operands")
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        (3, {}, "3 is no function"),
+        ("attend", {}, "no dotted name"),
+        (Kernel().__call__, {}, r"register_rule\(Kernel.__call__, 'half_operands'\)"),
+        (attend, {"params_at": dict}, "for primitives"),
+        (attend, {"reason": "mine"}, "for primitives"),
+    ],
+)
+def test_what_cannot_be_registered(function, options, message):
+    with pytest.raises(AutocastRuleError, match=message):
+        jaxmp.register_rule(function, "half_operands", **options)
+
+
+def write_modules(tmp_path, monkeypatch):
+    (tmp_path / "a_library.py").write_text(
+        "def fused(q, seen):\n    seen.append(q.dtype)\n    return q\n"
+    )
+    (tmp_path / "a_model.py").write_text(
+        "from a_library import fused as kernel\nimport functools\n"
+        "held = functools.partial(kernel)\n"
+        "def model(x, seen):\n    return kernel(x, seen)\n"
+        "def late(x, seen):\n    from a_library import fused\n"
+        "    return fused(x, seen)\n"
+        "def through_a_partial(x, seen):\n    return held(x, seen)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("a_library", "a_model"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("a_model")
+
+
+def seen_by(fn, x=X):
+    seen = []
+    jaxmp.autocast(lambda x: fn(x, seen))(x)
+    return seen
+
+
+def test_a_name_that_another_module_imported(tmp_path, monkeypatch):
+    jaxmp.register_rule("a_library.fused", "half_operands")
+    assert seen_by(lambda x, seen: x) == []
+    model = write_modules(tmp_path, monkeypatch)
+    kernel = model.kernel
+    assert seen_by(model.model) == [BF16]
+    assert seen_by(model.late) == [BF16]
+    assert model.kernel is kernel is sys.modules["a_library"].fused
+    # What a partial holds is no name.
+    assert seen_by(model.through_a_partial) == [F32]
+    model.held = jaxmp.half_operands(model.held)
+    assert seen_by(model.through_a_partial) == [BF16]
+
+
+def test_a_module_that_is_imported_meanwhile(tmp_path, monkeypatch):
+    jaxmp.register_rule("a_library.fused", "half_operands")
+    model = write_modules(tmp_path, monkeypatch)
+    monkeypatch.delitem(sys.modules, "a_model")
+
+    def imports(x, seen):
+        return importlib.import_module("a_model").model(x, seen)
+
+    for _ in range(2):
+        assert seen_by(imports) == [BF16]
+        seen = []
+        sys.modules["a_model"].model(X, seen)
+        assert seen == [F32]
+    assert model.kernel is sys.modules["a_library"].fused
+
+
+def test_names_lead_back_after_an_error():
+    original = flash.flash_attention
+
+    def fails(x):
+        assert flash.flash_attention is not original
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        jaxmp.autocast(fails)(X)
+    assert flash.flash_attention is original
+
+
+def test_names_that_were_given_a_value_meanwhile_keep_it(monkeypatch):
+    jaxmp.register_rule(attend, "half_operands")
+    monkeypatch.setattr(HERE, "attend", attend)
+
+    def replaces(x):
+        HERE.attend = len
+        return x
+
+    jaxmp.autocast(replaces)(X)
+    assert attend is len
+
+
+def test_other_threads_call_the_function_as_it_is():
+    jaxmp.register_rule(attend, "half_operands")
+    original, x = attend, X[0, :4, :4]
+    inside, done, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        inside.wait(60)
+        assert attend is not original
+        attend(x, x, x, seen=seen)
+        jax.jit(lambda x: attend(x, x, x, seen=seen))(x)
+        # A trace that ends while another goes on leaves the names to it.
+        jaxmp.autocast(calls_attend)(x)
+        done.set()
+
+    def slow(x):
+        y = calls_attend(x)
+        inside.set()
+        assert done.wait(60)
+        return y + calls_attend(x)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert dtypes_seen(jaxmp.autocast(slow), x) == [BF16] * 3
+    thread.join()
+    assert seen == [F32, F32]
+    assert attend is original
+
+
+def test_the_explicit_wrapper():
+    fused = jaxmp.half_operands(attend)
+    x = X[0, :4, :4]
+    taken = []
+
+    def call(x):
+        tree = {"k": [x, (x, 3)], "i": jnp.arange(3), "s": jnp.float32(0.1)}
+        pair = jaxmp.half_operands(lambda t: (taken.append(t), t["k"][0])[1])
+        return pair(tree) + fused(x, k=x, v=np.ones((4, 4)), seen=SEEN)
+
+    assert dtypes_seen(jaxmp.autocast(call, "mixed_float16"), x) == [F16]
+    dtypes = [getattr(x, "dtype", type(x)) for x in jax.tree.leaves(taken[0])]
+    assert dtypes == [jnp.int32, F16, F16, int, F32]
+    assert dtypes_seen(call, x) == [F32]
+    assert fused.__name__ == "attend"
+    assert dtypes_seen(jaxmp.autocast(jaxmp.full_precision(call)), x) == [F32]
+
+
+# What is known from the start
+
+
+@pytest.mark.parametrize("function", _functions._KNOWN, ids=lambda f: f.name)
+def test_known_functions_are_where_they_are_said_to_be(function):
+    module = function.name.removesuffix(".__call__").rpartition(".")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module(module)
+    place = _functions.find(function)
+    assert callable(place.value)
+    assert vars(place.owner)[place.name] is place.value
+
+
+def test_dot_product_attention_without_cudnn_is_planned_as_ever():
+    for implementation in ("xla", None):
+
+        def layer(w, x, implementation=implementation):
+            q = heads(x @ w)
+            return jax.nn.dot_product_attention(q, q, q, implementation=implementation)
+
+        told = jaxmp.explain(layer)(W, X)
+        assert told.half_flops == 1
+        assert not any("traced on half operands" in row.reason for row in told.rows)
