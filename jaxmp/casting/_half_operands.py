@@ -110,6 +110,9 @@ def on_half(
             output = fn(*new_args, **new_kwargs)
         return shown(output, FLOAT32)
 
+    # Such as `lower` of a function that is jitted.
+    for name in set(dir(fn)) - set(dir(with_half_operands)):
+        setattr(with_half_operands, name, getattr(fn, name))
     return with_half_operands
 
 

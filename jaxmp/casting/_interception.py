@@ -10,6 +10,7 @@ calls it meanwhile gets the function as it is.
 import contextlib
 import inspect
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,10 @@ from jaxmp.casting import _functions
 from jaxmp.casting._functions import Function, Place
 from jaxmp.casting._half_operands import noting_float32, on_half, traced_for
 from jaxmp.casting._plan import Settings
+
+_INSTALLED = tuple(
+    sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
 
 
 @contextlib.contextmanager
@@ -28,8 +33,8 @@ def tracing(settings: Settings, look: bool = True) -> Iterator[None]:
       settings: of the plan.
       look: whether to look for names again; else those of the last trace are taken.
     """
-    _names.enter(look)
     try:
+        _names.enter(look)
         with traced_for(settings), noting_float32():
             yield
     finally:
@@ -51,6 +56,8 @@ class _Names:
         # By id of the function, which is kept alive. Code that has got hold of a
         # wrapper keeps one that later traces know.
         self._wrappers: dict[int, tuple[Any, Any]] = {}
+        # Libraries that held no known function, with what was looked for in them.
+        self._without: dict[str, tuple[frozenset[int], int]] = {}
 
     def enter(self, look: bool) -> None:
         """Makes the names lead to wrappers."""
@@ -89,7 +96,28 @@ class _Names:
                 places.append(place)
             if function.is_imported and not inspect.isclass(place.owner):
                 imported.add(id(place.value))
-        return places + (_held_by_modules(imported) if imported else [])
+        return places + (self._held_by_modules(frozenset(imported)) if imported else [])
+
+    def _held_by_modules(self, functions: frozenset[int]) -> list[Place]:
+        """Every name of a module that leads to one of these functions, given by id.
+
+        An installed library that held none is looked through again when it has grown.
+        """
+        places = []
+        for key, module in list(sys.modules.items()):
+            names = getattr(module, "__dict__", None)
+            if not isinstance(names, dict):
+                continue
+            state = functions, len(names)
+            if self._without.get(key) == state:
+                continue
+            values: Sequence[Any] = list(names.values())
+            if not functions.isdisjoint(map(id, values)):
+                found = [(n, x) for n, x in list(names.items()) if id(x) in functions]
+                places += [Place(module, name, value) for name, value in found]
+            elif str(names.get("__file__")).startswith(_INSTALLED):
+                self._without[key] = state
+        return places
 
 
 _names = _Names()
@@ -102,20 +130,6 @@ def _wrap(function: Function, place: Place) -> Any:
         inner = on_half(value.__func__, function.operands, int(takes_self))
         return type(value)(inner)
     return on_half(value, function.operands, int(takes_self))
-
-
-def _held_by_modules(functions: set[int]) -> list[Place]:
-    """Every name of a module that leads to one of these functions, given by id."""
-    places = []
-    for module in list(sys.modules.values()):
-        names = getattr(module, "__dict__", None)
-        if not isinstance(names, dict):
-            continue
-        values: Sequence[Any] = list(names.values())
-        if not functions.isdisjoint(map(id, values)):
-            found = [(n, x) for n, x in list(names.items()) if id(x) in functions]
-            places += [Place(module, name, value) for name, value in found]
-    return places
 
 
 def _lead(place: Place, old: Any, new: Any) -> None:
