@@ -6,6 +6,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp import _tree
 from jaxmp._jax_internals import CUDNN_ATTENTION
 from jaxmp.errors import AutocastRuleError, RuleAlreadyRegistered
 
@@ -17,12 +21,14 @@ class Function:
     Attributes:
       name: where it is, `"package.module.function"` or `"package.module.Class.method"`.
       operands: the parameters that are narrowed; None for all.
+      dtypes: the half dtypes that it takes.
       is_imported: whether modules import it under names of their own.
       value: the function itself, for one that is not found by its name.
     """
 
     name: str
     operands: tuple[str, ...] | None = None
+    dtypes: frozenset[np.dtype] = _tree.HALF
     is_imported: bool = True
     value: Any = None
 
@@ -40,15 +46,18 @@ class Place(NamedTuple):
 
 _PALLAS = "jax.experimental.pallas.ops"
 _QKV = ("q", "k", "v")
+# TPUs load no float16 in a kernel: under a float16 policy it stays in float32.
+_BFLOAT16 = frozenset([np.dtype(jnp.bfloat16)])
 # A bias stays in float32 where a kernel adds it in float32. Decoding is left alone: to
 # narrow a cache in each step would cost more than the kernel saves.
 _KNOWN = (
     Function(CUDNN_ATTENTION, ("query", "key", "value", "bias"), is_imported=False),
-    Function(f"{_PALLAS}.tpu.flash_attention.flash_attention", _QKV),
+    Function(f"{_PALLAS}.tpu.flash_attention.flash_attention", _QKV, _BFLOAT16),
     Function(
         f"{_PALLAS}.tpu.splash_attention.splash_attention_kernel."
         "SplashAttentionKernel.__call__",
         _QKV,
+        _BFLOAT16,
     ),
     Function(f"{_PALLAS}.gpu.attention.mha", _QKV),
     Function(f"{_PALLAS}.gpu.attention_mgpu.attention", _QKV),

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,20 +85,24 @@ def half_operands(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_half(
-    fn: Callable[..., Any], operands: Sequence[str] | None, first: int = 0
+    fn: Callable[..., Any],
+    operands: Sequence[str] | None,
+    dtypes: Collection[np.dtype] = _tree.HALF,
+    first: int = 0,
 ) -> Callable[..., Any]:
     """The function with its operands narrowed.
 
     Args:
       fn: the function.
       operands: names of the parameters to narrow, the first ones of `fn`; None: all.
+      dtypes: the half dtypes that it takes.
       first: how many positional arguments come before, such as `self`.
     """
 
     @functools.wraps(fn, updated=())
     def with_half_operands(*args: Any, **kwargs: Any) -> Any:
         dtype = _dtype_here()
-        if dtype is None:
+        if dtype is None or dtype not in dtypes:
             return fn(*args, **kwargs)
         narrow = _Narrowing(dtype, operands)
         operands_given = enumerate(args[first:])

@@ -8,6 +8,7 @@ calls it meanwhile gets the function as it is.
 """
 
 import contextlib
+import functools
 import inspect
 import sys
 import sysconfig
@@ -126,10 +127,15 @@ _names = _Names()
 def _wrap(function: Function, place: Place) -> Any:
     value = place.value
     takes_self = inspect.isclass(place.owner) and not isinstance(value, staticmethod)
+    wrap = functools.partial(
+        on_half,
+        operands=function.operands,
+        dtypes=function.dtypes,
+        first=int(takes_self),
+    )
     if isinstance(value, (staticmethod, classmethod)):
-        inner = on_half(value.__func__, function.operands, int(takes_self))
-        return type(value)(inner)
-    return on_half(value, function.operands, int(takes_self))
+        return type(value)(wrap(value.__func__))
+    return wrap(value)
 
 
 def _lead(place: Place, old: Any, new: Any) -> None:

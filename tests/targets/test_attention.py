@@ -63,22 +63,31 @@ def kernels(target, fn):
     return found
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize(
-    ("target", "attend"),
-    [("tpu-v5e", flash), ("tpu-v5e", splashed), ("h100", cudnn)],
+    ("target", "attend", "half"),
+    [
+        ("tpu-v5e", flash, "bf16"),
+        ("tpu-v5e", splashed, "bf16"),
+        ("h100", cudnn, "bf16"),
+        ("h100", cudnn, "f16"),
+    ],
 )
-def test_kernels_of_float32_code_get_half(target, attend, policy, monkeypatch):
+def test_kernels_of_float32_code_get_half(target, attend, half, monkeypatch):
     # JAX asks for the version of cuDNN while it traces, and there is none here.
     fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)
-    half = {"mixed_bfloat16": "bf16", "mixed_float16": "f16"}[policy]
-    if target == "tpu-v5e" and half == "f16":
-        pytest.skip("Mosaic compiles no float16 for the v5e")
+    policy = {"bf16": "mixed_bfloat16", "f16": "mixed_float16"}[half]
     fn = functools.partial(loss, attend)
     found = kernels(target, jax.grad(jaxmp.autocast(fn, policy)))
     assert len(found) >= 2, "a forward and a backward kernel"
     assert all(dtypes == {half} for dtypes in found)
+
+
+@pytest.mark.parametrize("attend", [flash, splashed])
+def test_kernels_for_tpus_stay_in_float32_under_a_float16_policy(attend):
+    fn = functools.partial(loss, attend)
+    found = kernels("tpu-v5e", jax.grad(jaxmp.autocast(fn, "mixed_float16")))
+    assert all(dtypes == {"f32"} for dtypes in found)
 
 
 def test_without_autocast_the_same_code_computes_in_float32():
