@@ -114,10 +114,12 @@ def on_half(
             output = fn(*new_args, **new_kwargs)
         return shown(output, FLOAT32)
 
-    # Such as `lower` of a function that is jitted.
-    for name in set(dir(fn)) - set(dir(with_half_operands)):
+    for name in filter(functools.partial(hasattr, fn), _OF_JITTED_FUNCTIONS):
         setattr(with_half_operands, name, getattr(fn, name))
     return with_half_operands
+
+
+_OF_JITTED_FUNCTIONS = ("lower", "trace", "eval_shape", "clear_cache")
 
 
 def _dtype_here() -> np.dtype | None:

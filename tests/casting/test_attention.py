@@ -15,6 +15,8 @@ from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.extend import core as jex_core
+from jax.interpreters import ad
 
 import jaxmp
 from jaxmp._jax_internals import open_jaxpr
@@ -172,6 +174,20 @@ def test_what_is_kept_for_the_backward_pass_is_half(layer):
     rows = 128 * BATCH * HEADS * LENGTH * 4
     assert kept["float32"] <= W.nbytes + 2 * rows + BIAS.nbytes
     assert kept["bfloat16"] <= 5 * X.nbytes + BIAS.nbytes // 2
+
+
+def test_explain_tells_about_what_cannot_be_differentiated():
+    """The derivative of some Pallas kernels is an assertion of JAX's that fails."""
+    kernel_p = jex_core.Primitive("test_kernel_without_a_derivative")
+    kernel_p.def_abstract_eval(lambda x: x)
+
+    def derivative(primals, tangents):
+        raise AssertionError
+
+    ad.primitive_jvps[kernel_p] = derivative
+    told = jaxmp.explain(lambda w, x: kernel_p.bind(x @ w))(W, X)
+    assert told.half_flops == 1
+    assert told.residual_bytes == {}
 
 
 def test_without_autocast_a_kernel_gets_what_it_is_called_with():
