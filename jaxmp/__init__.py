@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmp import _jax_internals as _jax_internals
 from jaxmp import casting, errors, loss_scale, optimizers, policy
-from jaxmp.casting import autocast, explain, full_precision, register_rule
+from jaxmp.casting import (
+    autocast,
+    explain,
+    full_precision,
+    half_operands,
+    register_rule,
+)
 from jaxmp.loss_scale import (
     DynamicLossScale,
     LossScale,
@@ -79,6 +85,7 @@ __all__ = [
     "autocast",
     "explain",
     "full_precision",
+    "half_operands",
     "register_rule",
     # gradients
     "value_and_grad",

@@ -126,6 +126,13 @@ _RULES = {
 }
 
 
+CUDNN_ATTENTION = "jax._src.nn.functions.cudnn_dot_product_attention"
+"""What `jax.nn.dot_product_attention` calls with `implementation="cudnn"`.
+
+It is called by this name however the function around it is held, as by a `partial`.
+"""
+
+
 def kept_arguments(lowered: Any) -> Sequence[int]:
     """Positions of the arguments that `jax.jit` has not left out as unused."""
     return sorted(_lowering(lowered).compile_args["kept_var_idx"])

@@ -3,6 +3,7 @@
 from jaxmp.casting._autocast import autocast, full_precision
 from jaxmp.casting._explain import explain
 from jaxmp.casting._explanation import Explanation
+from jaxmp.casting._half_operands import half_operands
 from jaxmp.casting._registry import register_rule
 from jaxmp.casting._rules import OpRule
 
@@ -12,5 +13,6 @@ __all__ = [
     "autocast",
     "explain",
     "full_precision",
+    "half_operands",
     "register_rule",
 ]

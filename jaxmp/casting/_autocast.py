@@ -1,8 +1,8 @@
 """`autocast`: any JAX function in mixed precision, operation by operation.
 
 The function is traced to a jaxpr, the jaxpr is planned (`_plan`), and the plan is run
-(`_execute`). Nothing is patched and no mode is entered: what comes out is a function of
-the same arguments, to be jitted, differentiated and batched like the one that went in.
+(`_execute`). No mode is entered: what comes out is a function of the same arguments, to
+be jitted, differentiated and batched like the one that went in.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ from jaxmp.casting._ambient import ambient_precision, without_ambient_precision
 from jaxmp.casting._arguments import check_function, flatten_arguments
 from jaxmp.casting._eager import compiled
 from jaxmp.casting._execute import Executor, cast
+from jaxmp.casting._half_operands import as_written, noting_float32
+from jaxmp.casting._interception import tracing, tracing_rule
 from jaxmp.casting._plan import (
     AUTOCAST_SCOPE,
     FULL_PRECISION_SCOPE,
@@ -115,6 +117,7 @@ def autocast(
             arrays,
             output_dtype,
             named_scopes=named_scopes,
+            around_rules=functools.partial(tracing_rule, settings),
         )
 
     run = compiled(execute, settings.compute_dtype)
@@ -124,10 +127,10 @@ def autocast(
     @functools.wraps(fn, updated=())
     def autocasted(*args: Any, **kwargs: Any) -> Any:
         if settings.is_plain:
-            with jax.named_scope(AUTOCAST_SCOPE):
+            with jax.named_scope(AUTOCAST_SCOPE), as_written(), noting_float32():
                 return as_it_is(*args, **kwargs)
         arguments, arrays = flatten_arguments(fn, args, kwargs)
-        with without_ambient_precision():
+        with without_ambient_precision(), tracing(settings):
             jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=has_paths)
         outs = run(jaxpr, arrays)
         return arguments.finish(jax.tree.unflatten(out_tree, outs))
@@ -156,7 +159,7 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn, updated=())
     def precise(*args: Any, **kwargs: Any) -> Any:
-        with jax.named_scope(FULL_PRECISION_SCOPE):
+        with jax.named_scope(FULL_PRECISION_SCOPE), as_written(), noting_float32():
             return fn(*args, **kwargs)
 
     return precise

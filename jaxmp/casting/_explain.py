@@ -16,6 +16,7 @@ from jaxmp.casting._arguments import flatten_arguments
 from jaxmp.casting._autocast import autocast, check_rules, plan_jaxpr, read_settings
 from jaxmp.casting._cancellation import NOTE, cancelling
 from jaxmp.casting._explanation import Explanation, Row
+from jaxmp.casting._interception import tracing
 from jaxmp.casting._islands import Island
 from jaxmp.casting._plan import EqnPlan, JaxprPlan, scopes
 from jaxmp.casting._shares import own_flops, shares_of
@@ -57,7 +58,7 @@ def explain(
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         args, kwargs = jax.tree.map(_concrete, (args, kwargs))
         arguments, arrays = flatten_arguments(fn, args, kwargs)
-        with without_ambient_precision():
+        with without_ambient_precision(), tracing(settings):
             jaxpr, _ = arguments.trace(fn, arrays, name_modules=True)
         plan, planner = plan_jaxpr(jaxpr, settings)
         check_rules(planner)

@@ -239,7 +239,7 @@ class Painter:
         traced = castable_dtype(eqn.invars[0])
         if is_border(eqn) and source is not None and target in _tree.CASTABLE:
             params = {**eqn.params, "new_dtype": source.dtype}
-            reason = "a layer's result, shown to code written for float32"
+            reason = "a half result, shown to code written for float32"
             return EqnPlan(
                 eqn, OpClass.FOLLOW, reason, (None,), (source,), params=params
             )

@@ -41,10 +41,13 @@ LAYER_SCOPE = "jaxmp.layer"
 # for float32: the value stays in half, and follows its readers.
 BORDER_SCOPE = "jaxmp.border"
 LAYER_REASON = "a layer of Flax, decided by its policy"
+# A function that was traced on half operands; see `_half_operands`.
+HALF_SCOPE = "jaxmp.half_operands"
 _DECIDED = {
     FULL_PRECISION_SCOPE: "full_precision",
     AUTOCAST_SCOPE: "decided by the autocast inside",
     LAYER_SCOPE: LAYER_REASON,
+    HALF_SCOPE: "traced on half operands: sums and softmax inside are the function's",
 }
 OWN_SCOPES = frozenset((*_DECIDED, BORDER_SCOPE))
 
@@ -164,8 +167,14 @@ def is_border(eqn: Any) -> bool:
 
 
 def is_in_layer(eqn: Any) -> bool:
-    """True for what is computed inside of one of Flax's layers under a policy."""
-    return LAYER_SCOPE in scope_names(eqn)
+    """True inside of one of Flax's layers under a policy, and of what is like one."""
+    names = scope_names(eqn)
+    return LAYER_SCOPE in names or HALF_SCOPE in names
+
+
+def is_on_half_operands(eqn: Any) -> bool:
+    """True for what is computed inside of a function that got half operands."""
+    return HALF_SCOPE in scope_names(eqn)
 
 
 def scope_names(eqn: Any) -> tuple[str, ...]:

@@ -7,13 +7,13 @@ import jax
 
 from jaxmp import _tree
 from jaxmp._jax_internals import open_jaxpr
+from jaxmp._sources import written
 from jaxmp.casting import _registry, _rules, _sums
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting._paint import Painter
 from jaxmp.casting._plan import (
     AUTOCAST_SCOPE,
     FULL_PRECISION_SCOPE,
-    LAYER_SCOPE,
     SPECIAL_FUNCTION,
     Context,
     Decision,
@@ -23,6 +23,7 @@ from jaxmp.casting._plan import (
     is_backward,
     is_in_layer,
     is_in_special_function,
+    is_on_half_operands,
     scope_names,
     scopes,
 )
@@ -34,6 +35,7 @@ from jaxmp.casting._states import (
     is_literal,
     low,
 )
+from jaxmp.errors import AutocastRuleError
 
 
 class Planner:
@@ -191,11 +193,17 @@ class Planner:
     def decided(self, eqn: Any, context: Context) -> Decision | None:
         """What the user decided about an equation, wherever it stands."""
         decision = decided_by_scope(eqn)
-        if decision is not None or not self.settings.rules:
+        if not self.settings.rules:
+            return decision
+        if decision is not None:
+            if is_on_half_operands(eqn):
+                self._check_half_operands(eqn, context)
             return decision
         rule = self._matching(eqn, context, "compute")
         if rule is None:
             return None
+        if rule.compute == FLOAT32:
+            self._check_inside(eqn, rule)
         return Decision(rule.compute, f"rule {_show(rule)}", rule)
 
     def carry_dtype(self, loop: Any, context: Context) -> Any:
@@ -215,6 +223,24 @@ class Planner:
                 self.used_rules.add(rule)
                 return rule
         return None
+
+    def _check_half_operands(self, eqn: Any, context: Context) -> None:
+        """Raises if a rule wants in float32 what was traced on half operands."""
+        around = context.scopes + scopes(eqn)
+        for rule in self.settings.rules:
+            if rule.primitive is None and _rules.matches(rule, "", around, eqn):
+                self.used_rules.add(rule)
+                if rule.compute == FLOAT32:
+                    raise _rule_came_late(rule, eqn)
+                return
+
+    def _check_inside(self, eqn: Any, rule: _rules.OpRule) -> None:
+        """The same for a call that a rule keeps in float32 as a whole."""
+        call = _registry.call_rule(eqn.primitive.name)
+        for body in () if call is None else call.bodies(eqn):
+            inner = self.contents(body).on_half_operands
+            if inner is not None:
+                raise _rule_came_late(rule, inner)
 
     def matmul_intent(self, eqn: Any) -> str | None:
         """Why a matmul keeps the dtypes it was traced with, or None.
@@ -299,12 +325,15 @@ class Contents(NamedTuple):
     it can be bound whole, and computed again where that saves memory."""
     is_special: bool = False
     """All of it is part of special functions."""
+    on_half_operands: Any = None
+    """The first equation of a function that was traced on half operands."""
 
 
 def _contents(planner: Planner, jaxpr: Any) -> Contents:
     has_float = any(map(castable_dtype, [*jaxpr.invars, *jaxpr.outvars]))
     has_matmul = has_full = has_lookup = has_half = False
     is_simple = not planner.settings.rules and not jaxpr.effects
+    on_half = None
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         dtypes = [castable_dtype(v) for v in (*eqn.invars, *eqn.outvars)]
@@ -312,11 +341,14 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
         has_float = has_float or any(dtypes)
         has_half = has_half or any(dtype in _tree.HALF for dtype in dtypes)
         names = scope_names(eqn)
-        is_decided = AUTOCAST_SCOPE in names or LAYER_SCOPE in names
+        if is_on_half_operands(eqn):
+            on_half = on_half or eqn
+        is_decided = AUTOCAST_SCOPE in names or is_in_layer(eqn)
         if any(dtype in _tree.HALF for dtype in dtypes) or is_decided:
             is_simple = False
         if call is not None:
             inner = [planner.contents(body) for body in call.bodies(eqn)]
+            on_half = next((c.on_half_operands for c in inner), None) or on_half
             has_float = has_float or any(c.has_float for c in inner)
             has_matmul = has_matmul or any(c.has_matmul for c in inner)
             has_full = has_full or any(c.has_full for c in inner)
@@ -337,7 +369,24 @@ def _contents(planner: Planner, jaxpr: Any) -> Contents:
         is_simple = is_simple and _registry.is_cheap(name)
     is_special = bool(jaxpr.eqns) and all(map(planner.is_special, jaxpr.eqns))
     return Contents(
-        has_float, has_matmul, has_full, has_lookup, has_half, is_simple, is_special
+        has_float,
+        has_matmul,
+        has_full,
+        has_lookup,
+        has_half,
+        is_simple,
+        is_special,
+        on_half,
+    )
+
+
+def _rule_came_late(rule: _rules.OpRule, eqn: Any) -> AutocastRuleError:
+    """A trace inside of another, as of a loop's body, knows no names around it."""
+    source = written(eqn.source_info.traceback).source
+    return AutocastRuleError(
+        f"The rule {_show(rule)} asks for float32 in a function that was traced on "
+        f"half operands, at {source}: what the rule matches was not known there. Put "
+        "jaxmp.full_precision around the function there."
     )
 
 

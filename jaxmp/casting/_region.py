@@ -17,6 +17,7 @@ from jaxmp import _tree
 from jaxmp.casting._ambient import without_ambient_precision
 from jaxmp.casting._autocast import plan_jaxpr, read_settings, run_plan
 from jaxmp.casting._eager import compiled, is_eager
+from jaxmp.casting._interception import tracing, tracing_rule
 from jaxmp.casting._plan import JaxprPlan, Settings
 
 
@@ -47,6 +48,12 @@ def run_region(
     Returns:
       What the function returns, its arrays in the dtypes that they have there.
     """
+
+    @contextlib.contextmanager
+    def around_planned_rules():
+        with around_rules(), tracing_rule(settings):
+            yield
+
     leaves, tree = jax.tree.flatten(tuple(args))
     is_traced = [_tree.is_array(x) for x in leaves]
     arrays = [x for x, traced in zip(leaves, is_traced, strict=True) if traced]
@@ -63,7 +70,7 @@ def run_region(
         returned[:] = [out_tree, statics]
         return [x for x in outs if isinstance(x, jax.Array)]
 
-    with without_ambient_precision():
+    with without_ambient_precision(), tracing(settings):
         jaxpr = jax.make_jaxpr(flat)(*arrays)
     plan, planner = plan_jaxpr(jaxpr, settings)
     if watch is not None:
@@ -78,7 +85,7 @@ def run_region(
             jaxpr.consts,
             arrays,
             named_scopes=named_scopes,
-            around_rules=around_rules,
+            around_rules=around_planned_rules,
         )
     results = iter(outs)
     out_tree, statics = returned

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmp.casting import _functions
 from jaxmp.casting._op_lists import (
     CLASS_OF,
     UNKNOWN,
@@ -15,7 +16,7 @@ from jaxmp.casting._op_lists import (
     linear_primitives,
     selecting_primitives,
 )
-from jaxmp.errors import RuleAlreadyRegistered
+from jaxmp.errors import AutocastRuleError, RuleAlreadyRegistered
 
 LAYOUT = layout_primitives()
 LINEAR = linear_primitives()
@@ -57,6 +58,7 @@ class Registered:
     params_at: ParamsAt | None
 
 
+_BY_USER = "registered by the user"
 _registered: dict[str, Registered] = {}
 _call_rules: dict[str, Any] = {}
 
@@ -65,28 +67,44 @@ def register_rule(
     primitive: Any,
     op_class: str,
     *,
-    reason: str = "registered by the user",
+    reason: str = _BY_USER,
     params_at: ParamsAt | None = None,
 ) -> None:
-    """Gives a primitive that autocast does not know a class.
+    """Tells autocast about a primitive, or about a function with a kernel inside.
 
     Args:
-      primitive: a `jax.extend.core.Primitive`, or its name.
+      primitive: a `jax.extend.core.Primitive`, or its name. With `"half_operands"`: a
+        function, a method as `Class.method`, or the dotted name of either, which need
+        not have been imported yet.
       op_class: `"compute"` (half operands and results), `"full"` (float32),
-        `"follow"` (as its operands) or `"untouched"`.
-      reason: shown by `explain`.
+        `"follow"` (as its operands) or `"untouched"`; or `"half_operands"`: wherever a
+        name in a module or class leads to the function, calls that autocast traces get
+        their float32 arrays in half, see `jaxmp.half_operands`.
+      reason: shown by `explain`, for a primitive.
       params_at: `params_at(params, dtype) -> params`, for a primitive with parameters
         that name a dtype, such as `preferred_element_type`. Called when the primitive
         is bound in a half dtype.
 
     Raises:
       RuleAlreadyRegistered: if the primitive has a class, built in or registered. To
-        decide otherwise for one call, use `autocast(..., rules=[OpRule(...)])`.
+        decide otherwise for one call, use `autocast(..., rules=[OpRule(...)])`. Also if
+        the function is known to be traced on half operands.
+      AutocastRuleError: for what is no function, with `"half_operands"`.
 
     Example:
       >>> import jaxmp
       >>> jaxmp.register_rule("my_library_matmul", "compute")
+      >>> jaxmp.register_rule("my_library.kernels.attention", "half_operands")
     """
+    if op_class == "half_operands":
+        if params_at is not None or reason != _BY_USER:
+            raise AutocastRuleError(
+                f"params_at= and reason= are for primitives, not for {primitive!r}, "
+                "which is to be a function. Write register_rule(function, "
+                "'half_operands')."
+            )
+        _functions.register(primitive)
+        return
     name = primitive if isinstance(primitive, str) else primitive.name
     if name in _registered or name in CLASS_OF or name in _call_rules:
         raise RuleAlreadyRegistered(

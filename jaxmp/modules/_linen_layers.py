@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp.casting._border import shown
 from jaxmp.modules._attention import dot_product_attention
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
 from jaxmp.modules._handed_down import was_handed_down
@@ -26,7 +27,6 @@ from jaxmp.modules._own_code import (
     has_half,
     in_float32,
     region_dtype,
-    shown,
 )
 
 # They have a `dtype` and are not to be given another one: FP8 operations manage their

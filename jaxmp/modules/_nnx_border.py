@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmp import _tree
+from jaxmp.casting._border import shown
 from jaxmp.casting._region import region_settings
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
 from jaxmp.modules._effect import check_plan
@@ -26,7 +27,6 @@ from jaxmp.modules._own_code import (
     opens_region,
     region,
     region_dtype,
-    shown,
 )
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 
 from jaxmp import _tree
-from jaxmp.casting._plan import BORDER_SCOPE, FULL_PRECISION_SCOPE, LAYER_SCOPE
+from jaxmp.casting._half_operands import as_written
+from jaxmp.casting._plan import FULL_PRECISION_SCOPE, LAYER_SCOPE
 
 _dtype: contextvars.ContextVar[np.dtype | None] = contextvars.ContextVar(
     "dtype of the region", default=None
@@ -69,7 +70,7 @@ _HINT = (
 @contextlib.contextmanager
 def in_float32(dtype: np.dtype) -> Iterator[None]:
     """Keeps what runs in the float32 that it is written in."""
-    with inside_region(dtype), jax.named_scope(FULL_PRECISION_SCOPE):
+    with inside_region(dtype), jax.named_scope(FULL_PRECISION_SCOPE), as_written():
         yield
 
 
@@ -81,21 +82,10 @@ def as_decided() -> Iterator[None]:
         return
     token = _dtype.set(None)
     try:
-        with jax.named_scope(LAYER_SCOPE):
+        with jax.named_scope(LAYER_SCOPE), as_written():
             yield
     finally:
         _dtype.reset(token)
-
-
-def shown(value: Any, dtype: Any) -> Any:
-    """Shows half arrays in a wider dtype; it is a view for the code, and no cast."""
-
-    def show(x):
-        is_half = isinstance(x, jax.Array) and x.dtype in _tree.HALF
-        return x.astype(dtype) if is_half else x
-
-    with jax.named_scope(BORDER_SCOPE):
-        return jax.tree.map(show, value)
 
 
 def has_half(tree: Any) -> bool:
