@@ -113,10 +113,18 @@ class JaxprPlan:
 
 
 class Context(NamedTuple):
-    """What the equations of a body inherit from the call around it."""
+    """What the equations of a body inherit from the calls around it.
+
+    Attributes:
+      scopes: the user's name scopes, if there are rules.
+      in_backward: whether it is part of a backward pass.
+      updates: ids of the equations that update the sums of the loops around it. Others
+        may share such an equation, in a call that JAX traced once.
+    """
 
     scopes: tuple[str, ...] = ()
     in_backward: bool = False
+    updates: frozenset[int] = frozenset()
 
 
 class Settings(NamedTuple):
