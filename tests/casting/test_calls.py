@@ -201,3 +201,27 @@ def test_a_policy_of_checkpoint_is_kept():
     (found,) = (e for _, e in equations(jaxpr) if e.params.get("policy"))
     assert found.params["policy"] is jax.checkpoint_policies.dots_saveable
     assert found.params["prevent_cse"] is False
+
+
+def by_callback(x):
+    return jax.pure_callback(np.asarray, x, x)
+
+
+def by_while(x):
+    return lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: x / 2, x)
+
+
+@pytest.mark.parametrize("call", [by_callback, by_while])
+def test_what_reads_a_stopped_gradient_needs_none(call):
+    """Neither callbacks nor `while` loops have a gradient for one of zeros."""
+
+    @jax.checkpoint
+    def block(w, x):
+        h = jnp.tanh(2 * (x @ w))
+        return h * call(lax.stop_gradient(h))
+
+    def loss(w, x):
+        return jnp.sum(block(w, x))
+
+    found, expected = (jax.grad(fn)(W, X) for fn in (jaxmp.autocast(loss), loss))
+    np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
