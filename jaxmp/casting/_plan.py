@@ -31,7 +31,14 @@ import numpy as np
 
 from jaxmp.casting import _rules
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting._states import FLOAT32, State, castable_dtype, traced_state
+from jaxmp.casting._states import (
+    FLOAT32,
+    FULL,
+    NEUTRAL,
+    State,
+    castable_dtype,
+    traced_state,
+)
 
 FULL_PRECISION_SCOPE = "jaxmp.full_precision"
 AUTOCAST_SCOPE = "jaxmp.autocast"
@@ -85,6 +92,12 @@ class EqnPlan:
             and self.in_dtypes == tuple(map(castable_dtype, self.eqn.invars))
             and self.out_states == tuple(map(traced_state, self.eqn.outvars))
         )
+
+
+def as_island(plan: EqnPlan) -> EqnPlan:
+    """What is bound whole returns ordinary values, none that come from outside."""
+    outs = tuple(FULL if s is NEUTRAL else s for s in plan.out_states)
+    return dataclasses.replace(plan, out_states=outs)
 
 
 @dataclasses.dataclass(slots=True, eq=False)

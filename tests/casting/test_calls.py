@@ -225,3 +225,13 @@ def test_what_reads_a_stopped_gradient_needs_none(call):
 
     found, expected = (jax.grad(fn)(W, X) for fn in (jaxmp.autocast(loss), loss))
     np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("transform", [lambda fn: fn, jaxmp.full_precision])
+def test_a_call_that_returns_nothing(transform):
+    def fn(w, x):
+        h = jnp.tanh(x @ w)
+        transform(jax.jit(lambda h: None))(h)
+        return h @ w
+
+    assert jaxmp.autocast(fn)(W, X).shape == fn(W, X).shape

@@ -261,3 +261,23 @@ def test_a_call_that_updates_a_sum_elsewhere_is_half_here():
         return calls[0]
 
     assert half_adds(True) == half_adds(False) == "bf16 bf16 -> bf16"
+
+
+@pytest.mark.parametrize("name", ["unknown primitive", "solve", "callback"])
+def test_what_is_bound_whole_does_not_come_from_outside(name):
+    """A product without a sum is float32 only of what does."""
+
+    def fn(x, w):
+        h = jax.jit(OPERATIONS[name])(x @ w, w)
+        return jnp.einsum("bi,bj->bij", h, h)
+
+    rows = jaxmp.explain(fn)(*ARGUMENTS).only("matmuls").rows
+    assert rows[-1].after == "bf16 bf16 -> bf16"
+
+
+def test_the_gradient_of_a_weight_that_meets_one_vector_is_half():
+    def fn(x, w):
+        return jax.grad(lambda w: jnp.sum(unknown_p.bind(x[0]) @ w))(w)
+
+    rows = jaxmp.explain(fn)(*ARGUMENTS).only("matmuls").rows
+    assert [row.after for row in rows] == ["bf16 bf16 -> bf16"] * len(rows)
