@@ -61,7 +61,7 @@ def run_step(
         y = fit(pool[step[2] % len(pool)], x).astype(x.dtype)
         y = OPERATIONS[name](x, y)
     elif name in MATMULS:
-        y = MATMULS[name](w if name in IN_FLOAT32 else _in(half, w), x)
+        y = MATMULS[name](_in(_matmul_dtype(name, half), w), x)
     elif name in UNARY:
         y = UNARY[name](x)
     elif name in SUMS:
@@ -70,6 +70,13 @@ def run_step(
         inner = None if name in DECIDED else half
         y = BLOCKS[name](_last_of(step[2], inner), w, x, n)
     return _in(half, y)
+
+
+def _matmul_dtype(name: str, half: Any) -> Any:
+    """What one casts the weight to by hand: to what the other operand is cast to."""
+    if half is None or name in IN_FLOAT32:
+        return None
+    return jnp.bfloat16 if name == "promoted_matmul" else half
 
 
 def _last_of(steps: Sequence[Any], half: Any) -> Smaller:

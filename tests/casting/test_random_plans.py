@@ -75,12 +75,12 @@ PLACES = st.integers(0, 99)
 
 
 @POLICIES
-@examples(10, program=PROGRAMS, name=st.sampled_from(sorted(WHOLE)), where=PLACES)
+@examples(8, program=PROGRAMS, name=st.sampled_from(sorted(WHOLE)), where=PLACES)
 def test_one_operation_keeps_no_other_from_half(policy, program, name, where):
     check_locality(program, name, where, policy)
 
 
-@examples(3, program=PROGRAMS, where=PLACES)
+@examples(2, program=PROGRAMS, where=PLACES)
 def test_float64_keeps_no_other_from_half(program, where):
     with jax.enable_x64(True):
         for name in FLOAT64:
@@ -89,7 +89,7 @@ def test_float64_keeps_no_other_from_half(program, where):
 
 @pytest.mark.slow
 @POLICIES
-@examples(30, program=PROGRAMS, name=st.sampled_from(sorted(WHOLE)), where=PLACES)
+@examples(20, program=PROGRAMS, name=st.sampled_from(sorted(WHOLE)), where=PLACES)
 def test_one_operation_keeps_no_other_from_half_in_many_programs(
     policy, program, name, where
 ):
@@ -169,14 +169,14 @@ def check_independence(program, other, order, policy):
 
 
 @POLICIES
-@examples(10, program=PROGRAMS, other=PROGRAMS, order=ORDERS)
+@examples(8, program=PROGRAMS, other=PROGRAMS, order=ORDERS)
 def test_a_plan_does_not_depend_on_other_code(policy, program, other, order):
     check_independence(program, other, order, policy)
 
 
 @pytest.mark.slow
 @POLICIES
-@examples(30, program=PROGRAMS, other=PROGRAMS, order=ORDERS)
+@examples(20, program=PROGRAMS, other=PROGRAMS, order=ORDERS)
 def test_a_plan_does_not_depend_on_other_code_in_many_programs(
     policy, program, other, order
 ):

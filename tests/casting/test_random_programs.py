@@ -96,7 +96,7 @@ def test_the_error_is_that_of_half_by_hand(policy, program, half_residuals):
 
 @pytest.mark.slow
 @POLICIES
-@examples(30, program=PROGRAMS, half_residuals=st.booleans())
+@examples(15, program=PROGRAMS, half_residuals=st.booleans())
 def test_the_error_is_that_of_half_by_hand_in_many_programs(
     policy, program, half_residuals
 ):
