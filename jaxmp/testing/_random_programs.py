@@ -50,7 +50,11 @@ def examples(number: int, **strategies: Any) -> Callable[[Any], Any]:
     settings = hypothesis.settings(
         max_examples=number,
         derandomize=True,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[
+            hypothesis.HealthCheck.too_slow,
+            hypothesis.HealthCheck.data_too_large,
+            hypothesis.HealthCheck.large_base_example,
+        ],
     )
     return lambda test: settings(hypothesis.given(**strategies)(test))
 

@@ -89,7 +89,7 @@ def test_float64_keeps_no_other_from_half(program, where):
 
 @pytest.mark.slow
 @POLICIES
-@examples(20, program=PROGRAMS, name=st.sampled_from(sorted(WHOLE)), where=PLACES)
+@examples(15, program=PROGRAMS, name=st.sampled_from(sorted(WHOLE)), where=PLACES)
 def test_one_operation_keeps_no_other_from_half_in_many_programs(
     policy, program, name, where
 ):
@@ -176,7 +176,7 @@ def test_a_plan_does_not_depend_on_other_code(policy, program, other, order):
 
 @pytest.mark.slow
 @POLICIES
-@examples(20, program=PROGRAMS, other=PROGRAMS, order=ORDERS)
+@examples(6, program=PROGRAMS, other=PROGRAMS, order=ORDERS)
 def test_a_plan_does_not_depend_on_other_code_in_many_programs(
     policy, program, other, order
 ):
