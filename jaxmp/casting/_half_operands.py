@@ -132,7 +132,8 @@ def _dtype_here() -> np.dtype | None:
         place = types.SimpleNamespace(source_info=source_info_util.current())
         around = scopes(place)
         for rule in now.rules:
-            if rule.primitive is None and _rules.matches(rule, "", around, place):
+            is_general = rule.primitive is None and rule.compute is not None
+            if is_general and _rules.matches(rule, "", around, place):
                 dtype = rule.compute
                 break
     return dtype if dtype in _tree.HALF else None

@@ -150,10 +150,21 @@ def _follows(eqn) -> bool:
 
 
 def is_elementwise(island: Island) -> bool:
-    """Whether an island is an activation such as GELU: no sum, no maximum, no shape."""
+    """Whether an island is an activation such as GELU: no sum, no maximum, no shape.
+
+    Nor is one that stops a gradient: all results of an activation are differentiated.
+    """
     shapes = {v.aval.shape for v in made_in_order(island.members)} - {()}
     is_of_arrays = all(v.aval.shape in shapes for v, _ in island.outputs)
-    return is_of_arrays and all(_is_elementwise(p.eqn) for p in island.members)
+    return is_of_arrays and all(
+        _is_elementwise(p.eqn) and not _stops(p.eqn) for p in island.members
+    )
+
+
+def _stops(eqn) -> bool:
+    if eqn.primitive.name == "jit":
+        return any(map(_stops, open_jaxpr(eqn.params["jaxpr"]).eqns))
+    return eqn.primitive.name == "stop_gradient"
 
 
 def _is_elementwise(eqn) -> bool:

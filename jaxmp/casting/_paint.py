@@ -18,6 +18,7 @@ from jaxmp.casting._plan import (
     Decision,
     EqnPlan,
     JaxprPlan,
+    as_island,
     is_backward,
     is_border,
     is_in_special_function,
@@ -133,7 +134,9 @@ class Painter:
             if reads_half and is_in_special_function(eqn):
                 return self.full(eqn, states, SPECIAL_FUNCTION)
             return self.follow(eqn, states, self.chosen(eqn, states))
-        return self.untouched(eqn, states, entry.reason)
+        plan = self.untouched(eqn, states, entry.reason)
+        is_active = any(s not in (None, NEUTRAL) for s in states)
+        return as_island(plan) if is_active else plan
 
     # One method per outcome
 
@@ -153,10 +156,9 @@ class Painter:
         if intent is None and Kind.PINNED in kinds:
             intent = "an operand was cast to float32"
         if intent is not None:
-            plan = self.untouched(eqn, states, intent)
-            outs = [FULL if s is NEUTRAL else s for s in plan.out_states]
-            return dataclasses.replace(plan, out_states=tuple(outs))
-        if kinds <= {Kind.NEUTRAL} and _is_outer_product(eqn):
+            return as_island(self.untouched(eqn, states, intent))
+        is_outside = kinds <= {Kind.NEUTRAL} and not self.in_backward(eqn)
+        if is_outside and _is_outer_product(eqn):
             return self.full(eqn, [None] * len(states), "a product without a sum")
         halves = {castable_dtype(v) for v in eqn.invars[:2]} & _tree.HALF
         return self.compute(eqn, reason, *halves)
@@ -203,7 +205,8 @@ class Painter:
             for dtype in map(castable_dtype, eqn.outvars)
         )
         in_dtypes = tuple(castable_dtype(v) and FLOAT32 for v in eqn.invars)
-        in_island = is_active and not eqn.effects and self.is_cheap(eqn)
+        can_join = eqn.outvars and not eqn.effects and self.is_cheap(eqn)
+        in_island = is_active and bool(can_join)
         if in_island:
             self.feeds.add(eqn, states)
         params = precision_params(eqn, self.planner.settings)
@@ -293,6 +296,8 @@ class Painter:
             return self.full(eqn, states, "a loop without a matmul in it")
         if not all(c.is_simple for c in contents):
             return None
+        if not eqn.outvars:
+            return self.untouched(eqn, states, "a call that returns nothing")
         if any(c.has_full for c in contents):
             return self.full(eqn, states, "a call of float32 operations")
         if any(c.has_lookup for c in contents) and self.is_lookup(eqn, states):
@@ -384,7 +389,10 @@ class Painter:
 
 
 def _is_outer_product(eqn: Any) -> bool:
-    """A contraction of no axis: `einsum("i,j->ij")` of positions and frequencies."""
+    """A contraction of no axis: `einsum("i,j->ij")` of positions and frequencies.
+
+    In a backward pass it is the gradient of a weight that met one vector.
+    """
     if eqn.primitive.name != "dot_general":
         return False
     (contracted, _), _ = eqn.params["dimension_numbers"]

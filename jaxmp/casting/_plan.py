@@ -31,7 +31,14 @@ import numpy as np
 
 from jaxmp.casting import _rules
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting._states import FLOAT32, State, castable_dtype, traced_state
+from jaxmp.casting._states import (
+    FLOAT32,
+    FULL,
+    NEUTRAL,
+    State,
+    castable_dtype,
+    traced_state,
+)
 
 FULL_PRECISION_SCOPE = "jaxmp.full_precision"
 AUTOCAST_SCOPE = "jaxmp.autocast"
@@ -90,6 +97,12 @@ class EqnPlan:
         )
 
 
+def as_island(plan: EqnPlan) -> EqnPlan:
+    """What is bound whole returns ordinary values, none that come from outside."""
+    outs = tuple(FULL if s is NEUTRAL else s for s in plan.out_states)
+    return dataclasses.replace(plan, out_states=outs)
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class JaxprPlan:
     """The plan of a jaxpr: one `EqnPlan` per equation, and how to run them.
@@ -116,10 +129,18 @@ class JaxprPlan:
 
 
 class Context(NamedTuple):
-    """What the equations of a body inherit from the call around it."""
+    """What the equations of a body inherit from the calls around it.
+
+    Attributes:
+      scopes: the user's name scopes, if there are rules.
+      in_backward: whether it is part of a backward pass.
+      updates: ids of the equations that update the sums of the loops around it. Others
+        may share such an equation, in a call that JAX traced once.
+    """
 
     scopes: tuple[str, ...] = ()
     in_backward: bool = False
+    updates: frozenset[int] = frozenset()
 
 
 class Settings(NamedTuple):

@@ -50,7 +50,7 @@ class Planner:
         self._wants: dict[Any, Wants] = {}
         self._contents: dict[int, Contents] = {}
         self._sums: dict[Any, bool] = {}
-        self._updates: set[int] = set()
+        self._updates: dict[int, frozenset[int]] = {}
         self._alive: list[Any] = []
 
     # Backward
@@ -66,7 +66,8 @@ class Planner:
     ) -> bool:
         """Tells whether a loop's body updates a carry as a sum; see `_sums`.
 
-        From then on, the equations that update it ask nothing of their operands.
+        From then on, the equations that update it ask nothing of their operands in
+        this loop.
         """
         jaxpr = open_jaxpr(jaxpr)
         key = (id(jaxpr), index, out, length, context.in_backward)
@@ -74,7 +75,8 @@ class Planner:
             self._alive.append(jaxpr)
             self._sums[key] = _sums.is_sum(jaxpr, *key[1:])
             if self._sums[key]:
-                self._updates |= _sums.updates(jaxpr, index, out)
+                known = self._updates.get(id(jaxpr), frozenset())
+                self._updates[id(jaxpr)] = known.union(_sums.updates(jaxpr, index, out))
         return self._sums[key]
 
     def wanted(
@@ -85,7 +87,8 @@ class Planner:
 
     def _analyse(self, jaxpr, out_wants, context) -> "Wants":
         jaxpr = open_jaxpr(jaxpr)
-        key = (id(jaxpr), out_wants, self._relevant(context), len(self._updates))
+        context = self._within(jaxpr, context)
+        key = (id(jaxpr), out_wants, context)
         if key in self._wants:
             return self._wants[key]
         wanted = {
@@ -112,7 +115,7 @@ class Planner:
 
     def _eqn_wants(self, eqn, results, context) -> Iterable[bool]:
         nothing = (False,) * len(eqn.invars)
-        if id(eqn) in self._updates or not any(map(castable_dtype, eqn.invars)):
+        if id(eqn) in context.updates or not any(map(castable_dtype, eqn.invars)):
             return nothing
         name = eqn.primitive.name
         call = _registry.call_rule(name)
@@ -171,8 +174,8 @@ class Planner:
         """
         jaxpr = open_jaxpr(jaxpr)
         in_states, out_wants = tuple(in_states), tuple(out_wants)
-        around = self._relevant(context)
-        key = (id(jaxpr), in_states, out_wants, around, len(self._updates))
+        context = self._within(jaxpr, context)
+        key = (id(jaxpr), in_states, out_wants, context)
         if key not in self._plans:
             self._alive.append(jaxpr)
             wants = self._analyse(jaxpr, out_wants, context)
@@ -228,7 +231,8 @@ class Planner:
         """Raises if a rule wants in float32 what was traced on half operands."""
         around = context.scopes + scopes(eqn)
         for rule in self.settings.rules:
-            if rule.primitive is None and _rules.matches(rule, "", around, eqn):
+            is_general = rule.primitive is None and rule.compute is not None
+            if is_general and _rules.matches(rule, "", around, eqn):
                 self.used_rules.add(rule)
                 if rule.compute == FLOAT32:
                     raise _rule_came_late(rule, eqn)
@@ -289,10 +293,13 @@ class Planner:
         around = context.scopes
         if self.settings.rules:
             around = (*around, *scopes(eqn))
-        return Context(around, context.in_backward or is_backward(eqn))
+        in_backward = context.in_backward or is_backward(eqn)
+        return context._replace(scopes=around, in_backward=in_backward)
 
-    def _relevant(self, context: Context) -> Context:
-        return context if self.settings.rules else context._replace(scopes=())
+    def _within(self, jaxpr: Any, context: Context) -> Context:
+        """What is known in a jaxpr: where it is the body of a loop, of its sums too."""
+        own = self._updates.get(id(jaxpr), frozenset())
+        return context._replace(updates=context.updates | own)
 
 
 _LOWERABLE = (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH)

@@ -227,3 +227,37 @@ def test_differential_equations_of_jax():
     expected = jax.jit(jax.grad(loss))(W)
     actual = jax.jit(jax.grad(jaxmp.autocast(loss)))(W)
     assert np.linalg.norm(actual - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def by_callback(x):
+    return jax.pure_callback(np.asarray, x, x)
+
+
+def by_while(x):
+    return lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: x / 2, x)
+
+
+@pytest.mark.parametrize("call", [by_callback, by_while])
+def test_what_reads_a_stopped_gradient_needs_none(call):
+    """Neither callbacks nor `while` loops have a gradient for one of zeros."""
+
+    @jax.checkpoint
+    def block(w, x):
+        h = jnp.tanh(2 * (x @ w))
+        return h * call(lax.stop_gradient(h))
+
+    def loss(w, x):
+        return jnp.sum(block(w, x))
+
+    found, expected = (jax.grad(fn)(W, X) for fn in (jaxmp.autocast(loss), loss))
+    np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("transform", [lambda fn: fn, jaxmp.full_precision])
+def test_a_call_that_returns_nothing(transform):
+    def fn(w, x):
+        h = jnp.tanh(x @ w)
+        transform(jax.jit(lambda h: None))(h)
+        return h @ w
+
+    assert jaxmp.autocast(fn)(W, X).shape == fn(W, X).shape

@@ -238,3 +238,46 @@ def test_one_operation_leaves_the_gradients_of_the_others_in_half(name):
             allowed = 3 * (own.total - own.half)
             inside_jax = sum(r.flops for r in actual.reasons if not r.source)
             assert actual.total - actual.half - inside_jax <= allowed, (i, actual)
+
+
+def test_a_call_that_updates_a_sum_elsewhere_is_half_here():
+    """JAX traces one function once, for the loop that adds up and for others."""
+    added = jax.jit(lambda x, y: x + y)
+
+    def half_adds(with_sum):
+        def fn(w, x):
+            y = added((x @ w).T, x @ w) @ w
+            return (y, summed_up(w, x)) if with_sum else y
+
+        def summed_up(w, x):
+            def step(h, row):
+                h = added(h, row)
+                return h, h @ w
+
+            return lax.scan(step, jnp.zeros((SIZE, SIZE)), jnp.stack([x, x]))
+
+        rows = jaxmp.explain(fn)(*ARGUMENTS).rows
+        calls = [row.after for row in rows if row.operation.startswith("jit")]
+        return calls[0]
+
+    assert half_adds(True) == half_adds(False) == "bf16 bf16 -> bf16"
+
+
+@pytest.mark.parametrize("name", ["unknown primitive", "solve", "callback"])
+def test_what_is_bound_whole_does_not_come_from_outside(name):
+    """A product without a sum is float32 only of what does."""
+
+    def fn(x, w):
+        h = jax.jit(OPERATIONS[name])(x @ w, w)
+        return jnp.einsum("bi,bj->bij", h, h)
+
+    rows = jaxmp.explain(fn)(*ARGUMENTS).only("matmuls").rows
+    assert rows[-1].after == "bf16 bf16 -> bf16"
+
+
+def test_the_gradient_of_a_weight_that_meets_one_vector_is_half():
+    def fn(x, w):
+        return jax.grad(lambda w: jnp.sum(unknown_p.bind(x[0]) @ w))(w)
+
+    rows = jaxmp.explain(fn)(*ARGUMENTS).only("matmuls").rows
+    assert [row.after for row in rows] == ["bf16 bf16 -> bf16"] * len(rows)

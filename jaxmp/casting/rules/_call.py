@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxmp._jax_internals import jaxpr_consts
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan
+from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan, as_island
 from jaxmp.casting._planner import Planner
 from jaxmp.casting._schedule import schedule
 from jaxmp.casting._states import NEUTRAL, Kind, State, castable_dtype, traced_state
@@ -64,6 +64,7 @@ class SingleBodyRule(CallRule):
     def plan(self, eqn, states, wants, planner, context) -> EqnPlan:
         body = self.bodies(eqn)[0]
         in_wants = planner.wants(body, wants, context)
+        is_active = any(s not in (None, NEUTRAL) for s in states)
         states = [
             fed(s, want, planner) for s, want in zip(states, in_wants, strict=True)
         ]
@@ -72,7 +73,8 @@ class SingleBodyRule(CallRule):
             outs = tuple(map(traced_state, eqn.outvars))
             dtypes = tuple(map(castable_dtype, eqn.invars))
             reason = "a call that stays as it is"
-            return EqnPlan(eqn, OpClass.UNTOUCHED, reason, dtypes, outs)
+            bound = EqnPlan(eqn, OpClass.UNTOUCHED, reason, dtypes, outs)
+            return as_island(bound) if is_active else bound
         return call_plan(eqn, plan.in_states, plan.out_states, plan)
 
     def consts(self, plan: EqnPlan) -> Sequence[Any]:
