@@ -9,6 +9,7 @@ from jaxmp import _tree
 from jaxmp._flops import MATMULS
 from jaxmp.casting import _registry
 from jaxmp.casting._ambient import precision_params
+from jaxmp.casting._call_contents import is_cheap
 from jaxmp.casting._constants import Constants
 from jaxmp.casting._feeds import Feeds
 from jaxmp.casting._op_lists import OpClass
@@ -205,20 +206,12 @@ class Painter:
             for dtype in map(castable_dtype, eqn.outvars)
         )
         in_dtypes = tuple(castable_dtype(v) and FLOAT32 for v in eqn.invars)
-        can_join = eqn.outvars and not eqn.effects and self.is_cheap(eqn)
+        can_join = eqn.outvars and not eqn.effects and is_cheap(self.planner, eqn)
         in_island = is_active and bool(can_join)
         if in_island:
             self.feeds.add(eqn, states)
         params = precision_params(eqn, self.planner.settings)
         return EqnPlan(eqn, OpClass.FULL, reason, in_dtypes, outs, in_island, params)
-
-    def is_cheap(self, eqn) -> bool:
-        call = _registry.call_rule(eqn.primitive.name)
-        if call is None:
-            return _registry.is_cheap(eqn.primitive.name)
-        return not call.is_loop and all(
-            self.planner.contents(body).is_simple for body in call.bodies(eqn)
-        )
 
     def follow(self, eqn, states, choice: "_Choice") -> EqnPlan:
         state, reason = choice
