@@ -182,7 +182,7 @@ def _sum(eqn: Any, operands: list[Use | None], kept: list[Use]) -> Use:
         is_update=True,
         is_scaled=is_scaled and not is_normed,
         is_normed=is_normed,
-        increments=max(use.increments for use in kept) + bool(others or len(kept) > 1),
+        increments=max(use.increments for use in kept) + 1,
         through=max([use.through for use in kept] + through),
     )
 

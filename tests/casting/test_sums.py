@@ -292,3 +292,23 @@ def test_the_results_of_each_step_are_rounded_for_their_readers_only():
 
     (eqn,) = loops(jaxmp.autocast(fn), W)
     assert [v.aval.dtype for v in eqn.outvars] == [F32, BF16]
+
+
+def test_what_a_statistic_of_the_sum_is_added_to_is_a_sum():
+    def fn(w):
+        def body(state):
+            i, h = state
+            return i + 1, h + 0.001 * jax.nn.logsumexp(h @ w) + 0.001 * jnp.max(h)
+
+        return lax.while_loop(lambda state: state[0] < STEPS, body, (0, V[0]))[1] @ w
+
+    def centred(w):
+        def step(h, x):
+            h = h + 0.001 * jnp.mean(h)
+            return h, h @ w
+
+        return lax.scan(step, V[0], V)[1]
+
+    for recurrence in (fn, centred):
+        (eqn,) = loops(jaxmp.autocast(recurrence), W)
+        assert BF16 not in [aval.dtype for aval in carries(eqn)]
