@@ -1,5 +1,6 @@
 import os
 import time
+from importlib import metadata
 
 # Before JAX starts: eight CPU devices, and an environment in which the TPU and H100
 # compilers can be loaded beside them.
@@ -9,6 +10,10 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Compiling is most of the time, and much of that is the emitters of fusions, which
+# JAX 0.10 can do without. Later ones do not know the flag, and stop at it.
+if metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import hypothesis
 import jax
@@ -31,6 +36,9 @@ def pytest_addoption(parser):
 def pytest_runtest_setup(item):
     if time.monotonic() - STARTED > item.config.getoption("--budget"):
         pytest.skip("the time budget is used up")
+    # LLVM's optimisation is much of the rest, and pays for what is run for long.
+    usual = any(map(item.get_closest_marker, ("optimised", "slow", "targets")))
+    jax.config.update("jax_disable_most_optimizations", not usual)
 
 
 @pytest.fixture
