@@ -26,11 +26,18 @@ hypothesis.settings.load_profile("jaxmp")
 
 
 STARTED = time.monotonic()
+# Of few tests that take long: begun last, such a file would keep one process busy
+# while the other has nothing left.
+LONG = ("test_random_programs.py", "test_programs.py", "test_import_weight.py")
 
 
 def pytest_addoption(parser):
     help_text = "skip tests that have not started after so many seconds"
     parser.addoption("--budget", type=float, default=float("inf"), help=help_text)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def pytest_runtest_setup(item):
