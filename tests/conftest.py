@@ -1,3 +1,4 @@
+import collections
 import os
 import time
 from importlib import metadata
@@ -36,8 +37,16 @@ def pytest_addoption(parser):
     parser.addoption("--budget", type=float, default=float("inf"), help=help_text)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """Puts the files of `LONG` first, and then those of most tests."""
+    tests = collections.Counter(item.path for item in items)
+
+    def place(item):
+        is_long = item.path.name in LONG and not item.get_closest_marker("slow")
+        return not is_long, -tests[item.path]
+
+    items.sort(key=place)
 
 
 def pytest_runtest_setup(item):
