@@ -1,5 +1,7 @@
+import collections
 import os
 import time
+from importlib import metadata
 
 # Before JAX starts: eight CPU devices, and an environment in which the TPU and H100
 # compilers can be loaded beside them.
@@ -9,6 +11,10 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Compiling is most of the time, and much of that is the emitters of fusions, which
+# JAX 0.10 can do without. Later ones do not know the flag, and stop at it.
+if metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import hypothesis
 import jax
@@ -21,6 +27,9 @@ hypothesis.settings.load_profile("jaxmp")
 
 
 STARTED = time.monotonic()
+# Of few tests that take long: begun last, such a file would keep one process busy
+# while the other has nothing left.
+LONG = ("test_random_programs.py", "test_programs.py", "test_import_weight.py")
 
 
 def pytest_addoption(parser):
@@ -28,9 +37,24 @@ def pytest_addoption(parser):
     parser.addoption("--budget", type=float, default=float("inf"), help=help_text)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Puts the files of `LONG` first, and then those of most tests."""
+    tests = collections.Counter(item.path for item in items)
+
+    def place(item):
+        is_long = item.path.name in LONG and not item.get_closest_marker("slow")
+        return not is_long, -tests[item.path]
+
+    items.sort(key=place)
+
+
 def pytest_runtest_setup(item):
     if time.monotonic() - STARTED > item.config.getoption("--budget"):
         pytest.skip("the time budget is used up")
+    # LLVM's optimisation is much of the rest, and pays for what is run for long.
+    usual = any(map(item.get_closest_marker, ("optimised", "slow", "targets")))
+    jax.config.update("jax_disable_most_optimizations", not usual)
 
 
 @pytest.fixture

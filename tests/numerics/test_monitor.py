@@ -147,6 +147,8 @@ def without_monitors(state):
 every_place = pytest.mark.parametrize("place", PLACES)
 
 
+# With LLVM's optimisation, which `run` then shares with the tests below.
+@pytest.mark.optimised
 @every_place
 def test_parameters_and_state_are_bit_identical_to_the_unmonitored_run(place):
     watched, _ = run(place, watched=True)

@@ -24,6 +24,8 @@ from jaxmp.optimizers import (
 )
 from jaxmp.optimizers._rounding import split_float32
 
+# Bits are compared of programs in which LLVM may contract other multiplications.
+pytestmark = pytest.mark.optimised
 KINDS = {
     "bfloat16": ("bfloat16", False),
     "float16": ("float16", False),

@@ -16,6 +16,8 @@ from jaxmp.optimizers._rounding import (
     split_float32,
 )
 
+# What is exact has to be so with LLVM's optimisation.
+pytestmark = pytest.mark.optimised
 HALF = ["bfloat16", "float16"]
 SMALLEST_NORMAL = np.float32(2.0**-126)
 

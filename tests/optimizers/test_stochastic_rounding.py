@@ -10,6 +10,8 @@ import jaxmp
 from jaxmp.errors import MissingParams, MissingState, OptimizerOptionError
 from jaxmp.optimizers import ema, get_ema, master_weights, stochastic_rounding
 
+# What is exact has to be so with LLVM's optimisation.
+pytestmark = pytest.mark.optimised
 HALF = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 
