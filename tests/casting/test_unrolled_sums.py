@@ -72,7 +72,7 @@ def test_a_sum_is_float32_and_the_matmuls_around_it_are_in_half(fn):
 
 def test_a_sum_is_as_accurate_as_its_terms():
     expected, actual = (jax.jit(fn)(W) for fn in (products, jaxmp.autocast(products)))
-    assert np.linalg.norm(actual - expected) < 0.005 * np.linalg.norm(expected)
+    assert np.linalg.norm(actual - expected) < 0.008 * np.linalg.norm(expected)
 
 
 def network(w, block, count):
