@@ -182,9 +182,17 @@ def _sum(
     x = rows(x)[:, :16].astype(jnp.float32)
     x = jnp.pad(x, ((0, 0), (0, max(0, 4 - x.shape[1]))))
     xs = jnp.tile(jnp.tanh(x), (-(-steps // len(x)), 1))[:steps]
-    h = jnp.zeros((4, x.shape[1]) if update in _MATRICES else x.shape[1])
+    # A few layers: their residual stream is in half, by hand as under autocast.
+    is_stream = update is _fed_back and steps == SHORT and loop is not _while
+    dtype = half if is_stream and half is not None else jnp.float32
+    shape = (4, x.shape[1]) if update in _MATRICES else x.shape[1]
     read = _Read(f, w, n, half)
-    return loop(lambda h, x: update(h, x, read, steps), h, xs, n)
+
+    def step(h, x):
+        new, y = update(h, x, read, steps)
+        return new.astype(h.dtype), y
+
+    return loop(step, jnp.zeros(shape, dtype), xs, n)
 
 
 SUMS = {
