@@ -47,8 +47,7 @@ class Planner:
         self._plans: dict[Any, JaxprPlan] = {}
         self._wants: dict[Any, Wants] = {}
         self._contents: dict[int, Contents] = {}
-        self._sums: dict[Any, bool] = {}
-        self._updates: dict[int, frozenset[int]] = {}
+        self._sums: dict[Any, frozenset[int]] = {}
         self._alive: list[Any] = []
 
     # Backward
@@ -59,22 +58,20 @@ class Planner:
         """Tells which inputs of a jaxpr are wanted low, given which outputs are."""
         return self._analyse(jaxpr, tuple(out_wants), context).inputs
 
-    def is_sum(
+    def updates(
         self, jaxpr: Any, index: int, out: int, length: int | None, context: Context
-    ) -> bool:
-        """Tells whether a loop's body updates a carry as a sum; see `_sums`.
+    ) -> frozenset[int]:
+        """The ids of the equations that update a loop's carry as a sum; see `_sums`.
 
-        From then on, the equations that update it ask nothing of their operands in
-        this loop.
+        There are none if it is no sum.
         """
         jaxpr = open_jaxpr(jaxpr)
         key = (id(jaxpr), index, out, length, context.in_backward)
         if key not in self._sums:
             self._alive.append(jaxpr)
-            self._sums[key] = _sums.is_sum(jaxpr, *key[1:])
-            if self._sums[key]:
-                known = self._updates.get(id(jaxpr), frozenset())
-                self._updates[id(jaxpr)] = known.union(_sums.updates(jaxpr, index, out))
+            is_sum = _sums.is_sum(jaxpr, *key[1:])
+            found = _sums.updates(jaxpr, index, out) if is_sum else ()
+            self._sums[key] = frozenset(found)
         return self._sums[key]
 
     def wanted(
@@ -85,7 +82,6 @@ class Planner:
 
     def _analyse(self, jaxpr, out_wants, context) -> "Wants":
         jaxpr = open_jaxpr(jaxpr)
-        context = self._within(jaxpr, context)
         key = (id(jaxpr), out_wants, context)
         if key in self._wants:
             return self._wants[key]
@@ -172,7 +168,6 @@ class Planner:
         """
         jaxpr = open_jaxpr(jaxpr)
         in_states, out_wants = tuple(in_states), tuple(out_wants)
-        context = self._within(jaxpr, context)
         key = (id(jaxpr), in_states, out_wants, context)
         if key not in self._plans:
             self._alive.append(jaxpr)
@@ -293,11 +288,6 @@ class Planner:
             around = (*around, *scopes(eqn))
         in_backward = context.in_backward or is_backward(eqn)
         return context._replace(scopes=around, in_backward=in_backward)
-
-    def _within(self, jaxpr: Any, context: Context) -> Context:
-        """What is known in a jaxpr: where it is the body of a loop, of its sums too."""
-        own = self._updates.get(id(jaxpr), frozenset())
-        return context._replace(updates=context.updates | own)
 
 
 _LOWERABLE = (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH)

@@ -312,3 +312,26 @@ def test_what_a_statistic_of_the_sum_is_added_to_is_a_sum():
     for recurrence in (fn, centred):
         (eqn,) = loops(jaxmp.autocast(recurrence), W)
         assert BF16 not in [aval.dtype for aval in carries(eqn)]
+
+
+def test_loops_of_one_body_and_two_lengths_are_decided_each_by_itself():
+    """JAX traces the body once for both."""
+
+    def step(h, x):
+        return h + 0.01 * (jnp.tanh(h @ W + x) @ W), None
+
+    def few(w):
+        return lax.scan(step, V[0] @ w, V[:12])[0] @ w
+
+    def both(w):
+        return few(w), lax.scan(step, V[0] @ w, V)[0] @ w
+
+    carried = [
+        aval.dtype for eqn in loops(jaxmp.autocast(both), W) for aval in carries(eqn)
+    ]
+    assert carried == [BF16, F32]
+    rows = [
+        [(row.operation, row.after, row.reason) for row in jaxmp.explain(fn)(W).rows]
+        for fn in (few, both)
+    ]
+    assert rows[1][: len(rows[0])] == rows[0]

@@ -40,11 +40,13 @@ class Carries(NamedTuple):
       wants: which are wanted low.
       sums: which are sums that would be wanted low, but are not.
       inputs: which inputs of the body are wanted low.
+      context: of the body, with the equations that update the sums.
     """
 
     wants: tuple[bool, ...]
     sums: tuple[bool, ...]
     inputs: tuple[bool, ...]
+    context: Context
 
 
 def find_carries(
@@ -87,11 +89,15 @@ def find_carries(
 
     carry = fixed_point()
     wanted = planner.wanted(body, (*carry, *others), context)
+    updates = context.updates
 
     def is_sum(i: int) -> bool:
+        nonlocal updates
         if decided is not None:
             return decided == FLOAT32
-        return planner.is_sum(body, num_consts + i, i, length, context)
+        found = planner.updates(body, num_consts + i, i, length, context)
+        updates |= found
+        return bool(found)
 
     sums = tuple(
         traced_state(v) is NEUTRAL
@@ -101,10 +107,11 @@ def find_carries(
         for i, (v, out) in enumerate(zip(traced, opened.outvars, strict=False))
     )
     if any(sums):
+        context = context._replace(updates=updates)
         carry = fixed_point()
     inputs = list(planner.wants(body, (*carry, *others), context))
     inputs[num_consts : num_consts + count] = carry
-    return Carries(carry, sums, tuple(inputs))
+    return Carries(carry, sums, tuple(inputs), context)
 
 
 def carried(init, want, is_sum, traced, planner):
@@ -196,7 +203,8 @@ class ScanRule(CallRule):
         def plan_body(init):
             inputs = (*consts, *init, *slices)
             out_wants = (*carries.wants, *wants[num_carry:])
-            return planner.plan(body, inputs, out_wants, context, jaxpr_consts(body))
+            closed = jaxpr_consts(body)
+            return planner.plan(body, inputs, out_wants, carries.context, closed)
 
         plan, init = settle(init, plan_body, num_carry)
         others = [
@@ -255,7 +263,7 @@ class WhileRule(CallRule):
 
         def plan_body(init):
             inputs, consts = (*body_consts, *init), jaxpr_consts(body)
-            return planner.plan(body, inputs, carries.wants, context, consts)
+            return planner.plan(body, inputs, carries.wants, carries.context, consts)
 
         plan, init = settle(init, plan_body, len(init))
         cond = eqn.params["cond_jaxpr"]
