@@ -1,3 +1,4 @@
+import collections
 import os
 import time
 from importlib import metadata
@@ -26,11 +27,26 @@ hypothesis.settings.load_profile("jaxmp")
 
 
 STARTED = time.monotonic()
+# Of few tests that take long: begun last, such a file would keep one process busy
+# while the other has nothing left.
+LONG = ("test_random_programs.py", "test_programs.py", "test_import_weight.py")
 
 
 def pytest_addoption(parser):
     help_text = "skip tests that have not started after so many seconds"
     parser.addoption("--budget", type=float, default=float("inf"), help=help_text)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Puts the files of `LONG` first, and then those of most tests."""
+    tests = collections.Counter(item.path for item in items)
+
+    def place(item):
+        is_long = item.path.name in LONG and not item.get_closest_marker("slow")
+        return not is_long, -tests[item.path]
+
+    items.sort(key=place)
 
 
 def pytest_runtest_setup(item):
