@@ -73,6 +73,8 @@ def test_trap_05_a_skipped_update_is_a_select_not_a_product_with_zero(bad):
         assert np.signbit(update).all()  # -0.0, which leaves every parameter as it is
 
 
+# Subnormals are kept by LLVM's optimisation, which drops the addition of -0.0.
+@pytest.mark.optimised
 def test_a_skip_keeps_negative_zeros_nans_and_infinities_in_parameters():
     odd = jnp.array([-0.0, 0.0, jnp.nan, jnp.inf, -jnp.inf, 1e-38, 3e38])
     tx = f16_scaling(optax.adam(0.1))
