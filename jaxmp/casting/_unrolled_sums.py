@@ -61,8 +61,8 @@ def _chain(
     bit: int,
 ) -> _Chain | None:
     """The sum that an equation makes or moves, if it does."""
-    name, out = eqn.primitive.name, eqn.outvars[0]
-    if castable_dtype(out) is None:
+    name, out = eqn.primitive.name, next(iter(eqn.outvars), None)
+    if out is None or castable_dtype(out) is None:
         return None
     alike = [v for v in operands if v.aval.size == out.aval.size]
     if name in _ADDS:

@@ -101,6 +101,16 @@ def test_many_layers_are_no_sum(name):
     assert not unrolled_sums(jaxpr.jaxpr)
 
 
+def test_an_equation_without_a_result_is_no_term():
+    def fn(w):
+        y = products(w)
+        jax.jit(lambda y: None)(y)
+        jax.debug.callback(lambda y: None, y)
+        return y
+
+    assert unrolled_sums(jax.make_jaxpr(fn)(W).jaxpr)
+
+
 def test_a_few_terms_are_no_sum():
     def fn(w):
         x = Q @ w
