@@ -208,16 +208,21 @@ def recorded(x: Any) -> Recorded | None:
             return None if outer is None else recorded(outer)
         inputs = [v for v in equation.invars if not hasattr(v, "val")]
         values = [x._replace(variable=v) for v in inputs]
-        if equation.primitive.name in _CALLS:
+        if _name(equation) in _CALLS:
             return _last_inside(equation, x.variable, equation.invars, x)
-        return Recorded(equation.primitive.name, tuple(values), equation)
+        return Recorded(_name(equation), tuple(values), equation)
     equation: Any = getattr(x, "parent", None)
     if not hasattr(equation, "in_tracers"):
         return None
-    if equation.primitive.name in _CALLS:
+    if _name(equation) in _CALLS:
         return _last_inside(equation, x.val, equation.in_tracers, None)
     inputs = tuple(v for v in equation.in_tracers if hasattr(v, "aval"))
-    return Recorded(equation.primitive.name, inputs, equation)
+    return Recorded(_name(equation), inputs, equation)
+
+
+def _name(equation: Any) -> str:
+    """The name of a primitive; JAX 0.12 wraps those whose gradient it will need."""
+    return getattr(equation.primitive, "prim", equation.primitive).name
 
 
 _CALLS = frozenset(("jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"))
