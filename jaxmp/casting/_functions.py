@@ -48,8 +48,8 @@ _PALLAS = "jax.experimental.pallas.ops"
 _QKV = ("q", "k", "v")
 # TPUs load no float16 in a kernel: under a float16 policy it stays in float32.
 _BFLOAT16 = frozenset([np.dtype(jnp.bfloat16)])
-# A bias stays in float32 where a kernel adds it in float32. Decoding is left alone: to
-# narrow a cache in each step would cost more than the kernel saves.
+# A bias stays in float32 where a kernel adds it in float32. Decoding is left alone: its
+# cache would be cast as a whole in each step.
 _KNOWN = (
     Function(CUDNN_ATTENTION, ("query", "key", "value", "bias"), is_imported=False),
     Function(f"{_PALLAS}.tpu.flash_attention.flash_attention", _QKV, _BFLOAT16),
