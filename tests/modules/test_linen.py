@@ -20,7 +20,7 @@ from .linen_models import BF16, F16, F32, HALF, KEY, Compact, Model, X, dtypes, 
 @pytest.mark.parametrize("module", [Model(), Compact()], ids=["setup", "compact"])
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bf16-true"])
 def test_init_gives_the_same_values_stored_in_the_parameter_dtype(module, policy):
-    plain = module.init(KEY, X)
+    plain = jax.jit(module.init)(KEY, X)
     policy = jaxmp.get_policy(policy)
     variables = jax.jit(apply_policy(module, policy).init)(KEY, X)
     assert jax.tree.structure(plain) == jax.tree.structure(variables)
