@@ -269,7 +269,7 @@ WRAPPERS = [
     ),
     Case(
         "selective_transform",
-        lambda: optax.selective_transform(sgd(), freeze_mask={"w": True, "b": False}),
+        lambda: optax.selective_transform(sgd(), freeze_mask={"w": False, "b": True}),
     ),
     Case(
         "inject_hyperparams",
