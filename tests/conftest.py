@@ -39,12 +39,16 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Puts the files of `LONG` first, and then those of most tests."""
+    """Puts the files of `LONG` first, and then those of most tests.
+
+    Slow tests have a budget: files of few, which train, come before the sweeps.
+    """
     tests = collections.Counter(item.path for item in items)
 
     def place(item):
-        is_long = item.path.name in LONG and not item.get_closest_marker("slow")
-        return not is_long, -tests[item.path]
+        is_slow = item.get_closest_marker("slow") is not None
+        count = tests[item.path]
+        return is_slow or item.path.name not in LONG, count if is_slow else -count
 
     items.sort(key=place)
 
