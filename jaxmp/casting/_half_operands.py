@@ -20,7 +20,7 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp import _tree
-from jaxmp.casting import _functions, _rules
+from jaxmp.casting import _known_functions, _rules
 from jaxmp.casting._border import shown
 from jaxmp.casting._plan import HALF_SCOPE, Settings, scopes
 from jaxmp.casting._states import FLOAT32
@@ -44,7 +44,7 @@ _now: Any = jax.make_user_context(None)
 def traced_for(settings: Settings) -> Any:
     """A context in which operands are narrowed, as the settings of a plan have it."""
     dtype, rules = settings.compute_dtype, settings.rules
-    return _now(_Tracing(dtype, rules, _functions.version()))
+    return _now(_Tracing(dtype, rules, _known_functions.version()))
 
 
 def as_written() -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmp.casting import _functions
+from jaxmp.casting import _known_functions
 from jaxmp.casting._op_lists import (
     CLASS_OF,
     UNKNOWN,
@@ -103,7 +103,7 @@ def register_rule(
                 "which is to be a function. Write register_rule(function, "
                 "'half_operands')."
             )
-        _functions.register(primitive)
+        _known_functions.register(primitive)
         return
     name = primitive if isinstance(primitive, str) else primitive.name
     if name in _registered or name in CLASS_OF or name in _call_rules:

@@ -13,7 +13,7 @@ from jaxmp.casting import _registry, _sums, _updates
 from jaxmp.casting._plan import Context
 from jaxmp.casting._states import KEPT, NEUTRAL, State, is_literal, traced_state
 
-_UPDATES = _updates.ADDS | _updates.SUMS_INTO | {"mul", "div", "neg", "select_n"}
+_UPDATES = _updates.ADDS | _updates.SUMS_INTO | _updates.SCALES
 
 
 def returned_states(
@@ -33,7 +33,8 @@ def returned_states(
         Origins(1 << i if traced_state(v) is NEUTRAL and v.aval.shape else 0)
         for i, v in enumerate(jaxpr.invars)
     ]
-    for out, (_, rounded) in enumerate(_flow(planner, jaxpr, origins, wants)):
+    flow = _flow(planner, jaxpr, origins, wants, Context())
+    for out, (_, rounded) in enumerate(flow):
         for index in _set_bits(rounded):
             is_known = found[index] is not NEUTRAL
             if is_known or not _is_like(jaxpr, index, out):
@@ -59,10 +60,14 @@ _NOTHING = Origins(0)
 
 
 def _flow(
-    planner: Any, jaxpr: Any, entering: Sequence[Origins], wants: Sequence[bool]
+    planner: Any,
+    jaxpr: Any,
+    entering: Sequence[Origins],
+    wants: Sequence[bool],
+    context: Context,
 ) -> list[Origins]:
     jaxpr = open_jaxpr(jaxpr)
-    wanted = planner.wanted(jaxpr, tuple(wants), Context())
+    wanted = planner.wanted(jaxpr, tuple(wants), context)
     values = dict(zip(jaxpr.invars, entering, strict=True))
 
     def of(atom: Any) -> Origins:
@@ -72,26 +77,29 @@ def _flow(
         operands = [of(v) for v in eqn.invars]
         if not any(known.inputs for known in operands):
             continue
-        for v, made in zip(
-            eqn.outvars, _made(planner, eqn, operands, wanted), strict=True
-        ):
+        results = _made(planner, eqn, operands, wanted, context)
+        for v, made in zip(eqn.outvars, results, strict=True):
             here = made.inputs if v in wanted else 0
             values[v] = Origins(made.inputs, made.rounded | here)
     return [of(v) for v in jaxpr.outvars]
 
 
 def _made(
-    planner: Any, eqn: Any, operands: Sequence[Origins], wanted: frozenset[Any]
+    planner: Any,
+    eqn: Any,
+    operands: Sequence[Origins],
+    wanted: frozenset[Any],
+    context: Context,
 ) -> Sequence[Origins]:
     """The origins of an equation's results, its own rounding aside."""
     name, call = eqn.primitive.name, _registry.call_rule(eqn.primitive.name)
     if call is None:
-        moves = name in _registry.LAYOUT or name == "convert_element_type"
-        is_update = name in _UPDATES or moves
+        is_update = name in _UPDATES or _updates.moves(eqn)
         return [_union(operands) if is_update else _NOTHING] * len(eqn.outvars)
     if not call.is_loop and name != "cond":
         results = [v in wanted for v in eqn.outvars]
-        return _flow(planner, call.bodies(eqn)[-1], operands, results)
+        inside = planner.inside(eqn, context)
+        return _flow(planner, call.bodies(eqn)[-1], operands, results, inside)
     union = _union(operands)
     return [union._replace(rounded=union.inputs)] * len(eqn.outvars)
 

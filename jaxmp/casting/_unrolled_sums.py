@@ -5,17 +5,14 @@ before. So does the loop over the layers of a network; but there each term is co
 from the sum so far, and the chain is a residual stream.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
-from jaxmp.casting import _registry
 from jaxmp.casting._states import castable_dtype, is_literal
+from jaxmp.casting._updates import ADDS, SCALES, moves
 
 TERMS = 16
 """A sum of n equal terms that is rounded at each is off by sqrt(n / 3) times as much as
 one that is rounded at the end. Of 16 terms that is 2.3; 3 is what autocast allows."""
-
-_ADDS = frozenset(("add", "add_any", "sub"))
-_SCALES = frozenset(("mul", "div", "neg", "select_n", "convert_element_type"))
 
 
 class _Chain(NamedTuple):
@@ -29,75 +26,63 @@ class _Chain(NamedTuple):
 
 def unrolled_sums(jaxpr: Any) -> frozenset[int]:
     """The ids of the equations of a jaxpr that make sums of many terms."""
-    count = sum(eqn.primitive.name in _ADDS for eqn in jaxpr.eqns)
-    if count < TERMS:
+    if sum(eqn.primitive.name in ADDS for eqn in jaxpr.eqns) < TERMS:
         return frozenset()
-    chains: dict[Any, _Chain] = {}
-    # For each value the additions that it is computed from, as bits.
-    sources: dict[Any, int] = {}
-    long: list[_Chain] = []
-    bit = 1
-    for eqn in jaxpr.eqns:
+    chains = _Chains()
+    return _ids([chain for chain in map(chains.read, jaxpr.eqns) if _is_long(chain)])
+
+
+class _Chains:
+    """The sums of a jaxpr, while its equations are read in order."""
+
+    def __init__(self):
+        self.chains: dict[Any, _Chain] = {}
+        # For each value the additions that it is computed from, as bits.
+        self.sources: dict[Any, int] = {}
+        self.bit = 1
+
+    def read(self, eqn: Any) -> _Chain | None:
+        """The sum that an equation adds to or moves, if it does."""
         operands = [v for v in eqn.invars if not is_literal(v)]
-        read = 0
+        source = 0
         for v in operands:
-            read |= sources.get(v, 0)
-        chain = _chain(eqn, operands, chains, sources, bit)
+            source |= self.sources.get(v, 0)
+        chain = self.chain(eqn, operands)
         if chain is not None:
-            chains[eqn.outvars[0]] = chain
-            if chain.bit == bit:
-                read, bit = read | bit, bit << 1
-            if chain.terms >= TERMS:
-                long.append(chain)
-        sources.update((v, read) for v in eqn.outvars)
-    return _ids(long)
+            self.chains[eqn.outvars[0]] = chain
+            if chain.bit == self.bit:
+                source, self.bit = source | self.bit, self.bit << 1
+        self.sources.update((v, source) for v in eqn.outvars)
+        return chain
+
+    def chain(self, eqn: Any, operands: list[Any]) -> _Chain | None:
+        out = next(iter(eqn.outvars), None)
+        if out is None or castable_dtype(out) is None:
+            return None
+        alike = [v for v in operands if v.aval.size == out.aval.size]
+        sums = [self.chains[v] for v in alike if self.is_free(v, operands)]
+        longest = max(sums, key=lambda chain: chain.terms, default=None)
+        if eqn.primitive.name in ADDS:
+            if longest is not None:
+                return _Chain(longest.terms + 1, self.bit, eqn, longest)
+            # A term that is computed from the sum starts anew.
+            is_stream = any(v in self.chains for v in alike)
+            return _Chain(0 if is_stream else 1, self.bit, eqn, None)
+        is_passed = eqn.primitive.name in SCALES or moves(eqn)
+        if longest is None or not is_passed:
+            return None
+        return _Chain(longest.terms, longest.bit, eqn, longest)
+
+    def is_free(self, v: Any, operands: list[Any]) -> bool:
+        """Whether a value is a sum from which nothing that it meets is computed."""
+        if v not in self.chains:
+            return False
+        bit = self.chains[v].bit
+        return not any(u is not v and self.sources.get(u, 0) & bit for u in operands)
 
 
-def _chain(
-    eqn: Any,
-    operands: list[Any],
-    chains: dict[Any, _Chain],
-    sources: dict[Any, int],
-    bit: int,
-) -> _Chain | None:
-    """The sum that an equation makes or moves, if it does."""
-    name, out = eqn.primitive.name, next(iter(eqn.outvars), None)
-    if out is None or castable_dtype(out) is None:
-        return None
-    alike = [v for v in operands if v.aval.size == out.aval.size]
-    if name in _ADDS:
-        return _added(eqn, alike, chains, sources, bit)
-    if name in _SCALES or name in _registry.LAYOUT:
-        for v in alike:
-            chain = chains.get(v)
-            if chain is not None and not _reads(chain, v, operands, sources):
-                return _Chain(chain.terms, chain.bit, eqn, chain)
-    return None
-
-
-def _added(
-    eqn: Any,
-    operands: list[Any],
-    chains: dict[Any, _Chain],
-    sources: dict[Any, int],
-    bit: int,
-) -> _Chain:
-    """The longest sum that gets a term; a term that is computed from it starts anew."""
-    found = [chains[v] for v in operands if v in chains]
-    free = [
-        chains[v]
-        for v in operands
-        if v in chains and not _reads(chains[v], v, operands, sources)
-    ]
-    longest = max(free, key=lambda chain: chain.terms, default=None)
-    if longest is None:
-        return _Chain(0 if found else 1, bit, eqn, None)
-    return _Chain(longest.terms + 1, bit, eqn, longest)
-
-
-def _reads(chain: _Chain, old: Any, operands: list[Any], sources: dict[Any, int]):
-    """Whether what meets a sum in an equation is computed from the sum."""
-    return any(v is not old and sources.get(v, 0) & chain.bit for v in operands)
+def _is_long(chain: _Chain | None) -> TypeGuard[_Chain]:
+    return chain is not None and chain.terms >= TERMS
 
 
 def _ids(chains: list[_Chain]) -> frozenset[int]:

@@ -15,6 +15,7 @@ from jaxmp.casting import _registry
 from jaxmp.casting._states import is_literal
 
 ADDS = frozenset(("add", "add_any", "sub"))
+SCALES = frozenset(("mul", "div", "neg", "select_n"))
 SUMS_INTO = frozenset(("scatter-add", "scatter_add", "scatter-sub", "scatter_sub"))
 _CONTRACTS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))
 _REDUCES = frozenset(("reduce_sum", "reduce_max", "reduce_min", "psum", "pmax"))
@@ -159,8 +160,7 @@ def _result(eqn: Any, operands: list[Use | None]) -> Use:
         return _either(operands[1:]) or Use(False, through=2)
     if name == "neg" and kept:
         return kept[0]._replace(is_scaled=not kept[0].is_normed)
-    is_moved = name in _registry.LAYOUT or name == "convert_element_type"
-    if is_moved and kept and eqn.outvars[0].aval.size == eqn.invars[0].aval.size:
+    if moves(eqn) and kept and eqn.outvars[0].aval.size == eqn.invars[0].aval.size:
         return kept[0]
     through = max(max(use.through, 0 if use.is_update else 1) for use in known)
     is_statistic = all(use.is_statistic for use in known) and name not in _CONTRACTS
@@ -169,6 +169,12 @@ def _result(eqn: Any, operands: list[Use | None]) -> Use:
         is_statistic=is_statistic or name in _REDUCES,
         through=max(through, 1) if _is_linear(name, operands) else 2,
     )
+
+
+def moves(eqn: Any) -> bool:
+    """Whether an equation returns its operand in another shape, order or dtype."""
+    name = eqn.primitive.name
+    return name in _registry.LAYOUT or name == "convert_element_type"
 
 
 def _sum(eqn: Any, operands: list[Use | None], kept: list[Use]) -> Use:

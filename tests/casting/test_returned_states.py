@@ -8,7 +8,9 @@ from flax import linen as nn
 from jax import lax
 
 import jaxmp
+from jaxmp.casting import OpRule
 from jaxmp.casting._autocast import plan_jaxpr, read_settings
+from jaxmp.errors import AutocastRuleError
 
 SIZE = 8
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -170,3 +172,19 @@ def test_a_state_that_is_replaced_is_an_ordinary_value():
         return h, h @ w
 
     assert is_rounded(step, W, HIDDEN, X)
+
+
+def test_looking_for_states_uses_no_rule():
+    """A body that is looked at without the scopes around it would match the path."""
+
+    def step(w, h, x):
+        with jax.named_scope("a"), jax.named_scope("b"):
+            return jax.jit(named)(w, h, x)
+
+    def named(w, h, x):
+        with jax.named_scope("cell"):
+            return average(w, h, x)
+
+    rule = OpRule(path="cell", compute="float32")
+    with pytest.raises(AutocastRuleError, match="matches no operation"):
+        jaxmp.autocast(step, rules=[rule])(W, HIDDEN, X)

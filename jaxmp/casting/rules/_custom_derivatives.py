@@ -78,7 +78,7 @@ class CustomVJPRule(_CustomRule):
 
     def execute(self, plan, operands, executor):
         closed, args = _split_closed(plan.eqn, operands)
-        closed = tuple(map(_without_gradient, closed))
+        closed = [_without_gradient(x) if _is_inexact(x) else x for x in closed]
         primal = self.primal(plan, executor, closed)
         run = jax.custom_vjp(primal)
         rule = _PlannedVJP(plan, executor, closed, primal.__name__)
