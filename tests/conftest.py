@@ -1,4 +1,5 @@
 import collections
+import importlib.util
 import os
 import time
 from importlib import metadata
@@ -12,8 +13,12 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 # Compiling is most of the time, and much of that is the emitters of fusions, which
-# JAX 0.10 can do without. Later ones do not know the flag, and stop at it.
-if metadata.version("jaxlib").startswith("0.10."):
+# JAX 0.10 can do without. Later ones do not know the flag, nor does the TPU compiler,
+# and they stop at it.
+if (
+    metadata.version("jaxlib").startswith("0.10.")
+    and importlib.util.find_spec("libtpu") is None
+):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import hypothesis
