@@ -39,6 +39,11 @@ def _entry(op_class: OpClass, primitives: str, reason: str) -> Entry:
     return Entry(op_class, tuple(primitives.split()), reason)
 
 
+_OPAQUE = (
+    "pallas_call ffi_call pure_callback io_callback debug_callback debug_print "
+    "custom_call"
+)
+
 TABLE = (
     _entry(
         OpClass.COMPUTE,
@@ -134,8 +139,7 @@ TABLE = (
     ),
     _entry(
         OpClass.UNTOUCHED,
-        "pallas_call ffi_call pure_callback io_callback debug_callback debug_print "
-        "custom_call",
+        _OPAQUE,
         "opaque: was written for the dtypes it was traced with",
     ),
 )
@@ -145,6 +149,9 @@ CLASS_OF = MappingProxyType(
     {name: entry for entry in TABLE for name in entry.primitives}
 )
 """The table by primitive name."""
+
+OPAQUE = frozenset(_OPAQUE.split())
+"""What is inside cannot be read."""
 
 UNKNOWN = Entry(OpClass.UNTOUCHED, (), "unknown primitive: bound whole, as traced")
 

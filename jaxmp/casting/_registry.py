@@ -9,6 +9,7 @@ import numpy as np
 from jaxmp.casting import _known_functions
 from jaxmp.casting._op_lists import (
     CLASS_OF,
+    OPAQUE,
     UNKNOWN,
     Entry,
     OpClass,
@@ -126,6 +127,12 @@ def entry(name: str) -> Entry:
     if name in _registered:
         return _registered[name].entry
     return CLASS_OF.get(name, UNKNOWN)
+
+
+def is_unknown(name: str) -> bool:
+    """Whether nothing is known of a primitive, or of what is inside it."""
+    is_listed = name in _registered or name in _call_rules or name in CLASS_OF
+    return not is_listed or name in OPAQUE
 
 
 def is_cheap(name: str) -> bool:

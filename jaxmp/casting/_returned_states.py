@@ -37,7 +37,8 @@ def returned_states(
     for out, (_, rounded) in enumerate(flow):
         for index in _set_bits(rounded):
             is_known = found[index] is not NEUTRAL
-            if is_known or not _is_like(jaxpr, index, out):
+            is_like = _updates.is_like(jaxpr.invars[index], jaxpr.outvars[out])
+            if is_known or not is_like:
                 continue
             if _sums.is_state(jaxpr, index, out):
                 found[index] = KEPT
@@ -94,7 +95,7 @@ def _made(
     """The origins of an equation's results, its own rounding aside."""
     name, call = eqn.primitive.name, _registry.call_rule(eqn.primitive.name)
     if call is None:
-        is_update = name in _UPDATES or _updates.moves(eqn)
+        is_update = name in _UPDATES or _updates.may_hand_on(eqn)
         return [_union(operands) if is_update else _NOTHING] * len(eqn.outvars)
     if not call.is_loop and name != "cond":
         results = [v in wanted for v in eqn.outvars]
@@ -116,8 +117,3 @@ def _set_bits(bits: int) -> Iterator[int]:
         index = bits.bit_length() - 1
         yield index
         bits ^= 1 << index
-
-
-def _is_like(jaxpr: Any, index: int, out: int) -> bool:
-    v, result = jaxpr.invars[index].aval, jaxpr.outvars[out].aval
-    return (v.shape, v.dtype) == (result.shape, result.dtype)

@@ -7,10 +7,11 @@ in the carries of loops, and in the state that a function takes and returns.
 
 A residual stream, `x + f(x)` over the layers of a network, is a sum as well. It is told
 apart by three properties: nothing scales what was there, but for a norm of it; `f`
-reads it through something that is not linear; and there are fewer steps than it takes
-to lose a term.
+reads it through something that is not linear; and there are fewer steps, those of loops
+in loops multiplied, than it takes to lose a term.
 """
 
+import math
 from typing import Any
 
 from jaxmp._jax_internals import open_jaxpr
@@ -37,7 +38,8 @@ def is_sum(
     use = _updates.outputs(jaxpr, _old(jaxpr, index))[out]
     if use is None or not use.is_update or not use.increments:
         return False
-    return not _is_stream(use, in_backward) or length is None or length >= LAYERS
+    times = math.inf if length is None else length * use.times
+    return not _is_stream(use, in_backward) or times >= LAYERS
 
 
 def updates(jaxpr: Any, index: int, out: int) -> set[int]:

@@ -8,7 +8,7 @@ from the sum so far, and the chain is a residual stream.
 from typing import Any, NamedTuple, TypeGuard
 
 from jaxmp.casting._states import castable_dtype, is_literal
-from jaxmp.casting._updates import ADDS, SCALES, moves
+from jaxmp.casting._updates import ADDS, SCALES, may_hand_on
 
 TERMS = 16
 """A sum of n equal terms that is rounded at each is off by sqrt(n / 3) times as much as
@@ -68,7 +68,7 @@ class _Chains:
             # A term that is computed from the sum starts anew.
             is_stream = any(v in self.chains for v in alike)
             return _Chain(0 if is_stream else 1, self.bit, eqn, None)
-        is_passed = eqn.primitive.name in SCALES or moves(eqn)
+        is_passed = eqn.primitive.name in SCALES or may_hand_on(eqn)
         if longest is None or not is_passed:
             return None
         return _Chain(longest.terms, longest.bit, eqn, longest)

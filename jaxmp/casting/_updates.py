@@ -3,8 +3,11 @@
 `a * old + increment` updates `old`: the result is `old` with something added to it,
 whatever `a` is. A matmul of it, an activation or an integer is computed anew. A norm,
 which divides by a statistic of what it norms, updates too, and forgets the scale.
+What an unknown primitive does with an operand like its result is not known: it may hand
+it on, and counts as doing so.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +33,7 @@ class Use(NamedTuple):
       is_normed: it was divided by a statistic of itself, so that scales mean nothing.
       is_statistic: it is computed from sums or extremes of the old value, elementwise.
       increments: how many there are.
+      times: how often loops inside repeat the update; infinite if that is not known.
       through: how they depend on the old value: 0 not at all, 1 linearly, 2 else.
     """
 
@@ -38,6 +42,7 @@ class Use(NamedTuple):
     is_normed: bool = False
     is_statistic: bool = False
     increments: int = 0
+    times: float = 1
     through: int = 0
 
 
@@ -97,10 +102,24 @@ def _use(uses: Uses, atom: Any) -> Use | None:
 
 def _results(eqn: Any, operands: list[Use | None]) -> Sequence[Use | None]:
     bodies = _bodies(eqn, operands)
+    if not bodies and _registry.is_unknown(eqn.primitive.name):
+        return [_handed_on(eqn, operands, v) for v in eqn.outvars]
     if not bodies:
         return [_result(eqn, operands)] * len(eqn.outvars)
     each = [outputs(open_jaxpr(body), entering) for body, entering in bodies]
-    return [_either(uses) for uses in zip(*each, strict=True)]
+    results = [_either(uses) for uses in zip(*each, strict=True)]
+    name = eqn.primitive.name
+    if not _registry.call_rule(name).is_loop:
+        return results
+    count = len(results) if name == "while" else scan_arity(eqn.params)[1]
+    length = eqn.params.get("length", math.inf)
+    return [_repeated(use, length) for use in results[:count]] + results[count:]
+
+
+def _repeated(use: Use | None, length: float) -> Use | None:
+    if use is None or not use.is_update:
+        return use
+    return use._replace(times=use.times * length)
 
 
 def _bodies(eqn: Any, operands: list[Use | None]) -> list[tuple[Any, list[Use | None]]]:
@@ -139,8 +158,29 @@ def _either(uses: Sequence[Use | None]) -> Use | None:
         is_normed=bool(kept) and all(use.is_normed for use in kept),
         is_statistic=all(use.is_statistic for use in known),
         increments=max((use.increments for use in kept), default=0),
+        times=max((use.times for use in kept), default=1),
         through=max(use.through for use in known),
     )
+
+
+def _handed_on(eqn: Any, operands: list[Use | None], result: Any) -> Use:
+    """What an unknown primitive returns: one of the operands like it, or anything."""
+    alike = [
+        use for v, use in zip(eqn.invars, operands, strict=True) if is_like(v, result)
+    ]
+    handed_on = _either(alike)
+    if handed_on is not None and handed_on.is_update:
+        return handed_on
+    return Use(is_update=False, through=2)
+
+
+def is_like(atom: Any, result: Any) -> bool:
+    """Whether two values have one shape and dtype."""
+    kinds = [
+        (getattr(v.aval, "shape", None), getattr(v.aval, "dtype", None))
+        for v in (atom, result)
+    ]
+    return kinds[0] == kinds[1]
 
 
 def _result(eqn: Any, operands: list[Use | None]) -> Use:
@@ -177,6 +217,11 @@ def moves(eqn: Any) -> bool:
     return name in _registry.LAYOUT or name == "convert_element_type"
 
 
+def may_hand_on(eqn: Any) -> bool:
+    """The same, and for all that is known, what an unknown primitive returns."""
+    return moves(eqn) or _registry.is_unknown(eqn.primitive.name)
+
+
 def _sum(eqn: Any, operands: list[Use | None], kept: list[Use]) -> Use:
     others = [u for u in operands if u is None or not (u.is_update or u.is_statistic)]
     is_scaled = len(kept) > 1 or any(use.is_scaled for use in kept)
@@ -189,6 +234,7 @@ def _sum(eqn: Any, operands: list[Use | None], kept: list[Use]) -> Use:
         is_scaled=is_scaled and not is_normed,
         is_normed=is_normed,
         increments=max(use.increments for use in kept) + 1,
+        times=max(use.times for use in kept),
         through=max([use.through for use in kept] + through),
     )
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.ode import odeint
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -261,3 +262,86 @@ def test_a_call_that_returns_nothing(transform):
         return h @ w
 
     assert jaxmp.autocast(fn)(W, X).shape == fn(W, X).shape
+
+
+def refusing_vjp(w, x, table):
+    """A rule that is written for a gradient of its first operand alone."""
+
+    @jax.custom_vjp
+    def scaled(w, x, table):
+        return x @ w, jnp.sum(table)
+
+    def forward(w, x, table):
+        assert w.perturbed
+        assert not x.perturbed
+        assert not table.perturbed
+        return scaled(w.value, x.value, table.value), x.value
+
+    def backward(x, cotangents):
+        return x.T @ cotangents[0], None, None
+
+    scaled.defvjp(forward, backward, symbolic_zeros=True)
+    return scaled(w, x, table)[0]
+
+
+def refusing_jvp(w, x, table):
+    @jax.custom_jvp
+    def scaled(w, x, table):
+        return x @ w * jnp.sum(table)
+
+    def rule(primals, tangents):
+        _, x, table = primals
+        assert all(isinstance(t, SymbolicZero) for t in tangents[1:])
+        return scaled(*primals), x @ tangents[0] * jnp.sum(table)
+
+    scaled.defjvp(rule, symbolic_zeros=True)
+    return scaled(w, x, table)
+
+
+def in_scan(fn):
+    def scanned(w, x, table):
+        return lax.scan(lambda y, _: (fn(w, x, table) + 0 * y, None), x, length=2)[0]
+
+    return scanned
+
+
+@pytest.mark.parametrize(
+    "around",
+    [lambda fn: fn, jax.jit, jax.checkpoint, in_scan],
+    ids=["plain", "jit", "checkpoint", "scan"],
+)
+@pytest.mark.parametrize("call", [refusing_vjp, refusing_jvp])
+def test_a_rule_is_asked_for_no_more_than_without_autocast(call, around):
+    """Rules may refuse what they are not written for, as those of Diffrax do."""
+
+    def loss(w, x):
+        table = jnp.arange(4.0) / 6
+        return jnp.sum(jnp.tanh(around(call)(w, x, table)) ** 2)
+
+    expected = jax.jit(jax.grad(loss))(W, X)
+    for transform in (lambda g: g, jax.jit):
+        actual = transform(jax.grad(jaxmp.autocast(loss)))(W, X)
+        assert np.linalg.norm(actual - expected) < 0.02 * np.linalg.norm(expected)
+    assert jaxmp.explain(loss)(W, X).half_flops == 1.0
+
+
+def test_a_rule_is_planned_for_each_set_of_gradients():
+    @jax.custom_vjp
+    def product(w, x):
+        return jnp.tanh(x @ w)
+
+    product.defvjp(
+        lambda w, x: (product(w, x), (w, x)),
+        lambda kept, dy: (kept[1].T @ dy, dy @ kept[0].T),
+    )
+
+    def loss(w, x):
+        return jnp.sum(product(w, lax.stop_gradient(x)) + product(W, x))
+
+    for argnums in (0, 1, (0, 1)):
+        expected = jax.grad(loss, argnums)(W, X)
+        actual = jax.grad(jaxmp.autocast(loss), argnums)(W, X)
+        for a, e in zip(
+            jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+        ):
+            assert np.linalg.norm(a - e) < 0.02 * np.linalg.norm(e)
