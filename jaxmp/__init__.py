@@ -9,8 +9,8 @@ scale is. Everything is a pure function of pytrees.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxmp import _jax_internals as _jax_internals
 from jaxmp import casting, errors, loss_scale, optimizers, policy
+from jaxmp._jaxpr import versions as versions  # checks the version of JAX
 from jaxmp.casting import (
     autocast,
     explain,

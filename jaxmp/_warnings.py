@@ -3,7 +3,7 @@
 import sys
 import warnings
 
-from jaxmp._sources import is_users
+from jaxmp._jaxpr.sources import is_users
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

@@ -169,7 +169,7 @@ BAD_INPUT = {
         ("['params']", "str(policy)"),
     ),
     "JAX version": (
-        lambda: jaxmp._jax_internals.check_jax_version("0.4.30"),
+        lambda: jaxmp._jaxpr.versions.check_jax_version("0.4.30"),
         errors.UnsupportedJaxVersion,
         ("0.4.30", "0.10.0", "pip install --upgrade"),
     ),

@@ -101,10 +101,10 @@ VERSIONS = {
 @pytest.mark.parametrize(("version", "supported"), VERSIONS.items())
 def test_versions_of_jax(version, supported):
     if supported:
-        jaxmp._jax_internals.check_jax_version(version)
+        jaxmp._jaxpr.versions.check_jax_version(version)
         return
     with pytest.raises(jaxmp.errors.UnsupportedJaxVersion, match=version):
-        jaxmp._jax_internals.check_jax_version(version)
+        jaxmp._jaxpr.versions.check_jax_version(version)
 
 
 def test_invariant_11_an_old_jax_is_refused_with_both_versions_and_the_repair():

@@ -296,5 +296,5 @@ def test_the_index_lists_every_public_name_once_and_no_other():
 def test_the_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == jaxmp.__version__
-    oldest = ".".join(map(str, jaxmp._jax_internals.OLDEST_JAX[:2]))
+    oldest = ".".join(map(str, jaxmp._jaxpr.versions.OLDEST_JAX[:2]))
     assert f"jax>={oldest}" in project["dependencies"]

@@ -5,7 +5,7 @@ import pathlib
 from compiled_steps import COMPILER_OPTIONS, FLOAT32, ways_for
 from models import JOBS
 
-from jaxmp._table import markdown_table
+from jaxmp._views.tables import markdown_table
 from jaxmp.report import chips
 
 GIB = 2.0**30

@@ -29,7 +29,7 @@ from models import Job, gpt2
 from page import write_section
 from update_step import INIT_SCALE
 
-from jaxmp._table import markdown_table
+from jaxmp._views.tables import markdown_table
 from jaxmp.report import compile_step_of
 
 GIB = 2.0**30

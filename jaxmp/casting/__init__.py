@@ -3,9 +3,9 @@
 from jaxmp.casting._autocast import autocast, full_precision
 from jaxmp.casting._explain import explain
 from jaxmp.casting._explanation import Explanation
-from jaxmp.casting._half_operands import half_operands
 from jaxmp.casting._registry import register_rule
 from jaxmp.casting._rules import OpRule
+from jaxmp.casting.kernels._half_operands import half_operands
 
 __all__ = [
     "Explanation",

@@ -17,22 +17,25 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp.casting import rules as _call_rules  # noqa: F401  registers their rules
-from jaxmp.casting._ambient import ambient_precision, without_ambient_precision
 from jaxmp.casting._arguments import check_function, flatten_arguments
-from jaxmp.casting._eager import compiled
-from jaxmp.casting._execute import Executor, cast
-from jaxmp.casting._half_operands import as_written, noting_float32
-from jaxmp.casting._interception import tracing, tracing_rule
-from jaxmp.casting._plan import (
+from jaxmp.casting._rules import read_rules
+from jaxmp.casting.kernels._half_operands import as_written, noting_float32
+from jaxmp.casting.kernels._interception import tracing, tracing_rule
+from jaxmp.casting.plan._ambient_precision import (
+    ambient_precision,
+    without_ambient_precision,
+)
+from jaxmp.casting.plan._plan import (
     AUTOCAST_SCOPE,
     FULL_PRECISION_SCOPE,
     JaxprPlan,
     Settings,
 )
-from jaxmp.casting._planner import Planner
-from jaxmp.casting._returned_states import returned_states
-from jaxmp.casting._rules import read_rules
-from jaxmp.casting._states import FLOAT32, castable_dtype, is_literal, traced_state
+from jaxmp.casting.plan._planner import Planner
+from jaxmp.casting.plan._states import FLOAT32, castable_dtype, is_literal, traced_state
+from jaxmp.casting.run._eager import compiled
+from jaxmp.casting.run._executor import Executor, cast
+from jaxmp.casting.sums._returned_states import returned_states
 from jaxmp.errors import AutocastError, AutocastRuleError
 from jaxmp.policy import get_policy
 

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxmp import _html, _table
+from jaxmp._views import html as _html
+from jaxmp._views import tables as _table
 from jaxmp.casting._shares import Reason
 from jaxmp.errors import NoSuchRows
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxmp.casting import _known_functions
 from jaxmp.casting._op_lists import (
     CLASS_OF,
     OPAQUE,
@@ -17,6 +16,7 @@ from jaxmp.casting._op_lists import (
     linear_primitives,
     selecting_primitives,
 )
+from jaxmp.casting.kernels import _known_functions
 from jaxmp.errors import AutocastRuleError, RuleAlreadyRegistered
 
 LAYOUT = layout_primitives()

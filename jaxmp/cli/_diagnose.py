@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxmp import _html
+from jaxmp._views import html as _html
 from jaxmp.cli._load import load_function, make_step, takes_policy
 from jaxmp.cli._output import Output
 from jaxmp.errors import InvalidStep
@@ -27,7 +27,7 @@ from jaxmp.numerics import (
     find_nonfinite,
     trace,
 )
-from jaxmp.numerics._nonfinite_report import power
+from jaxmp.numerics.nonfinite._report import power
 
 KINDS = ("nonfinite", "underflow", "inaccurate")
 _INACCURATE = 0.1

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from jaxmp import _html, _table
+from jaxmp._views import html as _html
+from jaxmp._views import tables as _table
 from jaxmp.cli._output import Output
 from jaxmp.policy import policy_name_for
 from jaxmp.report import chips, has_target, targets
-from jaxmp.report._chips import Chip, chip_of
+from jaxmp.report.compile.chips import Chip, chip_of
 
 KINDS = ("emulated", "no-targets")
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmp import _html, _table
+from jaxmp._views import html as _html
+from jaxmp._views import tables as _table
 from jaxmp.cli._output import Output
 from jaxmp.policy import Policy, get_policy
 

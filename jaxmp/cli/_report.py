@@ -10,8 +10,8 @@ from pathlib import Path
 from jaxmp.cli._load import HELP, load_function, make_step, stay_on_cpu, takes_policy
 from jaxmp.cli._output import Output
 from jaxmp.report import StepReport, compile_step, compile_step_of
-from jaxmp.report._progress import Progress
-from jaxmp.report._targets import read_target
+from jaxmp.report.compile.progress import Progress
+from jaxmp.report.compile.targets import read_target
 
 KINDS = ("does-not-fit",)
 _LOCAL = ("gpu", "tpu")

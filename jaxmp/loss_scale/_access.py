@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp import _composition, _tree
+from jaxmp import _tree
+from jaxmp._transformations import composition as _composition
 from jaxmp.errors import (
     LossScaleCollapsed,
     MissingLossScale,

@@ -41,8 +41,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmp import _composition, _tree
-from jaxmp._composition import require_state
+from jaxmp import _tree
+from jaxmp._transformations import composition as _composition
+from jaxmp._transformations.composition import require_state
 from jaxmp.errors import MultipleLossScales
 from jaxmp.loss_scale._checks import check_same_tree, warn_about_half_params
 from jaxmp.loss_scale._made_with import MadeWith, note, read_made_with

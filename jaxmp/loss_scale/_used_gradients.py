@@ -15,7 +15,7 @@ import optax
 from optax.transforms import MaskedState
 
 from jaxmp import _tree
-from jaxmp._jax_internals import open_jaxpr
+from jaxmp._jaxpr.versions import open_jaxpr
 
 PyTree = Any
 

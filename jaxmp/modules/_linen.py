@@ -28,7 +28,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core import Scope
 
-from jaxmp.casting._region import region_settings, run_region
+from jaxmp.casting.local import region_settings, run_region
 from jaxmp.modules._casts import cast_carry
 from jaxmp.modules._effect import check_plan
 from jaxmp.modules._layers import Application, of_root, original_class

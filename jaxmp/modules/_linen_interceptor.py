@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import Scope, freeze
 
-from jaxmp.casting._region import region_settings
+from jaxmp.casting.local import region_settings
 from jaxmp.modules._casts import cast_carry
 from jaxmp.modules._effect import Leaf, check_leaves, check_plan
 from jaxmp.modules._handed_down import HandedDown, fields_of, handed_down, hands_down

@@ -10,8 +10,8 @@ from typing import Any
 from flax.core import lift
 from flax.linen import transforms
 
-from jaxmp.casting._plan import Settings
-from jaxmp.casting._region import run_region
+from jaxmp.casting.local import run_region
+from jaxmp.casting.plan._plan import Settings
 
 
 def planned_method(

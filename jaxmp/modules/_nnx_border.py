@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from jaxmp import _tree
-from jaxmp.casting._border import shown
-from jaxmp.casting._region import region_settings
+from jaxmp.casting.kernels._border import shown
+from jaxmp.casting.local import region_settings
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
 from jaxmp.modules._effect import check_plan
 from jaxmp.modules._handed_down import fields_of, handed_down

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxmp.casting._plan import Settings
-from jaxmp.casting._region import run_region
+from jaxmp.casting.local import run_region
+from jaxmp.casting.plan._plan import Settings
 
 
 class ReturnsModule(Exception):

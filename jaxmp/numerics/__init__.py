@@ -6,29 +6,29 @@ from jaxmp.numerics._bad_batch import (
     no_bad_batch,
     record_bad_batch,
 )
-from jaxmp.numerics._compare import compare
-from jaxmp.numerics._compare_result import (
+from jaxmp.numerics._plots import plot_exponents, plot_loss_scale, plot_underflow
+from jaxmp.numerics._statistics import EXPONENTS, Statistics, statistics
+from jaxmp.numerics.compare._compare import compare
+from jaxmp.numerics.compare._result import (
     ActivationRow,
     Comparison,
     GradientRow,
     PolicyRow,
 )
-from jaxmp.numerics._measurement import Measurement, get_statistics
-from jaxmp.numerics._monitor import MonitorState, monitor
-from jaxmp.numerics._monitor_report import (
+from jaxmp.numerics.monitor._measurement import Measurement, get_statistics
+from jaxmp.numerics.monitor._monitor import MonitorState, monitor
+from jaxmp.numerics.monitor._report import (
     LeafReport,
     MonitorReport,
     monitor_report,
 )
-from jaxmp.numerics._nonfinite import find_nonfinite
-from jaxmp.numerics._nonfinite_report import NonfiniteReport
-from jaxmp.numerics._plots import plot_exponents, plot_loss_scale, plot_underflow
-from jaxmp.numerics._search import search_policy
-from jaxmp.numerics._search_evaluate import Evaluation
-from jaxmp.numerics._search_result import Kept, PolicySearch
-from jaxmp.numerics._statistics import EXPONENTS, Statistics, statistics
-from jaxmp.numerics._trace import trace
-from jaxmp.numerics._trace_result import Trace, TraceRow
+from jaxmp.numerics.nonfinite._find import find_nonfinite
+from jaxmp.numerics.nonfinite._report import NonfiniteReport
+from jaxmp.numerics.search._evaluate import Evaluation
+from jaxmp.numerics.search._result import Kept, PolicySearch
+from jaxmp.numerics.search._search import search_policy
+from jaxmp.numerics.trace._result import Trace, TraceRow
+from jaxmp.numerics.trace._trace import trace
 
 __all__ = [
     "trace",

@@ -33,7 +33,7 @@ from jax.tree_util import SequenceKey
 from jaxmp import _tree
 from jaxmp.errors import NotOnHost, NumericsError
 from jaxmp.loss_scale import get_loss_scale, loss_scale_metrics
-from jaxmp.numerics._branch import branch
+from jaxmp.numerics.monitor._eager_cond import branch
 
 PyTree = Any
 

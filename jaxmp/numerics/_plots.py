@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmp._figures import new_figure
+from jaxmp._views.figures import new_figure
 from jaxmp.errors import NumericsError
 from jaxmp.numerics._formats import format_range
-from jaxmp.numerics._monitor_report import MonitorReport
 from jaxmp.numerics._statistics import EXPONENTS, Statistics
+from jaxmp.numerics.monitor._report import MonitorReport
 
 Path = str | os.PathLike[str]
 

@@ -23,15 +23,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmp import _composition, _tree
-from jaxmp.errors import OptimizerOptionError
-from jaxmp.optimizers._wrapping import (
+from jaxmp import _tree
+from jaxmp._transformations import composition as _composition
+from jaxmp._transformations.wrapping import (
     LOSS_SCALING_OUTERMOST,
     float32_view,
     pinned,
     strong_state,
     with_extra_args,
 )
+from jaxmp.errors import OptimizerOptionError
 
 PyTree = Any
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmp import _composition, _tree
+from jaxmp import _tree
+from jaxmp._transformations import composition as _composition
+from jaxmp._transformations.wrapping import float32_view, pinned, require_params
 from jaxmp.errors import MissingState, OptimizerOptionError
-from jaxmp.optimizers._wrapping import float32_view, pinned, require_params
 
 PyTree = Any
 

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmp import _composition, _tree
-from jaxmp.optimizers._rounding import round_to_nearest
+from jaxmp import _tree
+from jaxmp._transformations import composition as _composition
+from jaxmp._transformations.rounding import round_to_nearest
+from jaxmp._transformations.wrapping import strong_state, with_extra_args
 from jaxmp.optimizers._state_dtype import CastStateState
-from jaxmp.optimizers._wrapping import strong_state, with_extra_args
 
 PyTree = Any
 

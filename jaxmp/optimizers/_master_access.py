@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmp import _composition, _tree
+from jaxmp import _tree
+from jaxmp._transformations import composition as _composition
 from jaxmp.errors import MasterWeightsMismatch, MissingState
 from jaxmp.optimizers._copies import Weights, replace_copies
 from jaxmp.optimizers._master_weights import (

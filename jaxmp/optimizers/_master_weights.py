@@ -24,15 +24,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmp import _composition, _tree
-from jaxmp.errors import MasterWeightsMismatch, OptimizerOptionError
-from jaxmp.optimizers._rounding import (
+from jaxmp import _tree
+from jaxmp._transformations import composition as _composition
+from jaxmp._transformations.rounding import (
     join_float32,
     landing_update,
     round_to_nearest,
     split_float32,
 )
-from jaxmp.optimizers._wrapping import (
+from jaxmp._transformations.wrapping import (
     LOSS_SCALING_OUTERMOST,
     float32_view,
     pinned,
@@ -40,6 +40,7 @@ from jaxmp.optimizers._wrapping import (
     strong_state,
     with_extra_args,
 )
+from jaxmp.errors import MasterWeightsMismatch, OptimizerOptionError
 
 PyTree = Any
 

@@ -18,14 +18,14 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxmp import _composition, _tree
-from jaxmp.errors import OptimizerOptionError
-from jaxmp.optimizers._rounding import (
+from jaxmp import _tree
+from jaxmp._transformations import composition as _composition
+from jaxmp._transformations.rounding import (
     FLOAT16_SUBNORMALS_PER_UNIT,
     SMALLEST_NORMAL_FLOAT16,
     landing_update,
 )
-from jaxmp.optimizers._wrapping import (
+from jaxmp._transformations.wrapping import (
     LOSS_SCALING_OUTERMOST,
     float32_view,
     pinned,
@@ -33,6 +33,7 @@ from jaxmp.optimizers._wrapping import (
     strong_state,
     with_extra_args,
 )
+from jaxmp.errors import OptimizerOptionError
 
 _REPAIRS = {
     "loss_scaling": LOSS_SCALING_OUTERMOST,

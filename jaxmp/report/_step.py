@@ -11,23 +11,23 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxmp._sources import is_users
-from jaxmp.report._chips import Chip, chip_of, chips
-from jaxmp.report._compiler import compile_programs, is_out_of_memory
-from jaxmp.report._contents import Contents, read_contents
-from jaxmp.report._hlo import Computation, HloProgram, Instruction, read_hlo
-from jaxmp.report._liveness import LiveBuffers, largest, peak
-from jaxmp.report._programs import (
+from jaxmp._jaxpr.sources import is_users
+from jaxmp.report._views import bar_chart, report_page, report_text
+from jaxmp.report.compile._compiler import compile_programs, is_out_of_memory
+from jaxmp.report.compile._programs import (
     Program,
     donated_arguments,
     export_program,
     under_policy,
 )
-from jaxmp.report._progress import Progress
-from jaxmp.report._roofline import Roofline, roofline
-from jaxmp.report._targets import Target, read_target, target_devices
-from jaxmp.report._views import bar_chart, report_page, report_text
-from jaxmp.report._worker import Answer
+from jaxmp.report.compile._worker import Answer
+from jaxmp.report.compile.chips import Chip, chip_of, chips
+from jaxmp.report.compile.progress import Progress
+from jaxmp.report.compile.targets import Target, read_target, target_devices
+from jaxmp.report.hlo._contents import Contents, read_contents
+from jaxmp.report.hlo._hlo import Computation, HloProgram, Instruction, read_hlo
+from jaxmp.report.hlo._liveness import LiveBuffers, largest, peak
+from jaxmp.report.hlo._roofline import Roofline, roofline
 
 _WRAPPERS = re.compile(r"^jit\(call\)/call_exported/")
 

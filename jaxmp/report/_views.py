@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxmp import _html, _table
-from jaxmp._figures import new_figure
+from jaxmp._views import html as _html
+from jaxmp._views import tables as _table
+from jaxmp._views.figures import new_figure
 
 if TYPE_CHECKING:
     from jaxmp.report._step import Row

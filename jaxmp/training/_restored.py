@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmp import _composition, _tree
+from jaxmp import _tree
+from jaxmp._transformations import composition as _composition
 from jaxmp.errors import (
     CheckpointPolicyMismatch,
     MissingLossScale,

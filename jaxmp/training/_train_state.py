@@ -10,7 +10,7 @@ import optax
 from flax import serialization, struct
 from flax.training import train_state
 
-from jaxmp import _composition
+from jaxmp._transformations import composition as _composition
 from jaxmp.errors import InvalidCheckpoint
 from jaxmp.loss_scale import select_applied, value_and_grad
 from jaxmp.loss_scale._unscale import OVERWRITE_WITH_GRADIENT

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import jaxmp
-from jaxmp._jax_internals import map_jaxprs
+from jaxmp._jaxpr.versions import map_jaxprs
 from jaxmp.testing import equations
 from jaxmp.testing._functions import example_arguments
 

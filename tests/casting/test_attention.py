@@ -17,8 +17,9 @@ from jax.extend import core as jex_core
 from jax.interpreters import ad
 
 import jaxmp
-from jaxmp._jax_internals import open_jaxpr
-from jaxmp.casting import OpRule, _known_functions
+from jaxmp._jaxpr.versions import open_jaxpr
+from jaxmp.casting import OpRule
+from jaxmp.casting.kernels import _known_functions
 from jaxmp.errors import AutocastRuleError
 
 BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -231,7 +232,7 @@ def test_a_mask_that_is_added_stays_finite_in_half():
 
 
 def _on_half(fn, operands):
-    from jaxmp.casting._half_operands import on_half
+    from jaxmp.casting.kernels._half_operands import on_half
 
     return on_half(fn, operands)
 

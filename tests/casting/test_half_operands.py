@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 import jaxmp
-from jaxmp.casting import _known_functions
+from jaxmp.casting.kernels import _known_functions
 from jaxmp.errors import AutocastRuleError, RuleAlreadyRegistered
 
 BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))

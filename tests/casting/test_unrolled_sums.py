@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmp
-from jaxmp.casting._unrolled_sums import TERMS, unrolled_sums
+from jaxmp.casting.sums._unrolled import TERMS, unrolled_sums
 
 STEPS, SIZE = 24, 8
 KEYS = jax.random.split(jax.random.key(0), 4)

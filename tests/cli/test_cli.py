@@ -11,7 +11,7 @@ import jaxmp
 from jaxmp.cli import main
 from jaxmp.cli._source import check_source
 from jaxmp.errors import InvalidStep
-from jaxmp.report._progress import Progress
+from jaxmp.report.compile.progress import Progress
 
 MODULE = """
 import jax

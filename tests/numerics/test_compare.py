@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxmp.errors import NumericsError
 from jaxmp.numerics import compare
-from jaxmp.numerics._compare_distance import Distance
+from jaxmp.numerics.compare._distance import Distance
 from jaxmp.testing import zoo
 
 rng = np.random.default_rng(0)

@@ -9,8 +9,8 @@ from jax import lax
 import jaxmp
 from jaxmp.errors import NonScalarLoss
 from jaxmp.numerics import find_nonfinite
-from jaxmp.numerics._interpreter import Interpreter
-from jaxmp.numerics._program import read_program
+from jaxmp.numerics.replay._interpreter import Interpreter
+from jaxmp.numerics.replay._program import read_program
 
 from .faults import FAULTS
 from .healthy import HEALTHY, ZOO, network_of_the_zoo

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import jaxmp
-from jaxmp import _composition
+from jaxmp._transformations import composition as _composition
 from jaxmp.errors import (
     LossScaleCollapsed,
     MissingParams,

@@ -15,7 +15,7 @@ import jaxmp
 from jaxmp.casting import OpRule
 from jaxmp.errors import NumericsError, SearchStateMismatch
 from jaxmp.numerics import search_policy
-from jaxmp.numerics._search_minimise import minimise
+from jaxmp.numerics.search._minimise import minimise
 
 X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 
@@ -267,7 +267,7 @@ def test_a_search_goes_on_where_it_stopped(overflowing, tmp_path, monkeypatch):
     assert full == found
     # Everything is in the file now: nothing is evaluated.
     monkeypatch.setattr(
-        "jaxmp.numerics._search_minimise.Problem._measure",
+        "jaxmp.numerics.search._minimise.Problem._measure",
         lambda *_: pytest.fail("evaluated"),
     )
     assert search_policy(fn, "mixed_float16", args, resume=file) == found

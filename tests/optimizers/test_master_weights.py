@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmp
+from jaxmp._transformations.rounding import split_float32
 from jaxmp.errors import (
     HalfParamsWarning,
     MasterWeightsMismatch,
@@ -22,7 +23,6 @@ from jaxmp.optimizers import (
     load_master_weights,
     master_weights,
 )
-from jaxmp.optimizers._rounding import split_float32
 
 # Bits are compared of programs in which LLVM may contract other multiplications.
 pytestmark = pytest.mark.optimised

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmp
-from jaxmp.errors import OptimizerOptionError
-from jaxmp.optimizers._rounding import (
+from jaxmp._transformations.rounding import (
     join_float32,
     landing_update,
     round_to_nearest,
     split_float32,
 )
+from jaxmp.errors import OptimizerOptionError
 
 # What is exact has to be so with LLVM's optimisation.
 pytestmark = pytest.mark.optimised

@@ -13,8 +13,12 @@ import optax
 import pytest
 
 import jaxmp
+from jaxmp._transformations.rounding import (
+    join_float32,
+    round_to_nearest,
+    split_float32,
+)
 from jaxmp.optimizers import master_weights, stochastic_rounding
-from jaxmp.optimizers._rounding import join_float32, round_to_nearest, split_float32
 from jaxmp.report import compile_for
 
 pytestmark = pytest.mark.targets

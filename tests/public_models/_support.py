@@ -15,7 +15,7 @@ from jax.interpreters import partial_eval
 
 import jaxmp
 from jaxmp import _tree
-from jaxmp._flops import MATMULS, matmul_shape
+from jaxmp._jaxpr.flops import MATMULS, matmul_shape
 
 HALF = ("bfloat16", "float16")
 POLICIES = tuple(f"mixed_{dtype}" for dtype in HALF)

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import jaxmp
 from examples.benchmarks.autocast_gpt2 import make_step
 from jaxmp import errors
-from jaxmp._jax_internals import open_jaxpr
+from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.report import audit
 from jaxmp.testing import equations, zoo
 

@@ -178,7 +178,7 @@ def test_a_row_that_is_not_there_is_told_what_is(told):
 
 
 def test_an_answer_is_read_again_and_a_change_is_compiled(monkeypatch):
-    from jaxmp.report import _compiler
+    from jaxmp.report.compile import _compiler
 
     asked = []
     compile_request = _compiler.compile_request
@@ -272,7 +272,7 @@ def test_a_batch_search_needs_batches_and_a_memory():
 
 
 def test_a_missing_compiler_names_the_command_that_mends_it(monkeypatch):
-    from jaxmp.report import _targets
+    from jaxmp.report.compile import targets as _targets
 
     monkeypatch.setattr(_targets, "_is_installed", lambda name: False)
     with pytest.raises(errors.MissingTargetPackage, match=r"jaxmp\[targets\]"):

@@ -2,10 +2,10 @@
 
 import jax
 
-from jaxmp.report._programs import Program
 from jaxmp.report._step import StepReport, read_answer
-from jaxmp.report._targets import read_target
-from jaxmp.report._worker import Answer, program_text
+from jaxmp.report.compile._programs import Program
+from jaxmp.report.compile._worker import Answer, program_text
+from jaxmp.report.compile.targets import read_target
 
 
 class Unwritten:

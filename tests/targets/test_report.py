@@ -203,9 +203,9 @@ def test_a_sharded_step_has_its_collectives_in_the_dtype_of_its_gradients(
 
 
 def test_a_compiler_that_fails_says_what_it_was_given(cache):
-    from jaxmp.report import _compiler
-    from jaxmp.report._programs import export_program
-    from jaxmp.report._targets import read_target
+    from jaxmp.report.compile import _compiler
+    from jaxmp.report.compile._programs import export_program
+    from jaxmp.report.compile.targets import read_target
 
     x = jax.ShapeDtypeStruct((8,), jnp.float32)
     program = export_program(jnp.tanh, (x,), read_target("h100"))

@@ -1,7 +1,7 @@
 """`cond` and `switch`: all branches agree on the dtype of each result."""
 
-from jaxmp._jax_internals import jaxpr_consts
-from jaxmp.casting._states import join
+from jaxmp._jaxpr.versions import jaxpr_consts
+from jaxmp.casting.plan._states import join
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
 
 

@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxmp._jax_internals import jaxpr_consts
+from jaxmp._jaxpr.versions import jaxpr_consts
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan, as_island
-from jaxmp.casting._planner import Planner
-from jaxmp.casting._schedule import schedule
-from jaxmp.casting._states import NEUTRAL, Kind, State, castable_dtype, traced_state
+from jaxmp.casting.islands._schedule import schedule
+from jaxmp.casting.plan._plan import Context, EqnPlan, JaxprPlan, as_island
+from jaxmp.casting.plan._planner import Planner
+from jaxmp.casting.plan._states import (
+    NEUTRAL,
+    Kind,
+    State,
+    castable_dtype,
+    traced_state,
+)
 
 
 class CallRule:

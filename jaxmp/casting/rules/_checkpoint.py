@@ -4,7 +4,7 @@ What enters the region is saved as it enters, so the casts of float32 values to 
 inside the region, and those of islands' results outside of it.
 """
 
-from jaxmp._jax_internals import open_jaxpr
+from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.rules._call import SingleBodyRule
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from jaxmp.casting._plan import Context, EqnPlan, JaxprPlan
-from jaxmp.casting._planner import Planner
+from jaxmp.casting.plan._plan import Context, EqnPlan, JaxprPlan
+from jaxmp.casting.plan._planner import Planner
 from jaxmp.casting.rules._call import SingleBodyRule, call_plan
 from jaxmp.casting.rules._planned_derivatives import (
     PlannedJVP,

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmp._jax_internals import jaxpr_consts, open_jaxpr, scan_arity
-from jaxmp.casting._plan import Context
-from jaxmp.casting._planner import Planner
-from jaxmp.casting._states import (
+from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr, scan_arity
+from jaxmp.casting.plan._plan import Context
+from jaxmp.casting.plan._planner import Planner
+from jaxmp.casting.plan._states import (
     FLOAT32,
     KEPT,
     NEUTRAL,

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxmp.casting._ambient import without_ambient_precision
-from jaxmp.casting._execute import cast
-from jaxmp.casting._plan import EqnPlan, JaxprPlan
-from jaxmp.casting._states import NEUTRAL, State
+from jaxmp.casting.plan._ambient_precision import without_ambient_precision
+from jaxmp.casting.plan._plan import EqnPlan, JaxprPlan
+from jaxmp.casting.plan._states import NEUTRAL, State
+from jaxmp.casting.run._executor import cast
 
 
 def name_of(plan: EqnPlan) -> str:

@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxmp._jax_internals import shard_map_arguments
+from jaxmp._jaxpr.versions import shard_map_arguments
 from jaxmp.casting.rules._call import SingleBodyRule
 
 

@@ -1,0 +1,1 @@
+"""What jaxmp's Optax transformations share: states, order and rounding."""

@@ -1,0 +1,1 @@
+"""Float32 operations that hand values to each other, and run together."""

@@ -1,0 +1,1 @@
+"""Fused kernels, which are traced on half operands."""

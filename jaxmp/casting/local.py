@@ -1,0 +1,104 @@
+"""A part of a program that is planned by itself, for those that call parts of one.
+
+`apply_policy` runs the code of a user's layer in a region: it is traced as it was
+written, and planned as `autocast` would plan it. Whatever the code returns beside
+arrays, such as a function or a distribution, passes as it is.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.casting._autocast import plan_jaxpr, read_settings, run_plan
+from jaxmp.casting.kernels._interception import tracing, tracing_rule
+from jaxmp.casting.plan._ambient_precision import without_ambient_precision
+from jaxmp.casting.plan._plan import JaxprPlan, Settings
+from jaxmp.casting.run._eager import compiled, is_eager
+
+
+def region_settings(dtype: np.dtype, precision: Any = None) -> Settings:
+    """What a region depends on: a half compute dtype, and a precision for the rest."""
+    return read_settings(dtype, (), True)._replace(matmul_precision=precision)
+
+
+def run_region(
+    function: Callable[..., Any],
+    args: Any,
+    settings: Settings,
+    named_scopes: bool,
+    watch: Callable[[JaxprPlan], None] | None = None,
+    around_rules: Callable[[], Any] = contextlib.nullcontext,
+) -> Any:
+    """Calls a function whose operations are planned.
+
+    Args:
+      function: takes the items of `args`.
+      args: pytrees; their arrays are traced, all else is as given.
+      settings: what the plan depends on, see `region_settings`.
+      named_scopes: as for `autocast`.
+      watch: is shown the plan before it is run.
+      around_rules: what is to be entered where a custom derivative rule is traced,
+        which happens after the function has returned.
+
+    Returns:
+      What the function returns, its arrays in the dtypes that they have there.
+    """
+
+    @contextlib.contextmanager
+    def around_planned_rules():
+        with around_rules(), tracing_rule(settings):
+            yield
+
+    leaves, tree = jax.tree.flatten(tuple(args))
+    is_traced = [_tree.is_array(x) for x in leaves]
+    arrays = [x for x, traced in zip(leaves, is_traced, strict=True) if traced]
+    returned: list[Any] = []
+
+    def flat(*arrays):
+        remaining = iter(arrays)
+        filled = [
+            next(remaining) if traced else x
+            for x, traced in zip(leaves, is_traced, strict=True)
+        ]
+        outs, out_tree = jax.tree.flatten(function(*jax.tree.unflatten(tree, filled)))
+        statics = [None if isinstance(x, jax.Array) else (x,) for x in outs]
+        returned[:] = [out_tree, statics]
+        return [x for x in outs if isinstance(x, jax.Array)]
+
+    with without_ambient_precision(), tracing(settings):
+        jaxpr = jax.make_jaxpr(flat)(*arrays)
+    plan, planner = plan_jaxpr(jaxpr, settings)
+    if watch is not None:
+        watch(plan)
+    if is_eager(jaxpr, arrays):
+        outs = _compiled(settings, named_scopes)(jaxpr, arrays)
+    else:
+        outs = run_plan(
+            plan,
+            planner,
+            jaxpr,
+            jaxpr.consts,
+            arrays,
+            named_scopes=named_scopes,
+            around_rules=around_planned_rules,
+        )
+    results = iter(outs)
+    out_tree, statics = returned
+    outs = [next(results) if static is None else static[0] for static in statics]
+    return jax.tree.unflatten(out_tree, outs)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(
+    settings: Settings, named_scopes: bool
+) -> Callable[[Any, Sequence[Any]], list[Any]]:
+    def execute(jaxpr, consts, arrays):
+        plan, planner = plan_jaxpr(jaxpr, settings)
+        return run_plan(plan, planner, jaxpr, consts, arrays, named_scopes=named_scopes)
+
+    return compiled(execute, settings.compute_dtype)

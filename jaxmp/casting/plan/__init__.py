@@ -1,0 +1,1 @@
+"""Which value gets which dtype, and why."""

@@ -1,0 +1,243 @@
+"""The plan: which value of a jaxpr gets which dtype, and why.
+
+A plan is a pure function of a jaxpr, the states of its inputs, what its outputs are
+wanted for, and the rules. It is made in two passes over the equations.
+
+1. **Backward**, `Planner.wants`: a value is *wanted low* if it reaches a matmul through
+   operations that follow their operands, without a float32 operation between. The
+   residual stream is; attention scores, which only a softmax reads, are not; nor is
+   anything after the last matmul.
+2. **Forward**, `Planner.plan`: every equation gets one dtype for its floating operands.
+   Matmuls take the compute dtype, the operations of the float32 list take float32. The
+   others follow:
+
+   - only float32 from outside (parameters, constants, random draws): float32;
+   - low operands: low if the result is wanted low, else float32, at no cost, since the
+     next reader is float32 or there is none;
+   - the result of a float32 island: float32, and part of the island, unless it meets a
+     low value that did not feed that island. `x - mean(x)` stays in the island of the
+     mean; the sum with a residual stream does not, and takes the result in half.
+
+Calls (`jit`, `scan`, `cond`, ...) are planned by `jaxmp.casting.rules`, by planning
+their bodies in the same two passes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmp.casting import _rules
+from jaxmp.casting._op_lists import OpClass
+from jaxmp.casting.plan._states import (
+    FLOAT32,
+    FULL,
+    NEUTRAL,
+    State,
+    castable_dtype,
+    traced_state,
+)
+
+FULL_PRECISION_SCOPE = "jaxmp.full_precision"
+AUTOCAST_SCOPE = "jaxmp.autocast"
+# What `apply_policy` has decided about one of Flax's layers.
+LAYER_SCOPE = "jaxmp.layer"
+# A cast that shows a half result to code that was written for float32. It is no wish
+# for float32: the value stays in half, and follows its readers.
+BORDER_SCOPE = "jaxmp.border"
+LAYER_REASON = "a layer of Flax, decided by its policy"
+# A function that was traced on half operands; see `_half_operands`.
+HALF_SCOPE = "jaxmp.half_operands"
+_DECIDED = {
+    FULL_PRECISION_SCOPE: "full_precision",
+    AUTOCAST_SCOPE: "decided by the autocast inside",
+    LAYER_SCOPE: LAYER_REASON,
+    HALF_SCOPE: "traced on half operands: sums and softmax inside are the function's",
+}
+OWN_SCOPES = frozenset((*_DECIDED, BORDER_SCOPE))
+
+
+@dataclasses.dataclass(slots=True)
+class EqnPlan:
+    """What is decided about one equation.
+
+    Attributes:
+      eqn: the equation as it was traced.
+      op_class: the class that decided.
+      reason: why, for people.
+      in_dtypes: what each operand is cast to; None leaves it as it is stored.
+      out_states: the state of each result.
+      in_island: whether it is computed in float32 inside an island.
+      params: parameters that replace those of the equation, because they name dtypes.
+      call: the plans of the bodies of a call, made and read by its rule.
+      rule: the rule that matched, if any.
+    """
+
+    eqn: Any
+    op_class: OpClass
+    reason: str
+    in_dtypes: tuple[np.dtype | None, ...]
+    out_states: tuple[State | None, ...]
+    in_island: bool = False
+    params: dict[str, Any] | None = None
+    call: Any = None
+    rule: _rules.OpRule | None = None
+
+    @property
+    def is_as_traced(self) -> bool:
+        """Whether operands and results have the dtypes they were traced with."""
+        return (
+            self.params is None
+            and self.call is None
+            and not self.in_island
+            and self.in_dtypes == tuple(map(castable_dtype, self.eqn.invars))
+            and self.out_states == tuple(map(traced_state, self.eqn.outvars))
+        )
+
+
+def as_island(plan: EqnPlan) -> EqnPlan:
+    """What is bound whole returns ordinary values, none that come from outside."""
+    outs = tuple(FULL if s is NEUTRAL else s for s in plan.out_states)
+    return dataclasses.replace(plan, out_states=outs)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class JaxprPlan:
+    """The plan of a jaxpr: one `EqnPlan` per equation, and how to run them.
+
+    Attributes:
+      jaxpr: the jaxpr that was planned.
+      in_states, out_states: of its inputs and outputs.
+      eqns: the plans of its equations, in order.
+      steps: what to run, in order; see `_islands`.
+      cache: rebuilt jaxprs of the executor, which belong to this plan.
+    """
+
+    jaxpr: Any
+    in_states: tuple[State | None, ...]
+    out_states: tuple[State | None, ...]
+    eqns: list[EqnPlan]
+    steps: Sequence[Any]
+    cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_as_traced(self) -> bool:
+        """Whether the plan changes nothing."""
+        return all(plan.is_as_traced for plan in self.eqns)
+
+
+class Context(NamedTuple):
+    """What the equations of a body inherit from the calls around it.
+
+    Attributes:
+      scopes: the user's name scopes, if there are rules.
+      in_backward: whether it is part of a backward pass.
+      updates: ids of the equations that update the sums of the loops around it. Others
+        may share such an equation, in a call that JAX traced once.
+    """
+
+    scopes: tuple[str, ...] = ()
+    in_backward: bool = False
+    updates: frozenset[int] = frozenset()
+
+
+class Settings(NamedTuple):
+    """What a plan depends on, besides the jaxpr.
+
+    `ambient` is the precision parameter that matmuls were to get where it was called.
+    """
+
+    compute_dtype: np.dtype
+    matmul_precision: Any = None
+    rules: tuple[_rules.OpRule, ...] = ()
+    recompute: bool = True
+    ambient: Any = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is asked for: everything stays as it was traced."""
+        return (
+            self.compute_dtype == FLOAT32
+            and self.matmul_precision is None
+            and not self.rules
+        )
+
+
+class Decision(NamedTuple):
+    """What the user decided about an equation; a dtype of None leaves it as traced."""
+
+    dtype: np.dtype | None
+    reason: str
+    rule: _rules.OpRule | None = None
+
+
+def decided_by_scope(eqn: Any) -> Decision | None:
+    """What the innermost of jaxmp's own scopes says about an equation."""
+    for name in reversed(scope_names(eqn)):
+        if name in _DECIDED:
+            dtype = FLOAT32 if name == FULL_PRECISION_SCOPE else None
+            return Decision(dtype, _DECIDED[name])
+    return None
+
+
+def is_border(eqn: Any) -> bool:
+    """True for a cast at the border of a layer, which is not meant as a cast."""
+    return BORDER_SCOPE in scope_names(eqn)
+
+
+def is_in_layer(eqn: Any) -> bool:
+    """True inside of one of Flax's layers under a policy, and of what is like one."""
+    names = scope_names(eqn)
+    return LAYER_SCOPE in names or HALF_SCOPE in names
+
+
+def is_on_half_operands(eqn: Any) -> bool:
+    """True for what is computed inside of a function that got half operands."""
+    return HALF_SCOPE in scope_names(eqn)
+
+
+def scope_names(eqn: Any) -> tuple[str, ...]:
+    """The name scopes and transformations around an equation, as they were traced."""
+    stack = eqn.source_info.name_stack.stack
+    return tuple(getattr(part, "name", "") for part in stack)
+
+
+def scopes(eqn: Any) -> tuple[str, ...]:
+    """The user's name scopes around an equation, normalised, without jaxmp's own."""
+    stack = eqn.source_info.name_stack.stack
+    names = (part.name for part in stack if type(part).__name__ == "Scope")
+    return _rules.normalise(tuple(n for n in names if n not in OWN_SCOPES))
+
+
+def is_backward(eqn: Any) -> bool:
+    """True for what a backward pass inside the function is made of."""
+    return any(
+        type(part).__name__ == "Transform" and part.name == "transpose"
+        for part in eqn.source_info.name_stack.stack
+    )
+
+
+SPECIAL_FUNCTION = "part of a special function or a density of JAX"
+
+
+def is_in_special_function(eqn: Any) -> bool:
+    """Whether an equation was written in `jax.scipy.special` or `jax.scipy.stats`.
+
+    These are of the float32 list whatever they are made of. What they call back, such
+    as a function of the user's, is not written there.
+    """
+    traceback = eqn.source_info.traceback
+    return traceback is not None and _is_special(traceback)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_special(traceback: Any) -> bool:
+    for frame in traceback.frames:
+        _, in_jax, module = frame.file_name.replace("\\", "/").rpartition("/jax/_src/")
+        if not in_jax:
+            return False
+        if module.startswith("scipy/"):
+            return module.startswith(("scipy/special", "scipy/stats/"))
+    return False

@@ -1,0 +1,1 @@
+"""A plan, run: every equation bound again in its dtypes."""

@@ -1,0 +1,257 @@
+"""Runs a plan: binds the equations again, in the dtypes that the plan gives them."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import source_info_util
+
+from jaxmp.casting import _registry
+from jaxmp.casting.islands._islands import Island, is_elementwise
+from jaxmp.casting.islands._softmax import Softmax, run_softmax
+from jaxmp.casting.plan._plan import LAYER_REASON, EqnPlan, JaxprPlan
+from jaxmp.casting.plan._planner import Planner
+from jaxmp.casting.plan._states import FLOAT32, is_literal
+from jaxmp.casting.run._equal_islands import common_scope, signature
+from jaxmp.casting.run._label_gather import bind_with_picks, has_pick
+from jaxmp.casting.run._named_scopes import region_of, region_of_island
+from jaxmp.casting.run._recompute import recomputed
+from jaxmp.casting.run._scatter import is_retyped_scatter, scatter
+
+
+class Executor:
+    """Runs plans made by one planner.
+
+    Values are kept in the dtype of their state and cast where an equation reads them.
+    The cast is made for each reader anew: the cotangents of a float32 value are then
+    summed in float32, and XLA merges the casts.
+
+    With `named_scopes`, name stacks tell what is computed in which dtype. Custom
+    derivative rules are traced when they are needed, under what `around_rules` enters.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        named_scopes: bool,
+        around_rules: Callable[[], Any] = contextlib.nullcontext,
+    ):
+        self.planner = planner
+        self.named_scopes = named_scopes
+        self.around_rules = around_rules
+        self._islands: dict[Any, Callable[..., list[Any]]] = {}
+
+    def run(
+        self, plan: JaxprPlan, consts: Sequence[Any], args: Sequence[Any]
+    ) -> list[Any]:
+        """Runs a plan.
+
+        Args:
+          plan: the plan of a jaxpr.
+          consts: values of the jaxpr's constants.
+          args: values of its inputs, in the dtypes of `plan.in_states`.
+
+        Returns:
+          The outputs, in the dtypes of `plan.out_states`.
+        """
+        env = _Values()
+        env.write(plan.jaxpr.constvars, consts)
+        env.write(plan.jaxpr.invars, args)
+        for step in plan.steps:
+            if isinstance(step, Island):
+                self.run_island(step, env)
+            else:
+                env.write(step.eqn.outvars, self.run_eqn(step, env))
+        return [
+            env.read(v, state and state.dtype)
+            for v, state in zip(plan.jaxpr.outvars, plan.out_states, strict=True)
+        ]
+
+    def closed(self, plan: JaxprPlan, consts: Sequence[Any]) -> Any:
+        """The jaxpr that running a plan gives, made once per plan."""
+        if "closed" not in plan.cache:
+            avals = [
+                v.aval if state is None else aval_at(v.aval, state.dtype)
+                for v, state in zip(plan.jaxpr.invars, plan.in_states, strict=True)
+            ]
+
+            def run(*args):
+                return self.run(plan, consts, args)
+
+            plan.cache["closed"] = jax.make_jaxpr(run)(*avals)
+        return plan.cache["closed"]
+
+    def run_eqn(self, plan: EqnPlan, env: "_Values") -> list[Any]:
+        """Binds one equation; its results have the dtypes of their states."""
+        region = region_of(plan) if self.named_scopes else ()
+        outs = self.bind(plan, env, region=region)
+        return [
+            x if state is None else cast(x, state.dtype)
+            for x, state in zip(outs, plan.out_states, strict=True)
+        ]
+
+    def bind(
+        self,
+        plan: EqnPlan,
+        env: "_Values",
+        in_island: bool = False,
+        depth: int = 0,
+        region: tuple[Any, ...] = (),
+    ) -> list[Any]:
+        """Binds one equation under its name, source line and context.
+
+        The outermost `depth` of its name scopes have been entered by the caller.
+        """
+        eqn = plan.eqn
+        scope = eqn.source_info.name_stack
+        scope = type(scope)(scope.stack[depth:] + region)
+        stack = source_info_util.current_name_stack() + scope
+        traceback = eqn.source_info.traceback
+        with (
+            source_info_util.user_context(traceback, name_stack=stack),
+            eqn.ctx.manager,
+        ):
+            # A layer widens its input once: its gradient is added up in float32.
+            read = env.read_once if plan.reason == LAYER_REASON else env.read
+            operands = [
+                read(v, dtype)
+                for v, dtype in zip(eqn.invars, plan.in_dtypes, strict=True)
+            ]
+            if plan.call is not None:
+                rule = _registry.call_rule(eqn.primitive.name)
+                return list(rule.execute(plan, operands, self))
+            params = eqn.params if plan.params is None else plan.params
+            if _is_done_cast(eqn, params, operands):
+                return operands
+            if in_island and has_pick(eqn):
+                return bind_with_picks(eqn, operands)
+            if is_retyped_scatter(eqn, operands):
+                return [scatter(eqn, operands)]
+            bind_params = eqn.primitive.get_bind_params(params)
+            outs = eqn.primitive.bind(*operands, **bind_params)
+        return list(outs) if eqn.primitive.multiple_results else [outs]
+
+    def run_island(self, island: Island, env: "_Values") -> None:
+        """Runs the operations of an island as one function of its stored inputs."""
+        common = common_scope(island)
+        depth = len(common.stack)
+        region = region_of_island(island) if self.named_scopes else ()
+        scope = type(common)(common.stack + region)
+        stack = source_info_util.current_name_stack() + scope
+        with source_info_util.set_name_stack(stack):
+            if island.softmax is not None:
+                self.run_softmax(island, island.softmax, env, depth)
+                return
+            args = [env.read(v, _AS_STORED) for v in island.inputs]
+            run = functools.partial(self._run_members, island, depth)
+            if island.recompute:
+                key = signature(island, depth, args)
+                run = recomputed(run, is_elementwise(island))
+                run = run if key is None else self._islands.setdefault(key, run)
+            outs = run(*args)
+        for (v, dtype), value in zip(island.outputs, outs, strict=True):
+            env.write_at(v, dtype, value)
+
+    def _run_members(self, island: Island, depth: int, *args: Any) -> list[Any]:
+        inside = _Values()
+        inside.write(island.inputs, [_widen(x) for x in args])
+        for plan in island.members:
+            outs = self.bind(plan, inside, in_island=island.recompute, depth=depth)
+            inside.write(plan.eqn.outvars, outs)
+        return [inside.read(v, dtype) for v, dtype in island.outputs]
+
+    def run_softmax(
+        self, island: Island, softmax: Softmax, env: "_Values", depth: int
+    ) -> None:
+        """Runs an island that is one softmax, keeping its half result only."""
+        ((result, dtype),) = island.outputs
+
+        def bind(softmax, scores, shift):
+            inside = _Values()
+            inside.write([softmax.scores], [scores])
+            if not is_literal(softmax.shift):
+                inside.write([softmax.shift], [shift])
+            for plan in softmax.members:
+                outs = self.bind(plan, inside, depth=depth)
+                inside.write(plan.eqn.outvars, outs)
+            return inside.read(result, None)
+
+        scores = env.read(softmax.scores, FLOAT32)
+        shift = env.read(softmax.shift, FLOAT32)
+        value = run_softmax(softmax, bind, scores, shift, dtype)
+        env.write_at(result, dtype, value)
+
+
+class _Values:
+    """The values of a jaxpr's variables, some of them in two dtypes."""
+
+    def __init__(self):
+        self.stored: dict[Any, Any] = {}
+        self.narrow: dict[tuple[Any, np.dtype], Any] = {}
+        self.widened: dict[Any, Any] = {}
+
+    def write(self, variables, values) -> None:
+        self.stored.update(zip(variables, values, strict=True))
+
+    def write_at(self, v, dtype, value) -> None:
+        if dtype is None:
+            self.stored[v] = value
+        else:
+            self.narrow[v, dtype] = value
+            self.stored.setdefault(v, value)
+
+    def read(self, atom, dtype) -> Any:
+        if is_literal(atom):
+            return literal(atom, dtype)
+        if dtype is _AS_STORED:
+            return self.stored[atom]
+        if (atom, dtype) in self.narrow:
+            return self.narrow[atom, dtype]
+        value = self.stored[atom]
+        return value if dtype is None else cast(value, dtype)
+
+    def read_once(self, atom, dtype) -> Any:
+        """Reads a value, and widens it once for all who read it like this."""
+        if dtype != FLOAT32 or is_literal(atom):
+            return self.read(atom, dtype)
+        if atom not in self.widened:
+            self.widened[atom] = self.read(atom, dtype)
+        return self.widened[atom]
+
+
+_AS_STORED = object()
+
+
+def literal(atom: Any, dtype: np.dtype | None) -> Any:
+    """The value of a literal, in another dtype if one is given."""
+    if dtype is None or atom.aval.dtype == dtype:
+        return atom.val
+    return np.asarray(atom.val).astype(dtype)
+
+
+def cast(x: Any, dtype: np.dtype) -> Any:
+    """Casts a floating value; one that has the dtype passes unchanged."""
+    if jnp.result_type(x) == dtype:
+        return x
+    return jax.lax.convert_element_type(x, dtype)
+
+
+def _widen(x: Any) -> Any:
+    is_half = jnp.result_type(x) in (jnp.float16, jnp.bfloat16)
+    return jax.lax.convert_element_type(x, FLOAT32) if is_half else x
+
+
+def _is_done_cast(eqn: Any, params: Mapping[str, Any], operands: Sequence[Any]) -> bool:
+    return (
+        eqn.primitive.name == "convert_element_type"
+        and jnp.result_type(operands[0]) == params["new_dtype"]
+    )
+
+
+def aval_at(aval: Any, dtype: np.dtype) -> Any:
+    """An abstract value in another dtype, strongly typed."""
+    return aval.update(dtype=dtype, weak_type=False)

@@ -1,0 +1,80 @@
+"""One element of each row, as cross-entropy takes the logit of the label.
+
+The gradient of a gather is a scatter into an array of zeros as large as the logits, in
+float32, which no compiler fuses. The same element as a sum over a row that is zero
+elsewhere has a gradient that fuses with that of the softmax beside it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
+from jaxmp.casting.plan._states import castable_dtype
+
+
+def has_pick(eqn: Any) -> bool:
+    """True for a gather that picks one element per row, or a `jit` around one."""
+    if eqn.primitive.name == "jit":
+        return any(map(is_pick, open_jaxpr(eqn.params["jaxpr"]).eqns))
+    return is_pick(eqn)
+
+
+def is_pick(eqn: Any) -> bool:
+    """True for a gather that picks one element of each row along the last axis."""
+    if eqn.primitive.name != "gather" or castable_dtype(eqn.invars[0]) is None:
+        return False
+    operand, indices = (v.aval for v in eqn.invars)
+    last = operand.ndim - 1
+    numbers = eqn.params["dimension_numbers"]
+    return (
+        last > 0
+        and numbers.offset_dims == ()
+        and tuple(numbers.start_index_map) == (last,)
+        and tuple(numbers.collapsed_slice_dims) == (last,)
+        and tuple(numbers.operand_batching_dims) == tuple(range(last))
+        and tuple(numbers.start_indices_batching_dims) == tuple(range(last))
+        and indices.size == operand.size // operand.shape[last]
+        and eqn.params["mode"] is not None
+    )
+
+
+def bind_with_picks(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Binds an equation for which `has_pick` is true."""
+    if eqn.primitive.name != "jit":
+        return [_pick(eqn, *operands)]
+    jaxpr = open_jaxpr(eqn.params["jaxpr"])
+    values = dict(zip(jaxpr.invars, operands, strict=True))
+    constants = jaxpr_consts(eqn.params["jaxpr"])
+    values.update(zip(jaxpr.constvars, constants, strict=True))
+
+    def read(atom):
+        return atom.val if hasattr(atom, "val") else values[atom]
+
+    for inner in jaxpr.eqns:
+        args = list(map(read, inner.invars))
+        if is_pick(inner):
+            outs = [_pick(inner, *args)]
+        else:
+            params = inner.primitive.get_bind_params(inner.params)
+            outs = inner.primitive.bind(*args, **params)
+            outs = outs if inner.primitive.multiple_results else [outs]
+        values.update(zip(inner.outvars, outs, strict=True))
+    return list(map(read, jaxpr.outvars))
+
+
+def _pick(eqn: Any, operand: Any, indices: Any) -> Any:
+    width = operand.shape[-1]
+    rows = jax.lax.expand_dims(indices.reshape(operand.shape[:-1]), (operand.ndim - 1,))
+    mode = eqn.params["mode"]
+    if mode == jax.lax.GatherScatterMode.CLIP:
+        rows = jnp.clip(rows, 0, width - 1)
+    columns = jax.lax.broadcasted_iota(rows.dtype, operand.shape, operand.ndim - 1)
+    picked = jnp.sum(jnp.where(columns == rows, operand, 0), axis=-1, keepdims=True)
+    if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        fill = eqn.params["fill_value"]
+        fill = jnp.nan if fill is None else fill
+        picked = jnp.where((rows >= 0) & (rows < width), picked, fill)
+    return picked.reshape(eqn.outvars[0].aval.shape)

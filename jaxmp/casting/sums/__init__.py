@@ -1,0 +1,1 @@
+"""Which values are sums, whose rounding would lose what is added."""

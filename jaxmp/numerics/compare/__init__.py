@@ -1,0 +1,1 @@
+"""A function under policies, held against itself in float32."""

@@ -1,0 +1,1 @@
+"""Statistics of a training run, kept in the optimizer's state."""

@@ -1,0 +1,1 @@
+"""A program run operation by operation, for others to look at."""

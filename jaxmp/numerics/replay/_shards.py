@@ -1,0 +1,72 @@
+"""Looks at every operation inside of a `shard_map`, on all devices at once.
+
+Collectives run only where the devices meet. So the body is run as it is, in one
+`shard_map`, and hands out the operands and results of its operations beside its own
+outputs, with a first axis for the devices.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxmp._jaxpr.versions import shard_map_arguments
+
+
+class Record(NamedTuple):
+    """One operation inside; floating values have a first axis for the devices."""
+
+    site: Any
+    operands: list[Any]
+    results: list[Any]
+
+
+def run_shards(
+    site: Any,
+    operands: Sequence[Any],
+    run: Callable[[Any, Sequence[Any], Callable[..., None]], list[Any]],
+) -> tuple[list[Any], list[Record]]:
+    """Runs a `shard_map` and returns its results and what happened inside.
+
+    Args:
+      site: the equation.
+      operands: its operands.
+      run: `run(body, args, record)` runs a jaxpr on tracers and calls
+        `record(site, operands, results)` for each operation.
+    """
+    params = site.eqn.params
+    arguments = shard_map_arguments(params)
+    names = arguments["axis_names"]
+    axes = tuple(name for name in arguments["mesh"].axis_names if name in names)
+    sites: list[Any] = []
+    counts: list[tuple[int, int]] = []
+
+    def body(*args):
+        sites.clear()
+        counts.clear()
+        shown = []
+
+        def record(site, operands, results):
+            floats = [list(filter(_is_float, values)) for values in (operands, results)]
+            sites.append(site)
+            counts.append((len(floats[0]), len(floats[1])))
+            shown.extend(x[None] for values in floats for x in values)
+
+        outs = run(params["jaxpr"], args, record)
+        return tuple(outs), shown
+
+    out_specs = (tuple(arguments["out_specs"]), PartitionSpec(axes))
+    sharded = jax.shard_map(body, **{**arguments, "out_specs": out_specs})
+    outs, shown = jax.jit(sharded)(*operands)
+    values = iter(shown)
+    records = [
+        Record(site, [next(values) for _ in range(n)], [next(values) for _ in range(m)])
+        for site, (n, m) in zip(sites, counts, strict=True)
+    ]
+    return list(outs), records
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)

@@ -1,0 +1,1 @@
+"""What has to stay in float32."""

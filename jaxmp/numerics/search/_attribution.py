@@ -1,0 +1,143 @@
+"""Which operations lose how much under a policy, from one run in float32.
+
+Each operation that the policy has in half is carried out twice on the same float32
+operands: as it is, and with operands and result rounded to half. The relative distance
+of the two is the error that the operation adds by itself, whatever happened before it:
+an overflow is infinite, a difference of nearly equal numbers large.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxmp import _tree
+from jaxmp.numerics._formats import format_range
+from jaxmp.numerics.compare._distance import Distance
+from jaxmp.numerics.replay._interpreter import Interpreter, bind
+from jaxmp.numerics.replay._program import Program
+from jaxmp.numerics.replay._site import Site
+from jaxmp.numerics.search._units import CAST, Key, Unit, key_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Blame:
+    """What a unit loses.
+
+    Attributes:
+      unit: the layer or operation.
+      error: relative error that the worst of its operations adds; infinite for an
+        overflow.
+      reason: that operation and what happens to it, for people.
+    """
+
+    unit: Unit
+    error: float
+    reason: str
+
+
+def attribute(
+    programs: Iterable[Program],
+    half: Mapping[Key, bool],
+    units: Mapping[Key, Unit],
+    dtype: Any,
+) -> list[Blame]:
+    """Ranks units by the error that they add, the worst first.
+
+    Args:
+      programs: the function with its gradient in float32, one for each batch.
+      half: the operations that are in half, and whether their operands are as well.
+      units: the unit of each.
+      dtype: the half dtype.
+    """
+    worst: dict[Unit, Blame] = {unit: Blame(unit, 0.0, "") for unit in units.values()}
+    for program in programs:
+        run = _Twice(half, dtype)
+        run.run_program(program)
+        for site, found in run.found.items():
+            unit = units.get(key_of(site))
+            if unit is not None and found.distance.relative_error > worst[unit].error:
+                worst[unit] = Blame(
+                    unit, found.distance.relative_error, found.reason(dtype)
+                )
+    # Sorting is stable: equals stay in the order of execution.
+    return sorted(worst.values(), key=lambda blame: -blame.error)
+
+
+class _Twice(Interpreter):
+    """Carries out operations in float32, and on the side in half."""
+
+    def __init__(self, half: Mapping[Key, bool], dtype: Any):
+        super().__init__()
+        self.half = half
+        self.dtype = dtype
+        self.found: dict[Site, _Found] = {}
+
+    def equation(self, site, operands):
+        results = bind(site.eqn, operands)
+        key = key_of(site)
+        if key in self.half and site.primitive != CAST and not site.eqn.effects:
+            given = results
+            if self.half[key]:
+                given = _in_half(site.eqn, operands, self.dtype)
+            self._compare(site, results, given)
+        self.observe(site, operands, results)
+        return results
+
+    def _compare(self, site, results, given):
+        found = self.found.setdefault(site, _Found(site))
+        for wanted, x in zip(results, given, strict=True):
+            if _tree.is_array(wanted) and wanted.dtype in _tree.CASTABLE:
+                rounded = x.astype(self.dtype)
+                found.distance.add(wanted, rounded)
+                finite = np.abs(np.asarray(wanted, np.float64))
+                finite = finite[np.isfinite(finite)]
+                found.amax = max(found.amax, finite.max(initial=0.0))
+
+
+@dataclasses.dataclass
+class _Found:
+    """What one operation lost, over all iterations."""
+
+    site: Site
+    distance: Distance = dataclasses.field(default_factory=Distance)
+    amax: float = 0.0
+
+    def reason(self, dtype: Any) -> str:
+        way = " in the backward pass" if self.site.is_backward else ""
+        where = f" at {self.site.line}" if self.site.line is not None else ""
+        name = f"{self.site.primitive}{where}{way}"
+        limits = format_range(dtype)
+        if self.distance.nonfinite and self.amax > limits.overflows:
+            return (
+                f"{name} reaches {self.amax:.3g}, and {limits.name} ends at "
+                f"{limits.largest:.5g}"
+            )
+        if self.distance.nonfinite:
+            return f"an operand of {name} overflows {limits.name}"
+        if self.distance.underflow > _MANY:
+            return f"{self.distance.underflow:.0%} of {name} become zero"
+        return f"{name} is off by {self.distance.relative_error:.2%}"
+
+
+_MANY = 0.01
+
+
+def _in_half(eqn: Any, operands: Any, dtype: Any) -> list[Any]:
+    """An operation on operands that are rounded to half."""
+
+    def rounded(x):
+        is_castable = _tree.is_array(x) and x.dtype in _tree.CASTABLE
+        return x.astype(dtype) if is_castable else x
+
+    half = [rounded(x) for x in operands]
+    try:
+        return bind(eqn, half)
+    except (TypeError, ValueError):
+        # Some parameters name the dtypes that an operation was traced with.
+        wide = [
+            h.astype(x.dtype) if h is not x else x
+            for h, x in zip(half, operands, strict=True)
+        ]
+        return bind(eqn, wide)

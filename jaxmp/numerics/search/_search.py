@@ -1,0 +1,209 @@
+"""`search_policy`: what has to stay in float32, found by blame and by bisection.
+
+    one run in float32       ->  the layers by the error that each adds in half, ranked
+    bisection on the ranks   ->  the shortest prefix that is within the tolerance
+    leaving out of it        ->  no member can be left out, singly
+
+The blame decides how fast the search is, never what it returns: every set is evaluated
+as it will be used, by `autocast` with its rules.
+
+Sharp edges
+- More in float32 is taken to be no worse. Where errors cancel this is not so, and a
+  smaller set may exist; the one that is returned is within the tolerance all the same.
+- Of the policy, `compute_dtype` and `matmul_precision` are used, as `autocast` does.
+- The rule of a layer holds for everything inside of it, and so does that of a primitive
+  under a path.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmp import _tree
+from jaxmp.errors import NumericsError
+from jaxmp.numerics.compare._scales import (
+    needs_scale,
+    scale_range,
+    stand_in,
+    stand_in_rules,
+    used_scale,
+)
+from jaxmp.numerics.replay._program import Program, read_program
+from jaxmp.numerics.search._attribution import attribute
+from jaxmp.numerics.search._evaluate import Saved, digest
+from jaxmp.numerics.search._minimise import (
+    BudgetSpent,
+    Problem,
+    Units,
+    minimise,
+    progress_bar,
+)
+from jaxmp.numerics.search._result import Kept, PolicySearch
+from jaxmp.numerics.search._units import find_half_operations, rules_of, units_of
+from jaxmp.policy import get_policy
+
+
+def search_policy(
+    loss_fn: Callable[..., Any],
+    policy: Any,
+    *batches: Any,
+    budget: int = 40,
+    tolerance: float = 0.05,
+    rules: Sequence[Any] = (),
+    loss_scale: Any = None,
+    argnums: int | Sequence[int] = 0,
+    resume: Any = None,
+    progress: bool | None = None,
+) -> PolicySearch:
+    """Finds the fewest layers and operations that have to stay in float32.
+
+    Layers are the innermost name scopes, which Flax modules open by themselves. An
+    operation outside of all layers is named by its primitive and its function.
+
+    Args:
+      loss_fn: returns a floating scalar, alone or first in a tuple. nnx modules may be
+        arguments.
+      policy: what `get_policy` takes; its compute dtype is float16 or bfloat16. It is
+        applied by `autocast`, whose float32 operations stay as they are.
+      *batches: for each call of `loss_fn` a tuple of its arguments, such as
+        `(params, x, labels)`. The worst of them counts.
+      budget: how many sets may be tried; each is one loss with its gradients for every
+        batch, and those that `resume` holds count as well.
+      tolerance: the relative error that the loss, and the gradient of every parameter,
+        may have. In healthy networks it is about 0.002 in float16 and 0.015 in
+        bfloat16; the noise of a batch is far above.
+      rules: of `autocast`, for what is not kept. `[OpRule(function=".*",
+        compute="float16")]` starts from everything in half.
+      loss_scale: what losses are multiplied by before the backward pass: a number, an
+        optimizer state or a `LossScale`. None is the power of two that puts the median
+        of the backward pass into the middle of float16, and 1 for bfloat16.
+      argnums: arguments to differentiate with respect to.
+      resume: a file that keeps what was evaluated, and from which a search that was
+        stopped goes on.
+      progress: whether to show a progress bar, if tqdm is installed; None does in a
+        terminal.
+
+    Returns:
+      A `PolicySearch`, whose `rules` are for `autocast`.
+
+    Raises:
+      NumericsError: for a policy that has no half dtype, a batch that is no tuple, or a
+        loss that is not finite in float32.
+      NonScalarLoss: if `loss_fn` returns no loss.
+      SearchStateMismatch: if `resume` holds another search.
+
+    References:
+      Junker, "QuickXplain: Preferred Explanations and Relaxations for
+      Over-Constrained Problems", AAAI 2004, on leaving out by halves.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxmp.numerics import search_policy
+      >>> def loss(w, x):
+      ...     with jax.named_scope("up"):
+      ...         h = x @ w
+      ...     with jax.named_scope("fragile"):
+      ...         h = (h * 1e4) * 1e4 * 1e-8
+      ...     with jax.named_scope("down"):
+      ...         return jnp.mean((h @ w.T) ** 2)
+      >>> w, x = jnp.full((4, 2), 0.5), jnp.ones((8, 4))
+      >>> found = search_policy(loss, "mixed_float16", (w, x))
+      >>> [kept.name for kept in found.kept]
+      ['fragile']
+    """
+    policy = get_policy(policy)
+    dtype = jnp.dtype(policy.compute_dtype)
+    _check(dtype, batches, budget)
+
+    def programs(policy: Any = None, **options: Any) -> list[Program]:
+        return [
+            read_program(
+                *(loss_fn, batch, {}),
+                **{"policy": policy, "argnums": argnums, "backward": True, **options},
+            )
+            for batch in batches
+        ]
+
+    if loss_scale is None:
+        loss_scale = 1.0
+        if needs_scale(dtype):
+            bf16 = programs(stand_in(policy), rules=stand_in_rules(rules))
+            loss_scale = scale_range(bf16, dtype).central
+    # What is kept may leave nothing for a rule.
+    rules = tuple(dataclasses.replace(rule, allow_unused=True) for rule in rules)
+    plain = programs(policy, rules=rules, loss_scale=loss_scale)
+    exact = programs(loss_scale=loss_scale)
+    scale = used_scale(plain[0])
+    half = find_half_operations(plain)
+    ranked = attribute(exact, half, units_of(half), dtype)
+    search = {
+        "policy": str(policy),
+        "rules": [str(rule) for rule in rules],
+        "loss_scale": scale,
+        "units": sorted(blame.unit.name for blame in ranked),
+        "batches": digest(batches),
+    }
+    saved = Saved(resume, search)
+    with progress_bar(progress, budget) as advance:
+        problem = Problem(
+            lambda kept: programs(policy, rules=(*kept, *rules), loss_scale=loss_scale),
+            exact,
+            saved,
+            budget,
+            advance,
+        )
+        units = tuple(blame.unit for blame in ranked)
+        found, is_minimal = _search(units, problem, tolerance)
+    result = saved.evaluations[frozenset(unit.name for unit in found)]
+    kept = tuple(
+        Kept(blame.unit.name, blame.unit.rule, blame.error, blame.reason)
+        for blame in ranked
+        if blame.unit in found
+    )
+    return PolicySearch(
+        policy=str(policy),
+        tolerance=tolerance,
+        loss_scale=scale,
+        kept=kept,
+        rules=(*rules_of(found), *rules),
+        result=result,
+        evaluations=tuple(
+            sorted(
+                saved.evaluations.values(),
+                key=lambda x: (-x.half_flops, len(x.kept), x.kept),
+            )
+        ),
+        is_within=result.error <= tolerance,
+        is_minimal=is_minimal,
+    )
+
+
+def _search(units: Units, problem: Problem, tolerance: float) -> tuple[Units, bool]:
+    """The smallest good set that the budget allowed, and whether it is minimal."""
+    found = None
+    good_sets = minimise(units, lambda kept: problem.evaluate(kept).error <= tolerance)
+    try:
+        for smaller in good_sets:
+            found = smaller
+    except BudgetSpent:
+        return found or (), False
+    return units if found is None else found, True
+
+
+def _check(dtype: Any, batches: Sequence[Any], budget: int) -> None:
+    if budget < 1:
+        raise NumericsError(f"budget={budget} allows no evaluation. Use 40.")
+    if dtype not in _tree.HALF:
+        raise NumericsError(
+            f"search_policy decides between half and float32, and the policy computes "
+            f"in {dtype}. Write 'mixed_float16' or 'mixed_bfloat16'."
+        )
+    if not batches or not all(isinstance(batch, tuple) for batch in batches):
+        given = ", ".join(type(batch).__name__ for batch in batches) or "none"
+        raise NumericsError(
+            "search_policy takes for each batch the tuple of arguments that the loss "
+            f"function is called with, and was given: {given}. Write "
+            "search_policy(loss_fn, policy, (params, x, labels))."
+        )

@@ -1,0 +1,1 @@
+"""The range of every value that a function computes."""

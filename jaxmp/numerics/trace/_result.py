@@ -1,0 +1,164 @@
+"""`Trace`: the ranges of what a function computed, as a table."""
+
+import collections
+import dataclasses
+from typing import Any
+
+from jaxmp._views import html as _html
+from jaxmp._views import tables as _table
+
+_COLUMNS = (
+    *("operation", "source", "path", "way", "times", "dtype", "largest", "smallest"),
+    *("mean", "zero", "underflow", "subnormal", "overflow", "other"),
+)
+_SHOWN = 40
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceRow:
+    """The results of one operation, over all iterations of the loops around it.
+
+    Attributes:
+      operation: name of the primitive.
+      file, line, function: the user's source line.
+      path: name scopes and modules around it.
+      is_backward: whether it is part of a backward pass.
+      order: place in the order of execution.
+      times: how often it was carried out.
+      dtype: dtype of the result, as it was run.
+      amax: the largest finite magnitude.
+      smallest: the smallest finite magnitude that is not zero, 0 if there is none.
+      mean: the mean magnitude of the finite numbers.
+      size: how many numbers there were. The largest number of the dtype itself, which
+        masks are made of, is not counted anywhere.
+      zeros, underflows, subnormals, overflows: which fraction is zero; is not, but
+        would be in the dtype that was asked about; would be subnormal in it; is finite
+        and would not be.
+      nonfinite: how many are infinite or NaN.
+      made_nonfinite: how often it made such a number out of finite ones.
+      lost_integers: which fraction of the integers that it turned into floating numbers
+        that dtype cannot hold, as positions above 256 in bfloat16.
+    """
+
+    operation: str
+    file: str
+    line: int
+    function: str
+    path: str
+    is_backward: bool
+    order: int
+    times: int
+    dtype: str
+    amax: float
+    smallest: float
+    mean: float
+    size: int
+    zeros: float
+    underflows: float
+    subnormals: float
+    overflows: float
+    nonfinite: int
+    made_nonfinite: int
+    lost_integers: float
+
+    @property
+    def badness(self) -> tuple[float, ...]:
+        """What rows are sorted by: the larger, the worse."""
+        lost = max(self.overflows, self.lost_integers)
+        return (float(self.made_nonfinite > 0), lost, self.underflows, self.subnormals)
+
+    @property
+    def kind(self) -> str:
+        """`"overflow"`, `"underflow"` or `"fine"`."""
+        if self.made_nonfinite or self.overflows or self.lost_integers:
+            return "overflow"
+        return "underflow" if self.underflows or self.subnormals else "fine"
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text."""
+        other = []
+        if self.nonfinite:
+            other.append(f"{self.nonfinite} not finite")
+        if self.lost_integers:
+            other.append(f"{self.lost_integers:.0%} of the integers lost")
+        name = self.file.rpartition("/")[2]
+        return (
+            self.operation,
+            f"{name}:{self.line} ({self.function.rpartition('.')[2]})" if name else "",
+            self.path,
+            "backward" if self.is_backward else "forward",
+            str(self.times),
+            self.dtype,
+            *(f"{x:.3g}" for x in (self.amax, self.smallest, self.mean)),
+            *map(
+                _percent, (self.zeros, self.underflows, self.subnormals, self.overflows)
+            ),
+            ", ".join(other),
+        )
+
+
+def _percent(fraction: float) -> str:
+    if not fraction:
+        return ""
+    return "<0.1 %" if fraction < 0.001 else f"{100 * fraction:.1f} %"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The ranges of what a function computed, the worst first.
+
+    Attributes:
+      rows: one `TraceRow` for each operation.
+      dtype: name of the dtype that was asked about.
+      loss_scale: what the backward pass was multiplied by, None without gradients.
+    """
+
+    rows: tuple[TraceRow, ...]
+    dtype: str
+    loss_scale: float | None
+
+    @property
+    def summary(self) -> str:
+        """The figures in one line."""
+        kinds = collections.Counter(row.kind for row in self.rows)
+        scale = f" at loss scale {self.loss_scale:g}" if self.loss_scale else ""
+        return (
+            f"{len(self.rows)} operations{scale}; in {self.dtype}, "
+            f"{kinds['overflow']} would overflow and {kinds['underflow']} lose small "
+            "numbers"
+        )
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The rows as dictionaries, for a data frame."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
+    def to_html(self, path: Any) -> None:
+        """Writes one self-contained page.
+
+        Args:
+          path: file to write.
+        """
+        kinds = [row.kind for row in self.rows]
+        page = _html.page(
+            f"What {self.dtype} would lose",
+            _html.paragraph(self.summary),
+            _html.checkboxes(_MARKS),
+            _html.table(
+                _COLUMNS,
+                [row.cells() for row in self.rows],
+                code=("operation", "dtype"),
+                styles=[_MARKS[kind] for kind in kinds],
+                kinds=kinds,
+            ),
+        )
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page)
+
+    def __str__(self) -> str:
+        shown = [row.cells() for row in self.rows[:_SHOWN]]
+        left = len(self.rows) - len(shown)
+        more = f"\n... and {left} more: to_rows(), to_html(path)" if left > 0 else ""
+        return f"{_table.text_table(_COLUMNS, shown)}{more}\n\n{self.summary}"
+
+
+_MARKS = {"overflow": "bad", "underflow": "note", "fine": "quiet"}

@@ -1,0 +1,1 @@
+"""The dtypes of a program, read from its jaxpr."""

@@ -1,0 +1,121 @@
+"""`audit`: the dtypes of a program, read from its jaxpr, without compiling it."""
+
+import collections
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmp import _tree
+from jaxmp._jaxpr.versions import open_jaxpr
+from jaxmp.policy import get_policy
+from jaxmp.report.audit._alignment import misalignments
+from jaxmp.report.audit._observer import Observer
+from jaxmp.report.audit._residuals import residuals
+from jaxmp.report.audit._result import Audit
+from jaxmp.report.audit._trace import trace
+from jaxmp.report.audit._values import entering
+from jaxmp.report.audit._walk import Context, Walker, bodies
+from jaxmp.report.audit.records import Matmul
+
+
+def audit(
+    fn: Callable[..., Any], *args: Any, policy: Any = None, **kwargs: Any
+) -> Audit:
+    """Finds where a program computes in another dtype than it is meant to.
+
+    The program is traced and read as it stands, not compiled and not changed: a policy
+    is what it is measured against. To audit a function under autocast, or a module
+    under `apply_policy`, give it as such: `audit(jaxmp.autocast(loss), params, batch)`.
+
+    - Matmuls and convolutions, with their dtypes, FLOPs, and the user's line.
+    - *Silent widenings*: a half value that becomes float32 because it meets a float32
+      operand, a `np.float32` scalar, a constant, a parameter. Casts that are written
+      down, as in `x.astype(jnp.float32)`, are not silent, nor is what a float32 operand
+      widens in a layer that casts its result back, nor what autocast decides.
+    - *Sums in half*: a loop's carry, a `scatter-add`, a `cumsum` and so on, whose
+      accumulator has too few bits for its number of terms.
+    - What is kept for the backward pass, by dtype.
+    - float32 collectives, and shapes that tensor cores or a TPU have to pad.
+
+    Iterations of a `while` whose number is not known are counted once, and so is every
+    branch of a `cond`. Pallas kernels and `custom_linear_solve` are not looked into.
+
+    Args:
+      fn: a loss, a whole training step, or any other function that can be jitted; an
+        nnx module is one too.
+      *args: what it is called with: trees of arrays, `jax.ShapeDtypeStruct`s, Python
+        numbers, strings and nnx modules.
+      policy: what the program is meant to compute in, as `get_policy` takes it. None
+        stands for the half dtype that occurs in it.
+      **kwargs: as `args`.
+
+    Returns:
+      An `Audit`: `print` shows it, and `findings` lists what to mend.
+
+    Raises:
+      NotAnArray: for an argument that is none.
+      StepDoesNotTrace: if `fn` raises while it is traced, or is no function.
+      PolicyError: for a policy that cannot be read.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from jaxmp.report import audit
+      >>> def attention(q, k):
+      ...     return jax.nn.softmax(q @ k.T * np.float32(0.125)) @ k
+      >>> q = jax.ShapeDtypeStruct((128, 64), jnp.bfloat16)
+      >>> found = audit(attention, q, q)
+      >>> found.widenings[0].culprit, found.widenings[0].source.line
+      ('a NumPy or JAX scalar of float32, 0.125', 2)
+      >>> found.half_flops
+      0.5
+    """
+    expected = None if policy is None else jnp.dtype(get_policy(policy).compute_dtype)
+    jaxpr, names = trace(fn, args, kwargs)
+    opened = open_jaxpr(jaxpr)
+    observer = Observer()
+    inputs = [entering(v, name) for v, name in zip(opened.invars, names, strict=True)]
+    walker = Walker(observer.look, observer.sums.body)
+    outputs = walker.walk(jaxpr, inputs, Context())
+    observer.outputs(opened.outvars, outputs)
+    widenings = observer.widenings.told()
+    silent = observer.widenings.silent_keys()
+    matmuls = [
+        m._replace(is_widened=bool(silent & groups)) for m, groups in observer.matmuls
+    ]
+    if expected is None:
+        half = _half_of(matmuls, jaxpr)
+    else:
+        half = str(expected) if expected in _tree.HALF else None
+    return Audit(
+        half,
+        tuple(matmuls),
+        widenings,
+        residuals(jaxpr),
+        tuple(observer.collectives),
+        misalignments(matmuls),
+        observer.sums.found(),
+    )
+
+
+def _half_of(matmuls: Iterable[Matmul], jaxpr: Any) -> str | None:
+    """The half dtype of the matmuls, or else of anything in the program."""
+    flops = collections.Counter[str]()
+    for matmul in matmuls:
+        for dtype in matmul.operands:
+            flops[dtype] += matmul.flops * (dtype in ("float16", "bfloat16"))
+    dtype, most = max(flops.items(), key=lambda item: item[1], default=("", 0))
+    return dtype if most else next(_half_dtypes(jaxpr), None)
+
+
+def _half_dtypes(jaxpr: Any) -> Any:
+    opened = open_jaxpr(jaxpr)
+    for v in opened.invars:
+        if getattr(v.aval, "dtype", None) in _tree.HALF:
+            yield str(v.aval.dtype)
+    for eqn in opened.eqns:
+        for v in eqn.outvars:
+            if getattr(v.aval, "dtype", None) in _tree.HALF:
+                yield str(v.aval.dtype)
+        for body in bodies(eqn):
+            yield from _half_dtypes(body)

@@ -1,0 +1,181 @@
+"""What an audit tells its user to mend, in plain words."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jaxmp._jaxpr import sources as _sources
+from jaxmp.report.audit._advice import matmul_repair, sum_repair
+from jaxmp.report.audit._alignment import Misalignment
+from jaxmp.report.audit._sums import Accumulation
+from jaxmp.report.audit._widenings import Widening
+from jaxmp.report.audit.records import Collective, Matmul
+
+# A matmul of fewer FLOPs takes no longer on an accelerator than it takes to start one.
+_TINY = 10**8
+
+
+class Finding(NamedTuple):
+    """One thing to mend.
+
+    Attributes:
+      kind: `"accumulation"`, `"upcast"`, `"matmul"`, `"collective"` or `"alignment"`.
+      source: the user's line.
+      path: name scopes and modules around it.
+      message: what was found.
+      repair: what to write instead.
+    """
+
+    kind: str
+    source: _sources.Source | None
+    path: str
+    message: str
+    repair: str
+
+    def __str__(self) -> str:
+        return f"{at(self.source)}: {self.message}. {self.repair}"
+
+
+def find(
+    half: str | None,
+    widenings: Iterable[Widening],
+    matmuls: Sequence[Matmul],
+    collectives: Iterable[Collective],
+    misalignments: Sequence[Misalignment],
+    accumulations: Iterable[Accumulation],
+) -> tuple[Finding, ...]:
+    """Makes findings of what was recorded, what costs most first.
+
+    Args:
+      half: the half dtype that the program is meant for; None if it is float32.
+      widenings, matmuls, collectives, misalignments, accumulations: what the program
+        has.
+    """
+    flops = sum(matmul.flops for matmul in matmuls)
+    slow = [(w.flops, _upcast(w, flops)) for w in widenings]
+    if half is not None:
+        slow += _wide_matmuls(half, matmuls)
+    slow.sort(key=lambda item: -item[0])
+    found = [finding for _, finding in slow]
+    if half is not None:
+        found += _wide_collectives(half, collectives)
+    return (
+        *map(_accumulation, accumulations),
+        *found,
+        *_alignments(misalignments),
+    )
+
+
+def _accumulation(found: Accumulation) -> Finding:
+    meaning = "from there on, sum + term rounds to the sum"
+    if not found.is_sequential:
+        meaning += ", unless the compiler keeps more bits than are asked for"
+    way = ", in the backward pass" if found.is_backward else ""
+    message = f"{found}: {meaning} ({_times(found.times)}{way})"
+    repair = sum_repair(found)
+    return Finding("accumulation", found.source, found.path, message, repair)
+
+
+def _upcast(widening: Widening, flops: int) -> Finding:
+    grown = f"{_times(widening.times)}, {mib(widening.bytes)} more"
+    matmuls = ""
+    if widening.matmuls:
+        share = widening.flops / max(flops, 1)
+        matmuls = (
+            f"; {counted(widening.matmuls, 'matmul')} then in float32, {share:.1%} of "
+            "the FLOPs"
+        )
+    message = f"{widening} ({grown}{matmuls})"
+    return Finding("upcast", widening.source, widening.path, message, widening.repair)
+
+
+def _wide_matmuls(half: str, matmuls: Sequence[Matmul]) -> list[tuple[int, Finding]]:
+    """Matmuls that are not in the half dtype, for no reason that a widening gives."""
+    groups: dict[Any, list[Matmul]] = {}
+    total = max(sum(m.flops for m in matmuls), 1)
+    has_policy = any(matmul.under == "apply_policy" for matmul in matmuls)
+    for matmul in matmuls:
+        other_half = matmul.is_half and half not in matmul.operands
+        if (matmul.is_wide or other_half) and not matmul.is_widened:
+            groups.setdefault((matmul.source, matmul.operands), []).append(matmul)
+    found = []
+    for (source, operands), members in groups.items():
+        flops = sum(m.flops for m in members)
+        what = f"{members[0].operation} of {' and '.join(dict.fromkeys(operands))}"
+        message = (
+            f"{what} in a program meant for {half} "
+            f"({_times(sum(m.times for m in members))}, {flops / total:.1%} of the "
+            "FLOPs)"
+        )
+        first = members[0]
+        repair = matmul_repair(first, half, has_policy)
+        found.append((flops, Finding("matmul", source, first.path, message, repair)))
+    return found
+
+
+def _wide_collectives(half: str, collectives: Iterable[Collective]) -> list[Finding]:
+    """What is sent in float32; single numbers, such as a loss, may well be."""
+    sent = [
+        c
+        for c in collectives
+        if c.dtype in ("float32", "float64") and c.shape and max(c.shape) > 1
+    ]
+    return [
+        Finding(
+            "collective",
+            c.source,
+            c.path,
+            f"{c.operation} sends {c.dtype}{list(c.shape)} "
+            f"({_times(c.times)}, {mib(c.bytes)} on each device) in a program meant "
+            f"for {half}",
+            f"Cast before and after: {c.operation}(x.astype(jnp.{half})) moves "
+            "half the bytes. Over many devices a sum is better kept in float32.",
+        )
+        for c in sorted(sent, key=lambda c: -c.bytes)
+    ]
+
+
+def _alignments(found: Sequence[Misalignment]) -> list[Finding]:
+    """One finding for each shape that is padded, and one for all that are tiny."""
+    tiny = [m for m in found if m.shape.flops < _TINY]
+    told = [_alignment(m) for m in found if m.shape.flops >= _TINY]
+    if not tiny:
+        return told
+    first = tiny[0]
+    largest = max(m.shape.flops for m in tiny) / 1e6
+    shapes = counted(len(tiny), "shape")
+    message = (
+        f"{shapes} of small matmuls (at most {largest:.2g} MFLOPs) that the hardware "
+        f"pads, such as {first}"
+    )
+    repair = (
+        "At this size padding costs next to nothing: starting a kernel takes longer."
+    )
+    return [*told, Finding("alignment", first.source, first.path, message, repair)]
+
+
+def _alignment(found: Misalignment) -> Finding:
+    sizes = ", ".join(f"{d}={getattr(found.shape, d)}" for d in found.dimensions)
+    repair = (
+        f"Choose sizes that are multiples of 8 for a GPU, of 128 for a TPU, or pad: "
+        f"{sizes}."
+    )
+    return Finding("alignment", found.source, found.path, str(found), repair)
+
+
+def at(source: _sources.Source | None) -> str:
+    """Writes a line, known or not."""
+    return "an unknown line" if source is None else str(source)
+
+
+def counted(count: int, noun: str) -> str:
+    """Writes a number of things."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def mib(size: int) -> str:
+    """Writes a number of bytes."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size} bytes"

@@ -1,0 +1,1 @@
+"""A step on its way through the compilers of other machines."""
