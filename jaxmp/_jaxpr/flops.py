@@ -3,9 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-MATMULS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot_general"))
-
-
 class MatmulShape(NamedTuple):
     """A matmul of `(m, k)` by `(k, n)`, made `batch` times.
 

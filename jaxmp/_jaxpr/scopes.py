@@ -1,9 +1,56 @@
-"""Paths of name scopes, as rules have them."""
+"""Name scopes: the modules and transformations that an equation was traced in."""
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 _CLASS = re.compile(r"[A-Z]\w*?(?<!_\d)(?<!_\d\d)")
+
+
+def scope_names(eqn: Any) -> tuple[str, ...]:
+    """The name scopes and transformations around an equation, as they were traced."""
+    return tuple(getattr(part, "name", "") for part in _stack(eqn))
+
+
+def name_scopes(eqn: Any, without: Iterable[str] = ()) -> tuple[str, ...]:
+    """The name scopes around an equation, normalised; transformations are left out.
+
+    Args:
+      eqn: the equation.
+      without: names to leave out.
+    """
+    names = (part.name for part in _stack(eqn) if type(part).__name__ == "Scope")
+    return normalise(tuple(name for name in names if name not in without))
+
+
+def is_backward(eqn: Any) -> bool:
+    """True for what a backward pass inside the function is made of."""
+    return "transpose" in _transformations(eqn)
+
+
+def count_derivatives(eqn: Any) -> int:
+    """How many derivatives it is inside: 2 in a `jax.jvp` of a `jax.grad`."""
+    return _transformations(eqn).count("jvp")
+
+
+def _stack(eqn: Any) -> Sequence[Any]:
+    return eqn.source_info.name_stack.stack
+
+
+def _transformations(eqn: Any) -> list[str]:
+    return [part.name for part in _stack(eqn) if type(part).__name__ == "Transform"]
+
+
+@functools.lru_cache(maxsize=4096)
+def normalise(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Splits scope names at "/" and strips `.method` from each part.
+
+    What jaxmp itself names, `jaxmp/<region>/<dtype>`, is left out.
+    """
+    names = tuple(name for name in names if not name.startswith("jaxmp/"))
+    parts = [part for name in names for part in name.split("/")]
+    return tuple(part.split(".")[0] if part[:1] != "." else part for part in parts)
 
 
 def layer_path(scopes: Sequence[str]) -> str:

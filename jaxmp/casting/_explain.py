@@ -11,7 +11,7 @@ from jax.extend import source_info_util
 
 from jaxmp import _tree
 from jaxmp._jaxpr.residuals import residual_jaxpr
-from jaxmp.casting._arguments import flatten_arguments
+from jaxmp._jaxpr.arguments import flatten_arguments
 from jaxmp.casting._autocast import autocast, check_rules, plan_jaxpr, read_settings
 from jaxmp.casting._cancellation import NOTE, cancelling
 from jaxmp.casting._explanation import Explanation, Row
@@ -19,8 +19,9 @@ from jaxmp.casting._shares import own_flops, shares_of
 from jaxmp.casting.islands._islands import Island
 from jaxmp.casting.kernels._interception import tracing
 from jaxmp.casting.plan._ambient_precision import without_ambient_precision
-from jaxmp.casting.plan._plan import EqnPlan, JaxprPlan, scopes
-from jaxmp.casting.plan._states import castable_dtype, is_literal
+from jaxmp.casting.plan._plan import EqnPlan, JaxprPlan
+from jaxmp._jaxpr.marks import scopes
+from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 

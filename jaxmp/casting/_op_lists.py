@@ -156,59 +156,6 @@ OPAQUE = frozenset(_OPAQUE.split())
 UNKNOWN = Entry(OpClass.UNTOUCHED, (), "unknown primitive: bound whole, as traced")
 
 
-def layout_primitives() -> frozenset[str]:
-    """The primitives that only move data, and so carry a constant's value along."""
-    return frozenset(
-        [
-            "reshape",
-            "squeeze",
-            "expand_dims",
-            "transpose",
-            "broadcast_in_dim",
-            "stop_gradient",
-            "copy",
-            "gpu_barrier",
-            "copy_p",
-            "name",
-            "sharding_constraint",
-            "pvary",
-            "pcast",
-            "slice",
-            "rev",
-            "tile",
-        ]
-    )
-
-
-def selecting_primitives() -> frozenset[str]:
-    """The primitives that pick entries of one array by size.
-
-    Rounding keeps the order of numbers, so that it may come before or after them.
-    """
-    return frozenset(["max", "min", "clamp", "reduce_window_max", "reduce_window_min"])
-
-
-def linear_primitives() -> frozenset[str]:
-    """The primitives whose gradient needs none of their floating operands."""
-    return layout_primitives() | frozenset(
-        [
-            "add",
-            "sub",
-            "add_any",
-            "neg",
-            "reduce_sum",
-            "convert_element_type",
-            "concatenate",
-            "pad",
-            "cumsum",
-            "reduce_window_sum",
-            "select_n",
-            "dynamic_slice",
-            "gather",
-        ]
-    )
-
-
 def table_as_markdown() -> str:
     """Prints the table for the documentation."""
     lines = ["| class | primitives | reason |", "|---|---|---|"]

@@ -12,16 +12,9 @@ from jaxmp.casting._op_lists import (
     UNKNOWN,
     Entry,
     OpClass,
-    layout_primitives,
-    linear_primitives,
-    selecting_primitives,
 )
 from jaxmp.casting.kernels import _known_functions
 from jaxmp.errors import AutocastRuleError, RuleAlreadyRegistered
-
-LAYOUT = layout_primitives()
-LINEAR = linear_primitives()
-SELECTING = selecting_primitives()
 
 # Costly or not repeatable: never computed again to save memory.
 _NOT_REPEATED = frozenset(

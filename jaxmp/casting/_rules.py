@@ -140,14 +140,3 @@ def _path_matches(pattern: str, scopes: tuple[str, ...]) -> bool:
         for start in (0, 1)
         for end in range(start + 1, len(scopes) + 1)
     )
-
-
-@functools.lru_cache(maxsize=4096)
-def normalise(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Splits scope names at "/" and strips `.method` from each part.
-
-    What jaxmp itself names, `jaxmp/<region>/<dtype>`, is left out.
-    """
-    names = tuple(name for name in names if not name.startswith("jaxmp/"))
-    parts = [part for name in names for part in name.split("/")]
-    return tuple(part.split(".")[0] if part[:1] != "." else part for part in parts)

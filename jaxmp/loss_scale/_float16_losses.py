@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmp._jaxpr.versions import Recorded, recorded, recorded_tangent
+from jaxmp._jaxpr.tracers import Recorded, recorded, recorded_tangent
 
 # The transpose of each of these gives every operand the cotangent of the result.
 _HANDS_ON = frozenset(

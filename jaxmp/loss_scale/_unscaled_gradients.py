@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxmp import _warnings
-from jaxmp._jaxpr.versions import is_input, is_transposed, same_value, sources
+from jaxmp._jaxpr.tracers import is_input, is_transposed, same_value, sources
 from jaxmp.errors import UnscaledGradientsWarning
 
 

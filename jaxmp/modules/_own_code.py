@@ -20,7 +20,7 @@ from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 
 from jaxmp import _tree
 from jaxmp.casting.kernels._half_operands import as_written
-from jaxmp.casting.plan._plan import FULL_PRECISION_SCOPE, LAYER_SCOPE
+from jaxmp._jaxpr.marks import FULL_PRECISION_SCOPE, LAYER_SCOPE
 
 _dtype: contextvars.ContextVar[np.dtype | None] = contextvars.ContextVar(
     "dtype of the region", default=None

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from jaxmp._jaxpr.versions import merge_common_subexpressions
+from jaxmp._jaxpr.lowered import merge_common_subexpressions
 
 _CONVERT = "stablehlo.convert"
 _LAYOUT = ("stablehlo.transpose", "stablehlo.reshape", "stablehlo.broadcast_in_dim")

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import jaxmp
-from jaxmp._jaxpr.versions import map_jaxprs
+from jaxmp._jaxpr.rewrite import map_held
 from jaxmp.testing import equations
 from jaxmp.testing._functions import example_arguments
 
@@ -137,4 +137,4 @@ def test_parameters_without_a_jaxpr_to_change_stay_the_same_object():
     (scan,) = jax.make_jaxpr(lambda x: lax.scan(lambda c, _: (c, c), x, None, 2))(
         1.0
     ).eqns
-    assert map_jaxprs(scan.params, lambda jaxpr: jaxpr) is scan.params
+    assert map_held(scan.params, lambda jaxpr: jaxpr) is scan.params

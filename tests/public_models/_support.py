@@ -15,7 +15,8 @@ from jax.interpreters import partial_eval
 
 import jaxmp
 from jaxmp import _tree
-from jaxmp._jaxpr.flops import MATMULS, matmul_shape
+from jaxmp._jaxpr.flops import matmul_shape
+from jaxmp._jaxpr.primitives import MATMULS
 
 HALF = ("bfloat16", "float16")
 POLICIES = tuple(f"mixed_{dtype}" for dtype in HALF)

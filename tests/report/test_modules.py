@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmp
-from jaxmp._jaxpr.versions import kept_arguments
+from jaxmp._jaxpr.lowered import kept_arguments
 from jaxmp.errors import UnsupportedJaxVersion
 from jaxmp.report import compile_step
 

@@ -11,12 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp._jaxpr.primitives import LAYOUT, LINEAR
 from jaxmp import _tree
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting import _registry
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.islands._softmax import Softmax, find_softmaxes
-from jaxmp.casting.plan._states import FLOAT32, castable_dtype, is_literal
+from jaxmp.casting.plan._states import FLOAT32
+from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -174,7 +176,7 @@ def _is_elementwise(eqn) -> bool:
     if eqn.primitive.name in ("broadcast_in_dim", "copy", "copy_p", "stop_gradient"):
         return True
     shapes = {v.aval.shape for v in (*eqn.invars, *eqn.outvars)}
-    return len(shapes - {()}) <= 1 and eqn.primitive.name not in _registry.LAYOUT
+    return len(shapes - {()}) <= 1 and eqn.primitive.name not in LAYOUT
 
 
 def _amplifies(eqn) -> bool:
@@ -190,7 +192,7 @@ def _needs_operands(eqn) -> bool:
     name = eqn.primitive.name
     if name == "jit":
         return any(map(_needs_operands, open_jaxpr(eqn.params["jaxpr"]).eqns))
-    if name in _registry.LINEAR or not any(map(castable_dtype, eqn.outvars)):
+    if name in LINEAR or not any(map(castable_dtype, eqn.outvars)):
         return False
     if name in ("mul", "div"):
         # A factor of one number leaves no residual but, if it is learnt, its own.

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxmp.casting.islands._islands import make_island, split_island
-from jaxmp.casting.plan._states import State, is_literal
+from jaxmp.casting.plan._states import State
+from jaxmp._jaxpr.atoms import is_literal
 
 
 def schedule(

@@ -6,7 +6,7 @@ import jax
 from jax.extend import source_info_util
 
 from jaxmp import _tree
-from jaxmp.casting.plan._plan import BORDER_SCOPE
+from jaxmp._jaxpr.marks import BORDER_SCOPE
 
 # A cast is made for the code that reads the value.
 source_info_util.register_exclusion(__file__)

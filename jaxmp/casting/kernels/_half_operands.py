@@ -23,7 +23,8 @@ from jaxmp import _tree
 from jaxmp.casting import _rules
 from jaxmp.casting.kernels import _known_functions
 from jaxmp.casting.kernels._border import shown
-from jaxmp.casting.plan._plan import HALF_SCOPE, Settings, scopes
+from jaxmp.casting.plan._plan import Settings
+from jaxmp._jaxpr.marks import HALF_SCOPE, scopes
 from jaxmp.casting.plan._states import FLOAT32
 
 

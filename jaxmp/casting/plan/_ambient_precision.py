@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp._jaxpr.flops import MATMULS
-from jaxmp._jaxpr.versions import map_jaxprs, open_jaxpr
-from jaxmp.casting.plan._plan import (
-    AUTOCAST_SCOPE,
-    FULL_PRECISION_SCOPE,
-    Settings,
-    scope_names,
-)
-from jaxmp.casting.plan._states import FLOAT32, castable_dtype
+from jaxmp._jaxpr.primitives import MATMULS
+from jaxmp._jaxpr.versions import open_jaxpr
+from jaxmp._jaxpr.rewrite import map_equations, map_held
+from jaxmp.casting.plan._plan import Settings
+from jaxmp._jaxpr.scopes import scope_names
+from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE
+from jaxmp.casting.plan._states import FLOAT32
+from jaxmp._jaxpr.atoms import castable_dtype
 
 
 def without_ambient_precision() -> Any:
@@ -87,17 +86,8 @@ def with_ambient_precision(
             return params
         return {**params, "precision": precision}
 
-    def rewrite(jaxpr: Any) -> Any:
-        opened = open_jaxpr(jaxpr)
-        eqns = [_with_precision(eqn, precision) for eqn in opened.eqns]
-        if all(new is old for new, old in zip(eqns, opened.eqns, strict=True)):
-            return jaxpr
-        opened = opened.replace(eqns=eqns)
-        return jaxpr.replace(jaxpr=opened) if hasattr(jaxpr, "jaxpr") else opened
+    def in_equation(eqn: Any) -> Any:
+        params = with_ambient_precision(eqn, eqn.params, precision)
+        return eqn if params is eqn.params else eqn.replace(params=params)
 
-    return map_jaxprs(params, rewrite)
-
-
-def _with_precision(eqn: Any, precision: Any) -> Any:
-    params = with_ambient_precision(eqn, eqn.params, precision)
-    return eqn if params is eqn.params else eqn.replace(params=params)
+    return map_held(params, lambda jaxpr: map_equations(jaxpr, in_equation))

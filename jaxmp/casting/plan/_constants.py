@@ -6,8 +6,8 @@ from typing import Any
 import jax.core
 import numpy as np
 
-from jaxmp.casting import _registry
-from jaxmp.casting.plan._states import castable_dtype, is_literal
+from jaxmp._jaxpr.primitives import LAYOUT
+from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 
 _LARGEST_READ = 1 << 16
 
@@ -33,7 +33,7 @@ class Constants:
 
     def carry(self, eqn: Any) -> None:
         """Remembers a constant that an equation only moves."""
-        if eqn.primitive.name in _registry.LAYOUT and self.is_constant(eqn.invars[0]):
+        if eqn.primitive.name in LAYOUT and self.is_constant(eqn.invars[0]):
             self.values[eqn.outvars[0]] = self._value(eqn.invars[0])
 
     def unfit(self, atoms: Sequence[Any], dtype: np.dtype) -> str | None:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxmp.casting import _registry
-from jaxmp.casting.plan._states import State, is_literal
+from jaxmp._jaxpr.primitives import LAYOUT
+from jaxmp.casting.plan._states import State
+from jaxmp._jaxpr.atoms import is_literal
 
 
 class Feeds:
@@ -45,7 +46,7 @@ class Feeds:
 
     def moved(self, eqn: Any) -> None:
         """A low value that was only reshaped or moved is still the same value."""
-        if eqn.primitive.name in _registry.LAYOUT and not is_literal(eqn.invars[0]):
+        if eqn.primitive.name in LAYOUT and not is_literal(eqn.invars[0]):
             self.source[eqn.outvars[0]] = self.origin(eqn.invars[0])
 
     def covers(self, eqn: Any, states: Sequence[State | None]) -> bool:

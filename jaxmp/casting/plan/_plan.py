@@ -23,40 +23,31 @@ their bodies in the same two passes.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmp._jaxpr.marks import (
+    AUTOCAST_SCOPE,
+    FULL_PRECISION_SCOPE,
+    HALF_SCOPE,
+    LAYER_SCOPE,
+)
+from jaxmp._jaxpr.scopes import scope_names
 from jaxmp.casting import _rules
 from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting.plan._states import (
-    FLOAT32,
-    FULL,
-    NEUTRAL,
-    State,
-    castable_dtype,
-    traced_state,
-)
+from jaxmp.casting.plan._states import FLOAT32, FULL, NEUTRAL, State, traced_state
+from jaxmp._jaxpr.atoms import castable_dtype
 
-FULL_PRECISION_SCOPE = "jaxmp.full_precision"
-AUTOCAST_SCOPE = "jaxmp.autocast"
-# What `apply_policy` has decided about one of Flax's layers.
-LAYER_SCOPE = "jaxmp.layer"
-# A cast that shows a half result to code that was written for float32. It is no wish
-# for float32: the value stays in half, and follows its readers.
-BORDER_SCOPE = "jaxmp.border"
 LAYER_REASON = "a layer of Flax, decided by its policy"
-# A function that was traced on half operands; see `_half_operands`.
-HALF_SCOPE = "jaxmp.half_operands"
+SPECIAL_FUNCTION = "part of a special function or a density of JAX"
 _DECIDED = {
     FULL_PRECISION_SCOPE: "full_precision",
     AUTOCAST_SCOPE: "decided by the autocast inside",
     LAYER_SCOPE: LAYER_REASON,
     HALF_SCOPE: "traced on half operands: sums and softmax inside are the function's",
 }
-OWN_SCOPES = frozenset((*_DECIDED, BORDER_SCOPE))
 
 
 @dataclasses.dataclass(slots=True)
@@ -181,63 +172,3 @@ def decided_by_scope(eqn: Any) -> Decision | None:
             return Decision(dtype, _DECIDED[name])
     return None
 
-
-def is_border(eqn: Any) -> bool:
-    """True for a cast at the border of a layer, which is not meant as a cast."""
-    return BORDER_SCOPE in scope_names(eqn)
-
-
-def is_in_layer(eqn: Any) -> bool:
-    """True inside of one of Flax's layers under a policy, and of what is like one."""
-    names = scope_names(eqn)
-    return LAYER_SCOPE in names or HALF_SCOPE in names
-
-
-def is_on_half_operands(eqn: Any) -> bool:
-    """True for what is computed inside of a function that got half operands."""
-    return HALF_SCOPE in scope_names(eqn)
-
-
-def scope_names(eqn: Any) -> tuple[str, ...]:
-    """The name scopes and transformations around an equation, as they were traced."""
-    stack = eqn.source_info.name_stack.stack
-    return tuple(getattr(part, "name", "") for part in stack)
-
-
-def scopes(eqn: Any) -> tuple[str, ...]:
-    """The user's name scopes around an equation, normalised, without jaxmp's own."""
-    stack = eqn.source_info.name_stack.stack
-    names = (part.name for part in stack if type(part).__name__ == "Scope")
-    return _rules.normalise(tuple(n for n in names if n not in OWN_SCOPES))
-
-
-def is_backward(eqn: Any) -> bool:
-    """True for what a backward pass inside the function is made of."""
-    return any(
-        type(part).__name__ == "Transform" and part.name == "transpose"
-        for part in eqn.source_info.name_stack.stack
-    )
-
-
-SPECIAL_FUNCTION = "part of a special function or a density of JAX"
-
-
-def is_in_special_function(eqn: Any) -> bool:
-    """Whether an equation was written in `jax.scipy.special` or `jax.scipy.stats`.
-
-    These are of the float32 list whatever they are made of. What they call back, such
-    as a function of the user's, is not written there.
-    """
-    traceback = eqn.source_info.traceback
-    return traceback is not None and _is_special(traceback)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_special(traceback: Any) -> bool:
-    for frame in traceback.frames:
-        _, in_jax, module = frame.file_name.replace("\\", "/").rpartition("/jax/_src/")
-        if not in_jax:
-            return False
-        if module.startswith("scipy/"):
-            return module.startswith(("scipy/special", "scipy/stats/"))
-    return False

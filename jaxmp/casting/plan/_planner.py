@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxmp._jaxpr.primitives import LAYOUT, SELECTING
 from jaxmp import _tree
 from jaxmp._jaxpr.sources import written
 from jaxmp._jaxpr.versions import open_jaxpr
@@ -12,27 +13,12 @@ from jaxmp.casting import _registry, _rules
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.plan._call_contents import Contents, contents_of
 from jaxmp.casting.plan._forward import Painter
-from jaxmp.casting.plan._plan import (
-    SPECIAL_FUNCTION,
-    Context,
-    Decision,
-    JaxprPlan,
-    Settings,
-    decided_by_scope,
-    is_backward,
-    is_in_layer,
-    is_in_special_function,
-    is_on_half_operands,
-    scopes,
-)
-from jaxmp.casting.plan._states import (
-    FLOAT32,
-    State,
-    castable_dtype,
-    is_integer,
-    is_literal,
-    low,
-)
+from jaxmp.casting.plan._plan import SPECIAL_FUNCTION, Context, Decision, JaxprPlan, Settings, decided_by_scope
+from jaxmp._jaxpr.jax_functions import is_in_special_function
+from jaxmp._jaxpr.scopes import is_backward
+from jaxmp._jaxpr.marks import is_in_layer, is_on_half_operands, scopes
+from jaxmp.casting.plan._states import FLOAT32, State, low
+from jaxmp._jaxpr.atoms import castable_dtype, is_integer, is_literal
 from jaxmp.casting.sums import _carries as _sums
 from jaxmp.errors import AutocastRuleError
 
@@ -140,7 +126,7 @@ class Planner:
         name = eqn.primitive.name
         call = _registry.call_rule(name)
         if call is None:
-            passes_on = name in _registry.LAYOUT or name == "convert_element_type"
+            passes_on = name in LAYOUT or name == "convert_element_type"
             is_end = _registry.entry(name).op_class is OpClass.COMPUTE
         else:
             passes_on = False
@@ -279,7 +265,7 @@ class Planner:
             eqns = [inner for body in call.bodies(eqn) for inner in body.eqns]
             eqns = [inner for inner in eqns if any(map(_is_array, inner.outvars))]
             return bool(eqns) and all(map(self.selects, eqns))
-        is_selection = eqn.primitive.name in _registry.SELECTING
+        is_selection = eqn.primitive.name in SELECTING
         return is_selection and sum(map(_is_array, eqn.invars)) == 1
 
     def inside(self, eqn: Any, context: Context) -> Context:

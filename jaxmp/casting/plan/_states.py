@@ -4,12 +4,11 @@ import enum
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.atoms import castable_dtype
 
 FLOAT32 = jnp.dtype(jnp.float32)
 FLOAT16 = jnp.dtype(jnp.float16)
@@ -58,28 +57,12 @@ def low(dtype: np.dtype) -> State:
     return State(Kind.LOW, dtype)
 
 
-def castable_dtype(atom: Any) -> np.dtype | None:
-    """The dtype of a float16, bfloat16 or float32 value; None for all others."""
-    dtype = getattr(atom.aval, "dtype", None)
-    return dtype if dtype in _tree.CASTABLE else None
-
-
-def is_integer(atom: Any) -> bool:
-    """True for integers and booleans, which a cast to a float is no decision about."""
-    return getattr(getattr(atom.aval, "dtype", None), "kind", "") in ("i", "u", "b")
-
-
 def traced_state(atom: Any) -> State | None:
     """The state of a value in the dtype it was traced with."""
     dtype = castable_dtype(atom)
     if dtype is None:
         return None
     return low(dtype) if dtype in _tree.HALF else NEUTRAL
-
-
-def is_literal(atom: Any) -> bool:
-    """True for a constant that is written into an equation."""
-    return isinstance(atom, jax.extend.core.Literal)
 
 
 def join(states: Iterable[State | None], wanted: bool) -> State | None:

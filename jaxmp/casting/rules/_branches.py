@@ -1,7 +1,14 @@
 """`cond` and `switch`: all branches agree on the dtype of each result."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from jaxmp._jaxpr.calls import branches
+from jaxmp._jaxpr.types import Array, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import jaxpr_consts
-from jaxmp.casting.plan._states import join
+from jaxmp.casting.plan._plan import Context, EqnPlan
+from jaxmp.casting.plan._planner import Planner
+from jaxmp.casting.plan._states import State, join
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
 
 
@@ -10,35 +17,37 @@ class CondRule(CallRule):
 
     primitives = ("cond",)
 
-    def bodies(self, eqn):
-        return list(eqn.params["branches"])
+    def bodies(self, eqn: Eqn) -> list[Jaxpr]:
+        return list(branches(eqn))
 
-    def wants(self, eqn, results, planner, context):
-        per_branch = [planner.wants(b, results, context) for b in self.bodies(eqn)]
+    def wants(
+        self, eqn: Eqn, results: Sequence[bool], planner: Planner, context: Context
+    ) -> Sequence[bool]:
+        per_branch = [planner.wants(b, results, context) for b in branches(eqn)]
         return (False, *(any(wants) for wants in zip(*per_branch, strict=True)))
 
-    def plan(self, eqn, states, wants, planner, context):
-        in_wants = self.wants(eqn, wants, planner, context)
-        states = [
-            fed(s, want, planner) for s, want in zip(states, in_wants, strict=True)
-        ]
+    def plan(
+        self,
+        eqn: Eqn,
+        states: Sequence[State | None],
+        wants: Sequence[bool],
+        planner: Planner,
+        context: Context,
+    ) -> EqnPlan:
+        states = fed(states, self.wants(eqn, wants, planner, context), planner)
         plans = [
             planner.plan(body, states[1:], wants, context, jaxpr_consts(body))
-            for body in self.bodies(eqn)
+            for body in branches(eqn)
         ]
-        outs = [
-            join(branch_states, want)
-            for branch_states, want in zip(
-                zip(*(p.out_states for p in plans), strict=True), wants, strict=True
-            )
-        ]
+        returned = zip(*(p.out_states for p in plans), strict=True)
+        outs = [join(each, want) for each, want in zip(returned, wants, strict=True)]
         plans = tuple(with_outputs(p, outs) for p in plans)
         return call_plan(eqn, states, outs, plans)
 
-    def execute(self, plan, operands, executor):
-        branches = tuple(
+    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+        planned = tuple(
             executor.closed(branch, jaxpr_consts(body))
-            for branch, body in zip(plan.call, self.bodies(plan.eqn), strict=True)
+            for branch, body in zip(plan.call, branches(plan.eqn), strict=True)
         )
-        params = {**plan.eqn.params, "branches": branches}
+        params = {**plan.eqn.params, "branches": planned}
         return plan.eqn.primitive.bind(*operands, **params)

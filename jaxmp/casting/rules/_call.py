@@ -3,18 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jaxmp._jaxpr.calls import body
 from jaxmp._jaxpr.versions import jaxpr_consts
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.islands._schedule import schedule
 from jaxmp.casting.plan._plan import Context, EqnPlan, JaxprPlan, as_island
 from jaxmp.casting.plan._planner import Planner
-from jaxmp.casting.plan._states import (
-    NEUTRAL,
-    Kind,
-    State,
-    castable_dtype,
-    traced_state,
-)
+from jaxmp.casting.plan._states import NEUTRAL, Kind, State, traced_state
+from jaxmp._jaxpr.atoms import castable_dtype
 
 
 class CallRule:
@@ -59,10 +55,8 @@ class CallRule:
 class SingleBodyRule(CallRule):
     """A call of one body, with the same operands and results as the body."""
 
-    body_name = "jaxpr"
-
     def bodies(self, eqn: Any) -> list[Any]:
-        return [eqn.params[self.body_name]]
+        return [body(eqn)]
 
     def wants(self, eqn, results, planner, context):
         return planner.wants(self.bodies(eqn)[0], results, context)

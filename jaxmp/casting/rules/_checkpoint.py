@@ -4,6 +4,7 @@ What enters the region is saved as it enters, so the casts of float32 values to 
 inside the region, and those of islands' results outside of it.
 """
 
+from jaxmp._jaxpr.calls import BODY, CHECKPOINTS
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.rules._call import SingleBodyRule
 
@@ -11,10 +12,10 @@ from jaxmp.casting.rules._call import SingleBodyRule
 class CheckpointRule(SingleBodyRule):
     """Binds the same region with another body."""
 
-    primitives = ("remat2", "checkpoint", "remat")
+    primitives = CHECKPOINTS
     is_composite = False
 
     def execute(self, plan, operands, executor):
         closed = executor.closed(plan.call, ())
-        params = {**plan.eqn.params, self.body_name: open_jaxpr(closed)}
+        params = {**plan.eqn.params, BODY[plan.eqn.primitive.name]: open_jaxpr(closed)}
         return plan.eqn.primitive.bind(*operands, **params)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxmp._jaxpr.calls import CUSTOM_JVPS, CUSTOM_VJPS
 from jaxmp.casting.plan._plan import Context, EqnPlan, JaxprPlan
 from jaxmp.casting.plan._planner import Planner
 from jaxmp.casting.rules._call import SingleBodyRule, call_plan
@@ -34,8 +35,6 @@ class _CustomCall:
 
 
 class _CustomRule(SingleBodyRule):
-    body_name = "call_jaxpr"
-
     def plan(self, eqn, states, wants, planner, context):
         plan = super().plan(eqn, states, wants, planner, context)
         if plan.call is None:
@@ -56,7 +55,7 @@ class _CustomRule(SingleBodyRule):
 class CustomJVPRule(_CustomRule):
     """Rebuilds the call through `jax.custom_jvp`."""
 
-    primitives = ("custom_jvp_call",)
+    primitives = CUSTOM_JVPS
 
     def execute(self, plan, operands, executor):
         closed, args = _split_closed(plan.eqn, operands)
@@ -68,7 +67,7 @@ class CustomJVPRule(_CustomRule):
 class CustomVJPRule(_CustomRule):
     """Rebuilds the call through `jax.custom_vjp`."""
 
-    primitives = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+    primitives = CUSTOM_VJPS
 
     def wants(self, eqn, results, planner, context):
         if not planner.contents(self.bodies(eqn)[0]).has_matmul:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.casting.islands._islands import Island
-from jaxmp.casting.plan._states import is_literal
+from jaxmp._jaxpr.atoms import is_literal
 
 
 def common_scope(island: Island) -> Any:

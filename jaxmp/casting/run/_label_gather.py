@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
-from jaxmp.casting.plan._states import castable_dtype
+from jaxmp._jaxpr.atoms import castable_dtype
 
 
 def has_pick(eqn: Any) -> bool:

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting import _registry
 from jaxmp.casting.plan._plan import Context
-from jaxmp.casting.plan._states import KEPT, NEUTRAL, State, is_literal, traced_state
+from jaxmp.casting.plan._states import KEPT, NEUTRAL, State, traced_state
+from jaxmp._jaxpr.primitives import ADDS, SCALES, SUMS_INTO
+from jaxmp._jaxpr.atoms import is_literal
 from jaxmp.casting.sums import _carries as _sums
 from jaxmp.casting.sums import _updates
 
-_UPDATES = _updates.ADDS | _updates.SUMS_INTO | _updates.SCALES
+_UPDATES = ADDS | SUMS_INTO | SCALES
 
 
 def returned_states(

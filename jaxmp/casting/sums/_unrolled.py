@@ -7,8 +7,9 @@ from the sum so far, and the chain is a residual stream.
 
 from typing import Any, NamedTuple, TypeGuard
 
-from jaxmp.casting.plan._states import castable_dtype, is_literal
-from jaxmp.casting.sums._updates import ADDS, SCALES, may_hand_on
+from jaxmp._jaxpr.atoms import castable_dtype, is_literal
+from jaxmp._jaxpr.primitives import ADDS, SCALES
+from jaxmp.casting.sums._updates import may_hand_on
 
 TERMS = 16
 """A sum of n equal terms that is rounded at each is off by sqrt(n / 3) times as much as

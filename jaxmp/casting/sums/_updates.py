@@ -15,14 +15,17 @@ import numpy as np
 
 from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
 from jaxmp.casting import _registry
-from jaxmp.casting.plan._states import is_literal
-
-ADDS = frozenset(("add", "add_any", "sub"))
-SCALES = frozenset(("mul", "div", "neg", "select_n"))
-SUMS_INTO = frozenset(("scatter-add", "scatter_add", "scatter-sub", "scatter_sub"))
-_CONTRACTS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))
-_REDUCES = frozenset(("reduce_sum", "reduce_max", "reduce_min", "psum", "pmax"))
-
+from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.primitives import (
+    ADDS,
+    CAST,
+    LAYOUT,
+    LINEAR,
+    MATMULS,
+    REDUCES,
+    SCALES,
+    SUMS_INTO,
+)
 
 class Use(NamedTuple):
     """How a value depends on an old one.
@@ -203,10 +206,10 @@ def _result(eqn: Any, operands: list[Use | None]) -> Use:
     if moves(eqn) and kept and eqn.outvars[0].aval.size == eqn.invars[0].aval.size:
         return kept[0]
     through = max(max(use.through, 0 if use.is_update else 1) for use in known)
-    is_statistic = all(use.is_statistic for use in known) and name not in _CONTRACTS
+    is_statistic = all(use.is_statistic for use in known) and name not in MATMULS
     return Use(
         is_update=False,
-        is_statistic=is_statistic or name in _REDUCES,
+        is_statistic=is_statistic or name in REDUCES,
         through=max(through, 1) if _is_linear(name, operands) else 2,
     )
 
@@ -214,7 +217,7 @@ def _result(eqn: Any, operands: list[Use | None]) -> Use:
 def moves(eqn: Any) -> bool:
     """Whether an equation returns its operand in another shape, order or dtype."""
     name = eqn.primitive.name
-    return name in _registry.LAYOUT or name == "convert_element_type"
+    return name in LAYOUT or name == CAST
 
 
 def may_hand_on(eqn: Any) -> bool:
@@ -250,6 +253,6 @@ def _is_linear(name: str, operands: list[Use | None]) -> bool:
     count = sum(use is not None for use in operands)
     if name in ("mul", "div"):
         return count == 1 and (name == "mul" or operands[0] is not None)
-    if name in ADDS or name in SUMS_INTO or name in _registry.LINEAR:
+    if name in ADDS or name in SUMS_INTO or name in LINEAR:
         return True
-    return name in _CONTRACTS and count == 1
+    return name in MATMULS and count == 1

@@ -21,8 +21,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp import _tree
-from jaxmp.casting import _registry
 from jaxmp.numerics.compare._distance import Distance
 from jaxmp.numerics.replay._interpreter import Interpreter, bind
 from jaxmp.numerics.replay._site import Site
@@ -106,7 +106,7 @@ class Comparing(Rounding):
 
 def _is_compared(site: Site, results: Sequence[Any]) -> bool:
     is_floating = bool(results) and _tree.is_inexact(results[0])
-    return is_floating and site.primitive not in (*_registry.LAYOUT, _CAST)
+    return is_floating and site.primitive not in (*LAYOUT, _CAST)
 
 
 def _key(site: Site, iterations: tuple[int, ...]) -> Key:

@@ -14,8 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp import _tree
-from jaxmp.casting import _registry
 from jaxmp.loss_scale._gradients import LARGEST_FLOAT16_SCALE
 from jaxmp.numerics._formats import FormatRange, format_range
 from jaxmp.numerics.replay._interpreter import Interpreter
@@ -146,7 +146,7 @@ class _BackwardRange(Interpreter):
         self.amax, self.smallest = 0.0, float("inf")
 
     def observe(self, site, operands, results):
-        if site.is_backward and site.primitive not in _registry.LAYOUT:
+        if site.is_backward and site.primitive not in LAYOUT:
             for x in results:
                 if _tree.is_array(x) and x.dtype in _tree.HALF:
                     self._add(x)

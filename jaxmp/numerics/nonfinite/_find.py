@@ -39,7 +39,7 @@ from jaxmp.numerics.nonfinite._report import NonfiniteReport, power
 from jaxmp.numerics.replay._keep_lines import Line
 from jaxmp.numerics.replay._program import Program, read_program
 from jaxmp.numerics.replay._site import Site
-from jaxmp.numerics.replay._walk import first_equations, producer, reader
+from jaxmp._jaxpr.walk import first_equations, producer, reader
 
 
 def find_nonfinite(

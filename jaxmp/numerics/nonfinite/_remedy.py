@@ -19,7 +19,8 @@ import numpy as np
 
 from jaxmp._jaxpr.scopes import layer_path
 from jaxmp.casting import OpRule
-from jaxmp.casting.plan._plan import AUTOCAST_SCOPE, LAYER_SCOPE, scope_names
+from jaxmp._jaxpr.scopes import scope_names
+from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, LAYER_SCOPE
 from jaxmp.numerics.nonfinite._origin import NARROW, Origin
 from jaxmp.numerics.replay._interpreter import bind
 from jaxmp.numerics.replay._keep_lines import Line

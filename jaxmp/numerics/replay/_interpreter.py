@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
-from jaxmp.casting.plan._states import is_literal
+from jaxmp._jaxpr.atoms import is_literal
 from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._shards import Record, run_shards
 from jaxmp.numerics.replay._site import Site

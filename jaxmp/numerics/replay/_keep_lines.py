@@ -4,8 +4,8 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from jaxmp._jaxpr.sources import written
-from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.casting.plan._plan import FULL_PRECISION_SCOPE
+from jaxmp._jaxpr.rewrite import map_equations, map_held
+from jaxmp._jaxpr.marks import FULL_PRECISION_SCOPE
 
 
 class Line(NamedTuple):
@@ -27,25 +27,15 @@ def keep_lines(jaxpr: Any, lines: Collection[Line]) -> Any:
     """
 
     def rewrite(jaxpr: Any, around: Line | None) -> Any:
-        opened = open_jaxpr(jaxpr)
-        eqns = [marked(eqn, around) for eqn in opened.eqns]
-        opened = opened.replace(eqns=eqns)
-        return jaxpr.replace(jaxpr=opened) if hasattr(jaxpr, "jaxpr") else opened
+        return map_equations(jaxpr, lambda eqn: marked(eqn, around))
 
     def marked(eqn: Any, around: Line | None) -> Any:
         line = line_of(eqn) or around
         if line in lines:
             stack = eqn.source_info.name_stack.extend(FULL_PRECISION_SCOPE)
             return eqn.replace(source_info=eqn.source_info.replace(name_stack=stack))
-        params = {name: inside(value, line) for name, value in eqn.params.items()}
-        return eqn.replace(params=params)
-
-    def inside(value: Any, line: Line | None) -> Any:
-        if hasattr(value, "eqns"):
-            return rewrite(value, line)
-        if type(value) is tuple and any(hasattr(item, "eqns") for item in value):
-            return tuple(inside(item, line) for item in value)
-        return value
+        params = map_held(eqn.params, lambda jaxpr: rewrite(jaxpr, line))
+        return eqn if params is eqn.params else eqn.replace(params=params)
 
     return rewrite(jaxpr, None)
 

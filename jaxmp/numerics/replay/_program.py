@@ -9,7 +9,6 @@ equation, under the user's source lines and name scopes.
 """
 
 import dataclasses
-import inspect
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -19,9 +18,9 @@ import jax.extend.core
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp._jaxpr.versions import with_lines_of_custom_rules
+from jaxmp._jaxpr.rewrite import with_lines_of_custom_rules
 from jaxmp.casting import autocast
-from jaxmp.casting._arguments import Arguments, flatten_arguments
+from jaxmp._jaxpr.arguments import Leaf, flatten_arguments, named_leaves, state_name
 from jaxmp.errors import NonScalarLoss
 from jaxmp.loss_scale import get_loss_scale
 from jaxmp.loss_scale._gradients import LARGEST_FLOAT16_SCALE
@@ -100,7 +99,9 @@ def read_program(
     arguments, arrays = flatten_arguments(fn, args, kwargs)
     arrays = [jnp.asarray(x) for x in arrays]
     jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=True)
-    names, argument_of, modules = _inputs(fn, args, kwargs, arguments, arrays)
+    leaves, modules = named_leaves(fn, args, kwargs)
+    inputs = [leaf for leaf in leaves if _tree.is_array(leaf.value)]
+    names, argument_of = [leaf.name for leaf in inputs], list(map(_varied_in, inputs))
     outputs = _outputs(jaxpr, out_tree, modules)
     if policy is not None:
         if in_float32:
@@ -187,75 +188,17 @@ def _outputs(jaxpr: Any, out_tree: Any, modules: Sequence[str]) -> list[Output]:
             where = jax.tree_util.keystr(path[1:])
             found.append(Output("output", f"the output{where}"))
         else:
-            name = f"{modules[path[1].key]}.{_state_name(path[2:])}"
+            name = f"{modules[path[1].key]}.{state_name(path[2:])}"
             found.append(Output("state", f"the new {name}"))
     return found
-
-
-def _inputs(
-    fn: Any, args: Any, kwargs: Any, arguments: Arguments, arrays: Sequence[Any]
-) -> tuple[list[str], list[int | None], list[str]]:
-    """Of each input, its name and the position of the argument that it is varied in.
-
-    And the names of the nnx modules. An input that has no gradient is in no argument.
-    """
-    nnx: Any = sys.modules.get("flax.nnx")
-    parameters = _parameter_names(fn, len(args))
-    modules, names, argument_of = [], [], []
-
-    def is_module(x):
-        return nnx is not None and isinstance(x, (nnx.Module, nnx.Rngs))
-
-    leaves = jax.tree_util.tree_leaves_with_path((args, kwargs), is_leaf=is_module)
-    for path, x in leaves:
-        in_args = path[0].idx == 0
-        position = path[1].idx if in_args else None
-        start = parameters[path[1].idx] if in_args else str(path[1].key)
-        name = start + jax.tree_util.keystr(path[2:])
-        if is_module(x):
-            modules.append((name, position))
-        elif _tree.is_array(x):
-            names.append(name)
-            argument_of.append(position if _is_differentiable(x) else None)
-    if arguments.graph is None:
-        return names, argument_of, []
-    state = jax.tree.unflatten(arguments.graph[1], arrays[: arguments.num_state])
-    of_state, argument_of_state = [], []
-    for path, variable in jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    ):
-        module, position = modules[path[0].key]
-        is_parameter = isinstance(variable, nnx.Param)
-        for inner, x in jax.tree_util.tree_leaves_with_path(variable):
-            of_state.append(f"{module}.{_state_name(path[1:])}")
-            of_state[-1] += jax.tree_util.keystr(inner[1:])
-            is_varied = is_parameter and _is_differentiable(x)
-            argument_of_state.append(position if is_varied else None)
-    module_names = [name for name, _ in modules]
-    return of_state + names, argument_of_state + argument_of, module_names
 
 
 def _is_differentiable(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
 
 
-def _state_name(path: Any) -> str:
-    return _tree.path_string(path).removesuffix("/value").replace("/", ".")
-
-
-def _parameter_names(fn: Any, count: int) -> list[str]:
-    """The names under which positional arguments are passed."""
-    names: list[str] = []
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        parameters = ()
-    for parameter in parameters:
-        if parameter.kind in (
-            parameter.POSITIONAL_ONLY,
-            parameter.POSITIONAL_OR_KEYWORD,
-        ):
-            names.append(parameter.name)
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}[{i}]" for i in range(count - len(names))]
-    return names + [f"argument {i}" for i in range(len(names), count)]
+def _varied_in(leaf: Leaf) -> int | None:
+    """The position of the argument whose gradient a leaf is part of, if it has one."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    is_kept = leaf.variable is not None and not isinstance(leaf.variable, nnx.Param)
+    return leaf.position if not is_kept and _is_differentiable(leaf.value) else None

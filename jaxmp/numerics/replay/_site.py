@@ -4,10 +4,11 @@ import functools
 from typing import Any
 
 from jaxmp._jaxpr.sources import Source, is_users, written
-from jaxmp.casting._rules import normalise
-from jaxmp.casting.plan._plan import OWN_SCOPES, is_backward
+from jaxmp._jaxpr.scopes import normalise
+from jaxmp._jaxpr.scopes import is_backward
+from jaxmp._jaxpr.marks import MARKS
 
-_OWN_SCOPES = frozenset((*OWN_SCOPES, "checkpoint", "rematted_computation"))
+_OWN_SCOPES = frozenset((*MARKS, "checkpoint", "rematted_computation"))
 _CHECKPOINTS = ("remat2", "checkpoint", "remat")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
-from jaxmp.casting.plan._states import is_literal
+from jaxmp._jaxpr.atoms import is_literal
 
 
 class Steps:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
-from jaxmp._jaxpr.flops import MATMULS, matmul_shape
+from jaxmp._jaxpr.flops import matmul_shape
+from jaxmp._jaxpr.primitives import MATMULS
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.errors import SearchStateMismatch
 from jaxmp.numerics.compare._distance import Distance, share_least

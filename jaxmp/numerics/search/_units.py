@@ -11,8 +11,9 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp import _tree
-from jaxmp.casting import OpRule, _registry
+from jaxmp.casting import OpRule
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._site import Site
@@ -61,7 +62,7 @@ class HalfOperations(Interpreter):
             ref, producer = self._producers.get(id(operands[0]), (lambda: None, site))
             if ref() is operands[0] and _is_half(results[0]):
                 self.handed_back[key_of(producer)] = producer
-        elif site.primitive in _registry.LAYOUT:
+        elif site.primitive in LAYOUT:
             return
         elif any(map(_is_half, (*operands, *results))):
             self.whole[key_of(site)] = site

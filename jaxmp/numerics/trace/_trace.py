@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp import _tree
-from jaxmp.casting import _registry
 from jaxmp.numerics._formats import format_range
 from jaxmp.numerics._statistics import statistics
 from jaxmp.numerics.nonfinite._origin import nonfinite
@@ -112,7 +112,7 @@ class _Meter(Interpreter):
 
     def observe(self, site, operands, results):
         results = [x for x in results if _tree.is_inexact(x)]
-        if site.primitive in _registry.LAYOUT or not results:
+        if site.primitive in LAYOUT or not results:
             return
         if site not in self.totals:
             lost = _lost_integers(site, operands, self.dtype)

@@ -15,7 +15,8 @@ from jaxmp.report.audit._residuals import residuals
 from jaxmp.report.audit._result import Audit
 from jaxmp.report.audit._trace import trace
 from jaxmp.report.audit._values import entering
-from jaxmp.report.audit._walk import Context, Walker, bodies
+from jaxmp.report.audit._walk import Context, Walker
+from jaxmp._jaxpr.calls import bodies
 from jaxmp.report.audit.records import Matmul
 
 

@@ -9,9 +9,10 @@ import jax.extend.core
 from jaxmp._jaxpr import sources as _sources
 from jaxmp._jaxpr.residuals import residual_jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.casting.plan._plan import scopes
-from jaxmp.report.audit._values import Site
-from jaxmp.report.audit._walk import Context, bodies
+from jaxmp._jaxpr.marks import scopes
+from jaxmp._jaxpr.site import Site
+from jaxmp.report.audit._walk import Context
+from jaxmp._jaxpr.calls import bodies
 
 
 class Residual(NamedTuple):

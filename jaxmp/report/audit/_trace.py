@@ -1,14 +1,10 @@
 """Traces what is audited, and names its arguments as its author did."""
 
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from jaxmp import _tree
-from jaxmp.casting._arguments import flatten_arguments
+from jaxmp._jaxpr.arguments import flatten_arguments, named_leaves
 from jaxmp.errors import NotAnArray, StepDoesNotTrace
 
 _SCALARS = (bool, int, float, complex)
@@ -38,7 +34,7 @@ def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[str
         )
     called = _name(fn)
     fn, args = _open_module(fn, args)
-    named = _named_leaves(fn, args, kwargs)
+    named = [leaf[:2] for leaf in named_leaves(fn, args, kwargs)[0]]
     _check(named)
     try:
         arguments, arrays = flatten_arguments(fn, args, kwargs)
@@ -67,40 +63,6 @@ def _open_module(fn: Any, args: Any) -> tuple[Any, Any]:
     if nnx is not None and isinstance(owner, nnx.Module):
         return fn.__func__, (owner, *args)
     return fn, args
-
-
-def _named_leaves(fn: Any, args: Any, kwargs: Any) -> list[tuple[str, Any]]:
-    """Every leaf with its name; the state of nnx modules comes first, as traced."""
-    nnx = sys.modules.get("flax.nnx")
-
-    def is_module(x):
-        return nnx is not None and isinstance(x, (nnx.Module, nnx.Rngs))
-
-    names = _parameter_names(fn, len(args))
-    state, leaves = [], []
-    for root, tree in [*zip(names, args, strict=True), *kwargs.items()]:
-        flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_module)
-        for path, leaf in flat:
-            name = root + jax.tree_util.keystr(path)
-            if nnx is not None and is_module(leaf):
-                inside, _ = jax.tree_util.tree_flatten_with_path(nnx.state(leaf))
-                state += [(f"{name}.{_tree.path_string(p)}", x) for p, x in inside]
-            else:
-                leaves.append((name, leaf))
-    return [*state, *leaves]
-
-
-def _parameter_names(fn: Any, count: int) -> list[str]:
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    names = [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return (names + [f"args[{i}]" for i in range(len(names), count)])[:count]
 
 
 def _check(named: list[tuple[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
-from jaxmp._jaxpr.versions import with_module
+from jaxmp._jaxpr.lowered import with_module
 
 _DTYPES = (
     *("bool", "float16", "bfloat16", "float32", "float64", "complex64", "complex128"),

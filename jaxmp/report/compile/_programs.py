@@ -1,6 +1,5 @@
 """A step as the compiler of another machine takes it: traced here, compiled there."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,7 +11,8 @@ import jax
 from jax import export
 
 from jaxmp import _tree
-from jaxmp._jaxpr.versions import kept_arguments
+from jaxmp._jaxpr.arguments import argument_names
+from jaxmp._jaxpr.lowered import kept_arguments
 from jaxmp.casting import autocast
 from jaxmp.errors import NotAnArray, ShardingMismatch, StepDoesNotTrace
 from jaxmp.policy import get_policy
@@ -143,7 +143,7 @@ def export_program(
         ) from error
     if module is not None:
         told = [told[i] for i in kept_arguments(lowered)]
-    names = _argument_names(step, len(args))
+    names = argument_names(step, len(args))
     return Program(
         _with_devices(target, devices),
         written,
@@ -187,13 +187,6 @@ def _mesh_of(args: Sequence[Any]) -> tuple[tuple[str, int, str], ...]:
             types = (axis_type.name for axis_type in mesh.axis_types)
             return tuple(zip(mesh.axis_names, mesh.axis_sizes, types, strict=True))
     return ()
-
-
-def _argument_names(step: Callable[..., Any], count: int) -> list[str]:
-    names: list[str] = []
-    with contextlib.suppress(TypeError, ValueError):
-        names += list(inspect.signature(step).parameters)[:count]
-    return names + [f"argument_{i}" for i in range(len(names), count)]
 
 
 def _argument_path(names: Sequence[str], path: tuple[Any, ...]) -> str:

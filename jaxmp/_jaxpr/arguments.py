@@ -1,10 +1,11 @@
-"""The arguments of a function: what is traced, what is static, what is written back."""
+"""The arguments of a call: what is traced, what is static, and what each is called."""
 
 import dataclasses
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -31,7 +32,14 @@ class Arguments:
       num_state: how many of the arrays are the modules' state.
     """
 
-    def __init__(self, tree, statics, graph, modules, num_state):
+    def __init__(
+        self,
+        tree: Any,
+        statics: Sequence[Any],
+        graph: Any,
+        modules: Sequence[Any],
+        num_state: int,
+    ):
         self.tree = tree
         self.statics = tuple(statics)
         self.graph = graph
@@ -47,7 +55,7 @@ class Arguments:
         """
         trees = []
 
-        def flat(*arrays):
+        def flat(*arrays: Any) -> list[Any]:
             modules, state, arrays = self.merge(arrays)
             if name_modules:
                 _open_scopes(modules)
@@ -69,7 +77,9 @@ class Arguments:
 
         return jax.make_jaxpr(flat)(*arrays), trees[0]
 
-    def merge(self, arrays) -> tuple[list[Any], Callable[[], Any], Sequence[Any]]:
+    def merge(
+        self, arrays: Sequence[Any]
+    ) -> tuple[list[Any], Callable[[], Any], Sequence[Any]]:
         """Rebuilds the nnx modules; returns them, how to read their state, the rest."""
         if self.graph is None:
             return [], lambda: None, arrays
@@ -108,7 +118,7 @@ def _open_scopes(modules: Sequence[Any]) -> None:
 def _scoped(cls: type, name: str) -> type:
     """A class like `cls` that runs `__call__` under a name scope."""
 
-    def call(self, *args, **kwargs):
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with jax.named_scope(name):
             return cls.__call__(self, *args, **kwargs)
 
@@ -146,43 +156,6 @@ def _is_module(nnx: Any, x: Any) -> bool:
     return isinstance(x, (nnx.Module, nnx.Rngs))
 
 
-def check_function(fn: Any) -> None:
-    """Refuses what would lose its state: nnx modules that are not arguments."""
-    if not callable(fn):
-        raise AutocastError(
-            f"autocast takes a function, not {fn!r}. Write autocast(fn, policy)."
-        )
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return
-    for name, value in _closed_over(fn):
-        if isinstance(value, nnx.Module):
-            shown = getattr(fn, "__name__", type(fn).__name__)
-            raise AutocastError(
-                f"{shown!r} closes over {name!r}, an nnx {type(value).__name__}, and "
-                "what it writes to it would be lost. "
-                "Pass the module as an argument: "
-                "autocast(lambda model, x: model(x))(model, x)."
-            )
-
-
-def _closed_over(fn: Any) -> list[tuple[str, Any]]:
-    found = []
-    if getattr(fn, "__self__", None) is not None:
-        found.append(("self", fn.__self__))
-    found.append(("itself", fn))
-    code = getattr(fn, "__code__", None)
-    if code is None:
-        return found
-    for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
-        try:
-            found.append((name, cell.cell_contents))
-        except ValueError:  # not filled yet
-            continue
-    scope = fn.__globals__
-    return found + [(name, scope[name]) for name in code.co_names if name in scope]
-
-
 def _check_static(fn: Any, leaf: Any) -> None:
     linen = sys.modules.get("flax.linen")
     if linen is not None and isinstance(leaf, linen.Module) and leaf.scope is not None:
@@ -191,3 +164,93 @@ def _check_static(fn: Any, leaf: Any) -> None:
             f"{type(leaf).__name__}, or was given one that is bound. Put autocast "
             "around apply: autocast(module.apply)(variables, x)."
         )
+
+
+def argument_names(fn: Any, count: int) -> list[str]:
+    """The names under which positional arguments are passed.
+
+    Args:
+      fn: the function.
+      count: how many positional arguments there are.
+
+    Returns:
+      Those of its parameters, `"xs[0]"` for what goes into `*xs`, and `"args[0]"`
+      where its signature is not known.
+    """
+    names: list[str] = []
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        parameters = ()
+    for parameter in parameters:
+        if parameter.kind in (
+            parameter.POSITIONAL_ONLY,
+            parameter.POSITIONAL_OR_KEYWORD,
+        ):
+            names.append(parameter.name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}[{i}]" for i in range(count - len(names))]
+    return (names + [f"args[{i}]" for i in range(len(names), count)])[:count]
+
+
+class Leaf(NamedTuple):
+    """A leaf of a call's arguments.
+
+    Attributes:
+      name: for people, such as `"params['w']"` or `"model.linear.kernel"`.
+      value: the leaf.
+      position: of its argument; None if that was passed by name.
+      variable: the nnx Variable that holds it, or None.
+    """
+
+    name: str
+    value: Any
+    position: int | None
+    variable: Any = None
+
+
+def named_leaves(
+    fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Leaf], list[str]]:
+    """The leaves of a call's arguments, and the names of the nnx modules among them.
+
+    Args:
+      fn: the function that is called.
+      args, kwargs: its arguments.
+
+    Returns:
+      The leaves in the order of `flatten_arguments`: the state of the modules first.
+    """
+    nnx: Any = sys.modules.get("flax.nnx")
+    parameters = argument_names(fn, len(args))
+    modules: list[Leaf] = []
+    others: list[Leaf] = []
+    is_leaf = None if nnx is None else functools.partial(_is_module, nnx)
+    leaves = jax.tree_util.tree_leaves_with_path((tuple(args), kwargs), is_leaf=is_leaf)
+    for path, x in leaves:
+        position = path[1].idx if path[0].idx == 0 else None
+        root = str(path[1].key) if position is None else parameters[position]
+        leaf = Leaf(root + jax.tree_util.keystr(path[2:]), x, position)
+        is_module = is_leaf is not None and is_leaf(x)
+        (modules if is_module else others).append(leaf)
+    state = _state_of(nnx, modules) if modules else ()
+    return [*state, *others], [module.name for module in modules]
+
+
+def _state_of(nnx: Any, modules: Sequence[Leaf]) -> Iterator[Leaf]:
+    """What several modules share is named after the first of them."""
+    _, state = nnx.split([module.value for module in modules])
+    variables = jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    for path, variable in variables:
+        module = modules[path[0].key]
+        start = f"{module.name}.{state_name(path[1:])}"
+        for inner, x in jax.tree_util.tree_leaves_with_path(variable):
+            name = start + jax.tree_util.keystr(inner[1:])
+            yield Leaf(name, x, module.position, variable)
+
+
+def state_name(path: Any) -> str:
+    """Writes the path of a variable in the state of an nnx module as attributes."""
+    return _tree.path_string(path).removesuffix("/value").replace("/", ".")

@@ -1,25 +1,24 @@
-"""What the equations of a program say without being run."""
+"""The equations of a program, those in calls included."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from jaxmp._jaxpr.atoms import variables
+from jaxmp._jaxpr.calls import held
 from jaxmp._jaxpr.versions import open_jaxpr
 
 
 def walk(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a jaxpr and of those inside of it, in order."""
+    """All equations of a jaxpr and of those inside it, in order."""
     for eqn in open_jaxpr(jaxpr).eqns:
         yield eqn
-        for inner in _inside(eqn):
+        for inner in held(eqn):
             yield from walk(inner)
 
 
-def _inside(eqn: Any) -> Iterator[Any]:
-    """The jaxprs that an equation holds."""
-    for value in eqn.params.values():
-        for inner in value if isinstance(value, tuple) else (value,):
-            if hasattr(inner, "eqns"):
-                yield inner
+def makers(jaxpr: Any) -> dict[Any, Any]:
+    """The equation that makes each variable of a jaxpr, its inputs left out."""
+    return {v: eqn for eqn in open_jaxpr(jaxpr).eqns for v in eqn.outvars}
 
 
 def first_equations(jaxpr: Any) -> dict[Any, Any]:
@@ -43,14 +42,14 @@ def reader(jaxpr: Any, eqn: Any) -> Any:
     """
     made = set(eqn.outvars)
     for e in walk(jaxpr):
-        if any(not hasattr(v, "val") and v in made for v in e.invars):
+        if not made.isdisjoint(variables(e.invars)):
             return e
     for call in walk(jaxpr):
-        for inner in _inside(call):
+        for inner in held(call):
             outs = open_jaxpr(inner).outvars
             if len(outs) != len(call.outvars) or eqn not in open_jaxpr(inner).eqns:
                 continue
-            if any(not hasattr(v, "val") and v in made for v in outs):
+            if not made.isdisjoint(variables(outs)):
                 return reader(jaxpr, call)
     return None
 

@@ -1,0 +1,18 @@
+"""What jaxmp takes for granted of Flax beyond its public interface, by name."""
+
+CALL_WRAPPED_METHOD = "_call_wrapped_method"
+"""The method of a linen module through which every call of a method goes."""
+
+LINEN_MODULE = "flax.linen.module"
+LINEN_TRANSFORMS = "flax.linen.transforms"
+"""Where linen makes the classes of lifted modules, such as those of `nn.remat`."""
+
+PROMOTE_DTYPE = "promote_dtype"
+"""Flax's function that brings inputs and parameters to one dtype."""
+PROMOTIONS = (PROMOTE_DTYPE, "qkv_promote_dtype")
+"""The attributes in which nnx layers hold it."""
+
+
+def is_lifted(cls: type) -> bool:
+    """Whether linen made a class to lift a module through a transformation."""
+    return cls.__module__ == LINEN_TRANSFORMS

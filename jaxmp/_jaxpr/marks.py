@@ -1,0 +1,46 @@
+"""The name scopes by which jaxmp marks parts of a program, and how they are read.
+
+A mark is set while a function is traced, and found again in its jaxpr. No mode is
+entered: what is marked can be jitted, differentiated and batched as it was.
+"""
+
+from typing import Any
+
+from jaxmp._jaxpr.scopes import name_scopes, scope_names
+
+AUTOCAST_SCOPE = "jaxmp.autocast"
+"""An autocast inside has decided about it."""
+FULL_PRECISION_SCOPE = "jaxmp.full_precision"
+"""`full_precision` keeps autocast from it."""
+LAYER_SCOPE = "jaxmp.layer"
+"""`apply_policy` has decided about one of Flax's layers."""
+BORDER_SCOPE = "jaxmp.border"
+"""A cast that shows a half result to code that was written for float32. It is no wish
+for float32: the value stays in half, and follows its readers."""
+HALF_SCOPE = "jaxmp.half_operands"
+"""A function that was traced on half operands, such as a fused kernel."""
+
+MARKS = frozenset(
+    (AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, LAYER_SCOPE, BORDER_SCOPE, HALF_SCOPE)
+)
+
+
+def scopes(eqn: Any) -> tuple[str, ...]:
+    """The user's name scopes around an equation, normalised, without jaxmp's own."""
+    return name_scopes(eqn, without=MARKS)
+
+
+def is_border(eqn: Any) -> bool:
+    """True for a cast at the border of a layer, which is not meant as a cast."""
+    return BORDER_SCOPE in scope_names(eqn)
+
+
+def is_in_layer(eqn: Any) -> bool:
+    """True inside one of Flax's layers under a policy, and of what is like one."""
+    names = scope_names(eqn)
+    return LAYER_SCOPE in names or HALF_SCOPE in names
+
+
+def is_on_half_operands(eqn: Any) -> bool:
+    """True for what is computed inside a function that got half operands."""
+    return HALF_SCOPE in scope_names(eqn)

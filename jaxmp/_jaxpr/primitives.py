@@ -1,0 +1,56 @@
+"""Classes of primitives that more than one reader of jaxprs knows, by name."""
+
+CAST = "convert_element_type"
+
+MATMULS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot_general"))
+ADDS = frozenset(("add", "add_any", "sub"))
+SCALES = frozenset(("mul", "div", "neg", "select_n"))
+SUMS_INTO = frozenset(("scatter-add", "scatter_add", "scatter-sub", "scatter_sub"))
+REDUCES = frozenset(("reduce_sum", "reduce_max", "reduce_min", "psum", "pmax"))
+
+LAYOUT = frozenset(
+    [
+        "reshape",
+        "squeeze",
+        "expand_dims",
+        "transpose",
+        "broadcast_in_dim",
+        "stop_gradient",
+        "copy",
+        "gpu_barrier",
+        "copy_p",
+        "name",
+        "sharding_constraint",
+        "pvary",
+        "pcast",
+        "slice",
+        "rev",
+        "tile",
+    ]
+)
+"""They only move data, and so carry a constant's value along."""
+
+SELECTING = frozenset(["max", "min", "clamp", "reduce_window_max", "reduce_window_min"])
+"""They pick entries of one array by size.
+
+Rounding keeps the order of numbers, so that it may come before or after them.
+"""
+
+LINEAR = LAYOUT | frozenset(
+    [
+        "add",
+        "sub",
+        "add_any",
+        "neg",
+        "reduce_sum",
+        CAST,
+        "concatenate",
+        "pad",
+        "cumsum",
+        "reduce_window_sum",
+        "select_n",
+        "dynamic_slice",
+        "gather",
+    ]
+)
+"""Their gradient needs none of their floating operands."""
