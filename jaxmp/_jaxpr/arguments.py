@@ -56,15 +56,15 @@ class Arguments:
         trees = []
 
         def flat(*arrays: Any) -> list[Any]:
-            modules, state, arrays = self.merge(arrays)
+            modules, state, rest = self.merge(arrays)
             if name_modules:
                 _open_scopes(modules)
-            filled = iter(arrays)
-            modules = iter(modules)
+            filled = iter(rest)
+            merged = iter(modules)
             leaves = [
                 next(filled)
                 if leaf is _SLOT
-                else next(modules)
+                else next(merged)
                 if leaf is _MODULE
                 else leaf
                 for leaf in self.statics

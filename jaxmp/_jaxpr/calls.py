@@ -98,7 +98,12 @@ class Loop(NamedTuple):
         first = self.condition_consts
         second = first + self.consts
         third = second + self.carries
-        return values[:first], values[first:second], values[second:third], values[third:]
+        return (
+            values[:first],
+            values[first:second],
+            values[second:third],
+            values[third:],
+        )
 
     def carried(self) -> Sequence[Any]:
         """The variables of the body that are carried."""

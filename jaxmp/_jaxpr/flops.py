@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+
 class MatmulShape(NamedTuple):
     """A matmul of `(m, k)` by `(k, n)`, made `batch` times.
 

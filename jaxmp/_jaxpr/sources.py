@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-_JAXMP = os.path.dirname(__file__)
+_JAXMP = os.path.dirname(os.path.dirname(__file__))
 # Code that users call, and in which a line tells them nothing.
 _LIBRARIES = ("flax", "optax", "chex", "equinox", "haiku", "diffrax", "jaxlib")
 _STANDARD = os.path.dirname(os.__file__)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxmp._jaxpr.calls import held, held_by
 from jaxmp._jaxpr.versions import open_jaxpr
 
 

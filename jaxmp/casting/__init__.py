@@ -5,7 +5,7 @@ from jaxmp.casting._explain import explain
 from jaxmp.casting._explanation import Explanation
 from jaxmp.casting._registry import register_rule
 from jaxmp.casting._rules import OpRule
-from jaxmp.casting.kernels._half_operands import half_operands
+from jaxmp.casting.kernels.half_operands import half_operands
 
 __all__ = [
     "Explanation",

@@ -7,8 +7,8 @@ and no cast mends it.
 
 from typing import Any
 
-from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.versions import open_jaxpr
 
 NOTE = (
     "mean(x^2) - mean(x)^2 cancels where the mean is large, in float32 too: "

@@ -10,18 +10,18 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp import _tree
-from jaxmp._jaxpr.residuals import residual_jaxpr
 from jaxmp._jaxpr.arguments import flatten_arguments
+from jaxmp._jaxpr.atoms import castable_dtype, is_literal
+from jaxmp._jaxpr.marks import scopes
+from jaxmp._jaxpr.residuals import residual_jaxpr
 from jaxmp.casting._autocast import autocast, check_rules, plan_jaxpr, read_settings
 from jaxmp.casting._cancellation import NOTE, cancelling
 from jaxmp.casting._explanation import Explanation, Row
-from jaxmp.casting._shares import own_flops, shares_of
 from jaxmp.casting.islands._islands import Island
 from jaxmp.casting.kernels._interception import tracing
 from jaxmp.casting.plan._ambient_precision import without_ambient_precision
-from jaxmp.casting.plan._plan import EqnPlan, JaxprPlan
-from jaxmp._jaxpr.marks import scopes
-from jaxmp._jaxpr.atoms import castable_dtype, is_literal
+from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
+from jaxmp.casting.shares import own_flops, shares_of
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxmp._views import html as _html
+from jaxmp._views.numbers import power
 from jaxmp.cli._load import load_function, make_step, takes_policy
 from jaxmp.cli._output import Output
 from jaxmp.errors import InvalidStep
@@ -27,7 +28,6 @@ from jaxmp.numerics import (
     find_nonfinite,
     trace,
 )
-from jaxmp.numerics.nonfinite._report import power
 
 KINDS = ("nonfinite", "underflow", "inaccurate")
 _INACCURATE = 0.1

@@ -10,20 +10,20 @@ from jaxmp.loss_scale._access import (
     select_applied,
 )
 from jaxmp.loss_scale._gradients import grad, value_and_grad
-from jaxmp.loss_scale._jmp_classes import (
+from jaxmp.loss_scale._retry import retry
+from jaxmp.loss_scale._transform import (
+    dynamic_loss_scaling,
+    loss_scaling,
+    static_loss_scaling,
+)
+from jaxmp.loss_scale.jmp_classes import (
     DynamicLossScale,
     LossScale,
     NoOpLossScale,
     StaticLossScale,
     select_tree,
 )
-from jaxmp.loss_scale._retry import retry
-from jaxmp.loss_scale._state import LossScaleState
-from jaxmp.loss_scale._transform import (
-    dynamic_loss_scaling,
-    loss_scaling,
-    static_loss_scaling,
-)
+from jaxmp.loss_scale.state import LossScaleState
 
 __all__ = [
     "value_and_grad",

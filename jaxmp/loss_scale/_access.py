@@ -14,15 +14,15 @@ from jaxmp.errors import (
     MissingState,
     NotOnHost,
 )
-from jaxmp.loss_scale._state import (
+from jaxmp.loss_scale.state import (
     LOSS_FINITE,
     LOSS_NONFINITE,
     LOSS_UNKNOWN,
     LossScaleState,
     find,
 )
-from jaxmp.loss_scale._state_machines import check_count
-from jaxmp.loss_scale._unscale import scale_tree
+from jaxmp.loss_scale.state_machines import check_count
+from jaxmp.loss_scale.unscale import scale_tree
 
 T = TypeVar("T")
 

@@ -29,11 +29,7 @@ from jaxmp.loss_scale._differentiate import (
 )
 from jaxmp.loss_scale._float16_losses import was_float16
 from jaxmp.loss_scale._micro_batches import MicroBatches
-from jaxmp.loss_scale._unscale import scale_tree, unscale_tree
-
-# The cotangent of a float16 loss is the scale itself, in float16: 2^16 is infinite
-# there, and 2^15 is the largest power of two that is not.
-LARGEST_FLOAT16_SCALE = 2.0**15
+from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE, scale_tree, unscale_tree
 
 
 def value_and_grad(

@@ -22,7 +22,7 @@ from jaxmp.loss_scale._batch_arguments import (
     is_single_key,
     leading_sizes,
 )
-from jaxmp.loss_scale._unscale import OVERWRITE_WITH_GRADIENT
+from jaxmp.loss_scale.unscale import OVERWRITE_WITH_GRADIENT
 
 PyTree = Any
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxmp import _tree
 from jaxmp.errors import LossScaleOptionError, MissingLossScale
 from jaxmp.loss_scale._access import get_loss_scale
-from jaxmp.loss_scale._state import LossScaleState
-from jaxmp.loss_scale._state_machines import check_count, check_power_of_two
+from jaxmp.loss_scale.state import LossScaleState
+from jaxmp.loss_scale.state_machines import check_count, check_power_of_two
 
 
 def retry(

@@ -46,21 +46,21 @@ from jaxmp._transformations import composition as _composition
 from jaxmp._transformations.composition import require_state
 from jaxmp.errors import MultipleLossScales
 from jaxmp.loss_scale._checks import check_same_tree, warn_about_half_params
-from jaxmp.loss_scale._made_with import MadeWith, note, read_made_with
-from jaxmp.loss_scale._state import (
+from jaxmp.loss_scale._unscaled_gradients import warn_if_unscaled
+from jaxmp.loss_scale._used_gradients import UsedGradients
+from jaxmp.loss_scale.made_with import MadeWith, note, read_made_with
+from jaxmp.loss_scale.state import (
     LOSS_UNKNOWN,
     LossScaleState,
     find_all,
     multiple_message,
 )
-from jaxmp.loss_scale._state_machines import (
+from jaxmp.loss_scale.state_machines import (
     DynamicMachine,
     Scale,
     StaticMachine,
 )
-from jaxmp.loss_scale._unscale import unscale_tree
-from jaxmp.loss_scale._unscaled_gradients import warn_if_unscaled
-from jaxmp.loss_scale._used_gradients import UsedGradients
+from jaxmp.loss_scale.unscale import unscale_tree
 
 AxisName = str | tuple[str, ...]
 

@@ -10,7 +10,7 @@ from jaxmp.modules._layers import Application
 from jaxmp.modules._linen import apply_to_linen
 from jaxmp.modules._nnx import apply_to_nnx
 from jaxmp.policy import default_rules, get_policy
-from jaxmp.policy._rules import check_rules
+from jaxmp.policy.rule_sets import check_rules
 
 M = TypeVar("M")
 

@@ -32,7 +32,7 @@ from jaxmp.modules._nnx import (
 from jaxmp.modules._nnx_settings import is_transparent as is_transparent_in_nnx
 from jaxmp.modules._variables import layer_dtypes_of_variables
 from jaxmp.policy import PolicyRule, default_rules, get_policy
-from jaxmp.policy._rules import check_rules
+from jaxmp.policy.rule_sets import check_rules
 
 F32 = jnp.dtype(jnp.float32)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmp.errors import UnusedRule
 from jaxmp.policy import Policy, PolicyRule
-from jaxmp.policy._rules import first_match, norms_in_float32
+from jaxmp.policy.rule_sets import first_match, norms_in_float32
 
 _KIND_OF_FLAX_CLASS = {
     "Dense": "dense",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
-from jaxmp.casting.kernels._border import shown
+from jaxmp.casting.kernels.border import shown
 from jaxmp.modules._attention import dot_product_attention
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
 from jaxmp.modules._handed_down import was_handed_down

@@ -11,7 +11,7 @@ from flax.core import lift
 from flax.linen import transforms
 
 from jaxmp.casting.local import run_region
-from jaxmp.casting.plan._plan import Settings
+from jaxmp.casting.plan.plan import Settings
 
 
 def planned_method(

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmp import _tree
-from jaxmp.casting.kernels._border import shown
+from jaxmp.casting.kernels.border import shown
 from jaxmp.casting.local import region_settings
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
 from jaxmp.modules._effect import check_plan

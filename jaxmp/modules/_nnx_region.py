@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmp.casting.local import run_region
-from jaxmp.casting.plan._plan import Settings
+from jaxmp.casting.plan.plan import Settings
 
 
 class ReturnsModule(Exception):

@@ -19,8 +19,8 @@ import numpy as np
 from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 
 from jaxmp import _tree
-from jaxmp.casting.kernels._half_operands import as_written
 from jaxmp._jaxpr.marks import FULL_PRECISION_SCOPE, LAYER_SCOPE
+from jaxmp.casting.kernels.half_operands import as_written
 
 _dtype: contextvars.ContextVar[np.dtype | None] = contextvars.ContextVar(
     "dtype of the region", default=None

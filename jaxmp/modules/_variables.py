@@ -12,7 +12,7 @@ from jaxmp import _tree
 from jaxmp.modules._apply import apply_policy
 from jaxmp.modules._layers import Application, LayerDtypes
 from jaxmp.policy import Policy, default_rules, get_policy
-from jaxmp.policy._rules import check_rules, first_match
+from jaxmp.policy.rule_sets import check_rules, first_match
 
 T = TypeVar("T")
 

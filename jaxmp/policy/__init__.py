@@ -1,18 +1,17 @@
 """Policies: what dtype parameters, computation and outputs have."""
 
 from jaxmp.policy._casts import cast_to_full, cast_to_half
-from jaxmp.policy._dtypes import (
+from jaxmp.policy._grammar import get_policy, presets
+from jaxmp.policy._policy import Policy
+from jaxmp.policy._rules import PolicyRule
+from jaxmp.policy.dtypes import (
     dtype_to_names,
     half_dtype,
     name_to_dtype,
     policy_name_for,
 )
-from jaxmp.policy._grammar import get_policy, presets
-from jaxmp.policy._policy import Policy
-from jaxmp.policy._rules import (
-    PolicyRule,
+from jaxmp.policy.rule_sets import (
     default_rules,
-    everything_in_half,
     head_in_float32,
     matmuls_in_half,
     norms_in_float32,
@@ -33,5 +32,4 @@ __all__ = [
     "norms_in_float32",
     "head_in_float32",
     "matmuls_in_half",
-    "everything_in_half",
 ]

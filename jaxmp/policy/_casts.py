@@ -5,7 +5,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp.policy._dtypes import half_dtype
+from jaxmp.policy.dtypes import half_dtype
 
 T = TypeVar("T")
 

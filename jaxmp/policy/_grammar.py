@@ -8,10 +8,10 @@ import jax
 import jmp
 
 from jaxmp.errors import PolicyError
-from jaxmp.policy._dtypes import name_to_dtype, policy_name_for, read_dtype
 from jaxmp.policy._matmul_precision import precision_names, read_precision
 from jaxmp.policy._policy import Policy
 from jaxmp.policy._suggestions import near_policy, near_value
+from jaxmp.policy.dtypes import name_to_dtype, policy_name_for, read_dtype
 
 presets = MappingProxyType(
     {

@@ -9,12 +9,12 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp.errors import PolicyError
-from jaxmp.policy._dtypes import dtype_to_names, name_to_dtype, read_dtype
 from jaxmp.policy._matmul_precision import (
     lax_precision,
     precision_names,
     read_precision,
 )
+from jaxmp.policy.dtypes import dtype_to_names, name_to_dtype, read_dtype
 
 T = TypeVar("T")
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from jaxmp.errors import InvalidAssertion
 from jaxmp.report import audit
-from jaxmp.report.audit._findings import at
-from jaxmp.report.audit.records import Matmul
+from jaxmp.report.audit.records import Matmul, at
 from jaxmp.testing._failure import fail, floating_dtype, listed
 
 

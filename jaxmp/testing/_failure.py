@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InvalidAssertion
-from jaxmp.policy._dtypes import read_dtype
+from jaxmp.policy.dtypes import read_dtype
 
 _MOST = 5
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.primitives import CAST, LAYOUT
 from jaxmp.casting import autocast
-from jaxmp.casting._op_lists import layout_primitives
 from jaxmp.testing._jaxpr import MATMULS, equations
 from jaxmp.testing._surface_arguments import ARGUMENTS, DEFAULTS, EXCLUDED, VARIANTS
 
@@ -169,7 +169,7 @@ def _computes(equation: Any) -> bool:
     """False for casts, for movement of data, and for calls, whose bodies count."""
     name = equation.primitive.name
     is_call = any(hasattr(value, "eqns") for value in equation.params.values())
-    moves = name in ("convert_element_type", *layout_primitives())
+    moves = name in (CAST, *LAYOUT)
     return not (is_call or moves) and any(_is_float(v.aval) for v in equation.outvars)
 
 

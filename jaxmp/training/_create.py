@@ -14,9 +14,9 @@ from jaxmp.errors import (
     TrainStateOptionError,
 )
 from jaxmp.loss_scale import LossScale, dynamic_loss_scaling, loss_scaling
-from jaxmp.loss_scale._jmp_classes import of_jmp
-from jaxmp.loss_scale._made_with import MadeWith, has_float16, notes
-from jaxmp.loss_scale._state import find_all
+from jaxmp.loss_scale.jmp_classes import of_jmp
+from jaxmp.loss_scale.made_with import MadeWith, has_float16, notes
+from jaxmp.loss_scale.state import find_all
 from jaxmp.policy import Policy, get_policy
 
 _OPTIONS = tuple(

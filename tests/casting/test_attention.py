@@ -232,7 +232,7 @@ def test_a_mask_that_is_added_stays_finite_in_half():
 
 
 def _on_half(fn, operands):
-    from jaxmp.casting.kernels._half_operands import on_half
+    from jaxmp.casting.kernels.half_operands import on_half
 
     return on_half(fn, operands)
 

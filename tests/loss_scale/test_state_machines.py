@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import jaxmp
 from jaxmp.errors import LossScaleOptionError, MultipleLossScales
-from jaxmp.loss_scale._state_machines import (
+from jaxmp.loss_scale.state_machines import (
     DynamicMachine,
     Scale,
     StaticMachine,

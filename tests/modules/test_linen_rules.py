@@ -7,7 +7,7 @@ import pytest
 
 from jaxmp import PolicyRule, apply_policy, default_rules, describe
 from jaxmp.errors import InvalidRule, NotAModule, PolicyError, UnusedRule
-from jaxmp.policy import everything_in_half, head_in_float32, matmuls_in_half
+from jaxmp.policy import head_in_float32, matmuls_in_half
 from jaxmp.testing import equations, matmuls
 
 from .linen_models import BF16, F16, F32, HALF, KEY, Encoder, Model, X, dtypes
@@ -101,7 +101,7 @@ def test_matmuls_in_half_keeps_everything_else_in_float32():
 
 
 def test_everything_in_half_spares_no_norm():
-    model = apply_policy(Encoder(), "bf16-true", rules=everything_in_half)
+    model = apply_policy(Encoder(), "bf16-true", rules=())
     variables = model.init(KEY, X)
     assert set(jax.tree.leaves(dtypes(variables))) == {BF16}
     jaxpr = jax.make_jaxpr(lambda v: model.apply(v, X))(variables)

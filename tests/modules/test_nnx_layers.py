@@ -9,7 +9,7 @@ from flax import nnx
 import jaxmp
 from jaxmp import PolicyRule, apply_policy, default_rules
 from jaxmp.errors import NotAModule, UnusedRule
-from jaxmp.policy import everything_in_half, head_in_float32, matmuls_in_half
+from jaxmp.policy import head_in_float32, matmuls_in_half
 from jaxmp.testing import equations, matmuls
 
 BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -229,7 +229,7 @@ def test_ready_made_rules():
     assert set(found.values()) == {F32}
     model = apply_policy(Model(), "float32", rules=matmuls_in_half("bfloat16"))
     assert {m.output for m in matmuls(jax.make_jaxpr(model)(X))} == {BF16}
-    model = apply_policy(Model(), "bf16-true", rules=everything_in_half)
+    model = apply_policy(Model(), "bf16-true", rules=())
     assert set(dtypes(model).values()) == {BF16}
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxmp._jaxpr.atoms import is_literal
 from jaxmp.casting.islands._islands import make_island, split_island
 from jaxmp.casting.plan._states import State
-from jaxmp._jaxpr.atoms import is_literal
 
 
 def schedule(

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxmp.casting.kernels import _known_functions
-from jaxmp.casting.kernels._half_operands import noting_float32, on_half, traced_for
 from jaxmp.casting.kernels._known_functions import Function, Place
-from jaxmp.casting.plan._plan import Settings
+from jaxmp.casting.kernels.half_operands import noting_float32, on_half, traced_for
+from jaxmp.casting.plan.plan import Settings
 
 _INSTALLED = tuple(
     sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")

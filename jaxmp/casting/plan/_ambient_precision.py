@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp._jaxpr.primitives import MATMULS
-from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp._jaxpr.rewrite import map_equations, map_held
-from jaxmp.casting.plan._plan import Settings
-from jaxmp._jaxpr.scopes import scope_names
-from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE
-from jaxmp.casting.plan._states import FLOAT32
 from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE
+from jaxmp._jaxpr.primitives import MATMULS
+from jaxmp._jaxpr.rewrite import map_equations, map_held
+from jaxmp._jaxpr.scopes import scope_names
+from jaxmp.casting.plan._states import FLOAT32
+from jaxmp.casting.plan.plan import Settings
 
 
 def without_ambient_precision() -> Any:

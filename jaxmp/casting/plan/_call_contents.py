@@ -3,11 +3,16 @@
 from typing import Any, NamedTuple
 
 from jaxmp import _tree
+from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp._jaxpr.marks import (
+    AUTOCAST_SCOPE,
+    FULL_PRECISION_SCOPE,
+    is_in_layer,
+    is_on_half_operands,
+)
+from jaxmp._jaxpr.scopes import scope_names
 from jaxmp.casting import _registry
 from jaxmp.casting._op_lists import OpClass
-from jaxmp._jaxpr.scopes import scope_names
-from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, is_in_layer, is_on_half_operands
-from jaxmp._jaxpr.atoms import castable_dtype
 
 
 class Contents(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any
 import jax.core
 import numpy as np
 
-from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
+from jaxmp._jaxpr.primitives import LAYOUT
 
 _LARGEST_READ = 1 << 16
 

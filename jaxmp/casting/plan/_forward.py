@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxmp import _tree
+from jaxmp._jaxpr.atoms import castable_dtype, is_integer, is_literal
+from jaxmp._jaxpr.jax_functions import is_in_special_function, is_promotion
+from jaxmp._jaxpr.marks import is_border
 from jaxmp._jaxpr.primitives import MATMULS
-from jaxmp._jaxpr.jax_functions import is_promotion
+from jaxmp._jaxpr.scopes import is_backward
 from jaxmp.casting import _registry
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.islands._schedule import schedule
@@ -15,12 +18,24 @@ from jaxmp.casting.plan._ambient_precision import precision_params
 from jaxmp.casting.plan._call_contents import is_cheap
 from jaxmp.casting.plan._constants import Constants
 from jaxmp.casting.plan._island_inputs import Feeds
-from jaxmp.casting.plan._plan import SPECIAL_FUNCTION, Decision, EqnPlan, JaxprPlan, as_island
-from jaxmp._jaxpr.jax_functions import is_in_special_function
-from jaxmp._jaxpr.scopes import is_backward
-from jaxmp._jaxpr.marks import is_border
-from jaxmp.casting.plan._states import FLOAT32, FULL, KEPT, NEUTRAL, PINNED, Kind, State, low, traced_state
-from jaxmp._jaxpr.atoms import castable_dtype, is_integer, is_literal
+from jaxmp.casting.plan._states import (
+    FLOAT32,
+    FULL,
+    KEPT,
+    NEUTRAL,
+    PINNED,
+    Kind,
+    State,
+    low,
+    traced_state,
+)
+from jaxmp.casting.plan.plan import (
+    SPECIAL_FUNCTION,
+    Decision,
+    EqnPlan,
+    JaxprPlan,
+    as_island,
+)
 from jaxmp.casting.run._label_gather import has_pick
 from jaxmp.casting.sums._unrolled import unrolled_sums
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp.casting.plan._states import State
-from jaxmp._jaxpr.atoms import is_literal
 
 
 class Feeds:

@@ -5,20 +5,27 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxmp._jaxpr.primitives import LAYOUT, SELECTING
 from jaxmp import _tree
+from jaxmp._jaxpr.atoms import castable_dtype, is_integer, is_literal
+from jaxmp._jaxpr.jax_functions import is_in_special_function
+from jaxmp._jaxpr.marks import is_in_layer, is_on_half_operands, scopes
+from jaxmp._jaxpr.primitives import LAYOUT, SELECTING
+from jaxmp._jaxpr.scopes import is_backward
 from jaxmp._jaxpr.sources import written
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting import _registry, _rules
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.plan._call_contents import Contents, contents_of
 from jaxmp.casting.plan._forward import Painter
-from jaxmp.casting.plan._plan import SPECIAL_FUNCTION, Context, Decision, JaxprPlan, Settings, decided_by_scope
-from jaxmp._jaxpr.jax_functions import is_in_special_function
-from jaxmp._jaxpr.scopes import is_backward
-from jaxmp._jaxpr.marks import is_in_layer, is_on_half_operands, scopes
 from jaxmp.casting.plan._states import FLOAT32, State, low
-from jaxmp._jaxpr.atoms import castable_dtype, is_integer, is_literal
+from jaxmp.casting.plan.plan import (
+    SPECIAL_FUNCTION,
+    Context,
+    Decision,
+    JaxprPlan,
+    Settings,
+    decided_by_scope,
+)
 from jaxmp.casting.sums import _carries as _sums
 from jaxmp.errors import AutocastRuleError
 

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jaxmp._jaxpr.atoms import castable_dtype
 from jaxmp._jaxpr.calls import body
+from jaxmp._jaxpr.types import Array, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import jaxpr_consts
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.islands._schedule import schedule
-from jaxmp.casting.plan._plan import Context, EqnPlan, JaxprPlan, as_island
 from jaxmp.casting.plan._planner import Planner
 from jaxmp.casting.plan._states import NEUTRAL, Kind, State, traced_state
-from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan, as_island
 
 
 class CallRule:
@@ -26,19 +27,19 @@ class CallRule:
     is_composite = True
     is_loop = False
 
-    def bodies(self, eqn: Any) -> list[Any]:
+    def bodies(self, eqn: Eqn) -> list[Jaxpr]:
         """The jaxprs that the equation holds."""
         raise NotImplementedError
 
     def wants(
-        self, eqn: Any, results: Sequence[bool], planner: Planner, context: Context
+        self, eqn: Eqn, results: Sequence[bool], planner: Planner, context: Context
     ) -> Sequence[bool]:
         """Which operands are wanted low, given which results are."""
         raise NotImplementedError
 
     def plan(
         self,
-        eqn: Any,
+        eqn: Eqn,
         states: Sequence[State | None],
         wants: Sequence[bool],
         planner: Planner,
@@ -47,7 +48,7 @@ class CallRule:
         """Plans the bodies, and so the equation."""
         raise NotImplementedError
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Any], executor: Any) -> Any:
+    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
         """Binds the equation with its planned bodies."""
         raise NotImplementedError
 
@@ -55,21 +56,28 @@ class CallRule:
 class SingleBodyRule(CallRule):
     """A call of one body, with the same operands and results as the body."""
 
-    def bodies(self, eqn: Any) -> list[Any]:
+    def bodies(self, eqn: Eqn) -> list[Jaxpr]:
         return [body(eqn)]
 
-    def wants(self, eqn, results, planner, context):
+    def wants(
+        self, eqn: Eqn, results: Sequence[bool], planner: Planner, context: Context
+    ) -> Sequence[bool]:
         return planner.wants(self.bodies(eqn)[0], results, context)
 
-    def plan(self, eqn, states, wants, planner, context) -> EqnPlan:
-        body = self.bodies(eqn)[0]
-        in_wants = planner.wants(body, wants, context)
+    def plan(
+        self,
+        eqn: Eqn,
+        states: Sequence[State | None],
+        wants: Sequence[bool],
+        planner: Planner,
+        context: Context,
+    ) -> EqnPlan:
+        inner = self.bodies(eqn)[0]
+        in_wants = planner.wants(inner, wants, context)
         is_active = any(s not in (None, NEUTRAL) for s in states)
-        states = [
-            fed(s, want, planner) for s, want in zip(states, in_wants, strict=True)
-        ]
-        plan = planner.plan(body, states, wants, context, jaxpr_consts(body))
-        if plan.is_as_traced and not any(s is not None and s.is_low for s in states):
+        entering = fed(states, in_wants, planner)
+        plan = planner.plan(inner, entering, wants, context, jaxpr_consts(inner))
+        if plan.is_as_traced and not any(s is not None and s.is_low for s in entering):
             outs = tuple(map(traced_state, eqn.outvars))
             dtypes = tuple(map(castable_dtype, eqn.invars))
             reason = "a call that stays as it is"
@@ -82,18 +90,24 @@ class SingleBodyRule(CallRule):
         return jaxpr_consts(self.bodies(plan.eqn)[0])
 
 
-def fed(state: State | None, want: bool, planner: Planner) -> State | None:
-    """The state in which a value enters a body.
+def fed(
+    states: Sequence[State | None], wants: Sequence[bool], planner: Planner
+) -> list[State | None]:
+    """The states in which values enter a body.
 
     The result of a float32 island enters in half where the body wants half.
     """
-    if state is None or state.kind is not Kind.FULL:
-        return state
-    return planner.low if want else NEUTRAL
+
+    def enters(state: State | None, want: bool) -> State | None:
+        if state is None or state.kind is not Kind.FULL:
+            return state
+        return planner.low if want else NEUTRAL
+
+    return [enters(s, want) for s, want in zip(states, wants, strict=True)]
 
 
 def call_plan(
-    eqn: Any,
+    eqn: Eqn,
     in_states: Sequence[State | None],
     out_states: Sequence[State | None],
     call: Any,

@@ -14,7 +14,6 @@ from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.calls import Loop, loop
 from jaxmp._jaxpr.types import Eqn, Var
 from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.casting.plan._plan import Context, JaxprPlan
 from jaxmp.casting.plan._planner import Planner
 from jaxmp.casting.plan._states import (
     FLOAT32,
@@ -24,6 +23,7 @@ from jaxmp.casting.plan._states import (
     State,
     traced_state,
 )
+from jaxmp.casting.plan.plan import Context, JaxprPlan
 
 _STAYS = frozenset((Kind.PINNED, Kind.KEPT))
 

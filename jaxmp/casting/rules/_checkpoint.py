@@ -4,8 +4,13 @@ What enters the region is saved as it enters, so the casts of float32 values to 
 inside the region, and those of islands' results outside of it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from jaxmp._jaxpr.calls import BODY, CHECKPOINTS
+from jaxmp._jaxpr.types import Array
 from jaxmp._jaxpr.versions import open_jaxpr
+from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.rules._call import SingleBodyRule
 
 
@@ -15,7 +20,7 @@ class CheckpointRule(SingleBodyRule):
     primitives = CHECKPOINTS
     is_composite = False
 
-    def execute(self, plan, operands, executor):
+    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
         closed = executor.closed(plan.call, ())
         params = {**plan.eqn.params, BODY[plan.eqn.primitive.name]: open_jaxpr(closed)}
         return plan.eqn.primitive.bind(*operands, **params)

@@ -7,14 +7,16 @@ the derivative rule (`_planned_derivatives`).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from jaxmp._jaxpr.calls import CUSTOM_JVPS, CUSTOM_VJPS
-from jaxmp.casting.plan._plan import Context, EqnPlan, JaxprPlan
+from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.plan._planner import Planner
+from jaxmp.casting.plan._states import State
+from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan
 from jaxmp.casting.rules._call import SingleBodyRule, call_plan
 from jaxmp.casting.rules._planned_derivatives import (
     PlannedJVP,
@@ -35,17 +37,26 @@ class _CustomCall:
 
 
 class _CustomRule(SingleBodyRule):
-    def plan(self, eqn, states, wants, planner, context):
+    def plan(
+        self,
+        eqn: Eqn,
+        states: Sequence[State | None],
+        wants: Sequence[bool],
+        planner: Planner,
+        context: Context,
+    ) -> EqnPlan:
         plan = super().plan(eqn, states, wants, planner, context)
         if plan.call is None:
             return plan
         call = _CustomCall(plan.call, planner, context)
         return call_plan(eqn, plan.call.in_states, plan.out_states, call)
 
-    def primal(self, plan: EqnPlan, executor: Any, closed: Sequence[Any]) -> Any:
+    def primal(
+        self, plan: EqnPlan, executor: Any, closed: Sequence[Array]
+    ) -> Callable[..., Any]:
         """The primal as a function of what it does not close over, named like it."""
 
-        def run(*args):
+        def run(*args: Array) -> Any:
             return executor.run(plan.call.primal, self.consts(plan), (*closed, *args))
 
         run.__name__ = name_of(plan)
@@ -57,7 +68,7 @@ class CustomJVPRule(_CustomRule):
 
     primitives = CUSTOM_JVPS
 
-    def execute(self, plan, operands, executor):
+    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
         closed, args = _split_closed(plan.eqn, operands)
         run = jax.custom_jvp(self.primal(plan, executor, closed))
         run.defjvp(PlannedJVP(plan, executor, closed), symbolic_zeros=True)
@@ -69,12 +80,14 @@ class CustomVJPRule(_CustomRule):
 
     primitives = CUSTOM_VJPS
 
-    def wants(self, eqn, results, planner, context):
+    def wants(
+        self, eqn: Eqn, results: Sequence[bool], planner: Planner, context: Context
+    ) -> Sequence[bool]:
         if not planner.contents(self.bodies(eqn)[0]).has_matmul:
             return (False,) * len(eqn.invars)
         return super().wants(eqn, results, planner, context)
 
-    def execute(self, plan, operands, executor):
+    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
         closed, args = _split_closed(plan.eqn, operands)
         closed = [_without_gradient(x) if is_inexact(x) else x for x in closed]
         run = jax.custom_vjp(self.primal(plan, executor, closed))
@@ -83,7 +96,9 @@ class CustomVJPRule(_CustomRule):
         return run(*args)
 
 
-def _split_closed(eqn: Any, values: Sequence[Any]) -> tuple[Any, Any]:
+def _split_closed(
+    eqn: Eqn, values: Sequence[Array]
+) -> tuple[Sequence[Array], Sequence[Array]]:
     """The first operands are what the function closes over: its rule skips them."""
     count = eqn.params["num_consts"]
     return values[:count], values[count:]

@@ -1,6 +1,11 @@
 """`jit` keeps its name, shardings, donation and inlining; other calls are inlined."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from jaxmp._jaxpr.calls import BODY, GROUPINGS, JITS
+from jaxmp._jaxpr.types import Array
+from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.rules._call import SingleBodyRule
 
 
@@ -9,7 +14,7 @@ class JitRule(SingleBodyRule):
 
     primitives = JITS
 
-    def execute(self, plan, operands, executor):
+    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
         closed = executor.closed(plan.call, self.consts(plan))
         params = {**plan.eqn.params, BODY[plan.eqn.primitive.name]: closed}
         return plan.eqn.primitive.bind(*operands, **params)
@@ -20,5 +25,5 @@ class InlineRule(SingleBodyRule):
 
     primitives = GROUPINGS
 
-    def execute(self, plan, operands, executor):
+    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
         return executor.run(plan.call, self.consts(plan), operands)

@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.casting.islands._islands import Island
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp.casting.islands._islands import Island
 
 
 def common_scope(island: Island) -> Any:

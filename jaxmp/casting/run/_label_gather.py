@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
 from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
 
 
 def has_pick(eqn: Any) -> bool:

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
-from jaxmp.casting import _registry
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.primitives import (
     ADDS,
@@ -23,9 +21,11 @@ from jaxmp._jaxpr.primitives import (
     LINEAR,
     MATMULS,
     REDUCES,
-    SCALES,
     SUMS_INTO,
 )
+from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
+from jaxmp.casting import _registry
+
 
 class Use(NamedTuple):
     """How a value depends on an old one.

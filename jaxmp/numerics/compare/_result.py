@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
+from jaxmp._views.numbers import power
 from jaxmp.errors import NumericsError
-from jaxmp.numerics.nonfinite._report import power
 
 _SHOWN = 15
 _POLICY_COLUMNS = (

@@ -21,8 +21,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp import _tree
+from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp.numerics.compare._distance import Distance
 from jaxmp.numerics.replay._interpreter import Interpreter, bind
 from jaxmp.numerics.replay._site import Site

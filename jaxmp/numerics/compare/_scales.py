@@ -14,9 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp import _tree
-from jaxmp.loss_scale._gradients import LARGEST_FLOAT16_SCALE
+from jaxmp._jaxpr.primitives import LAYOUT
+from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE
 from jaxmp.numerics._formats import FormatRange, format_range
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program

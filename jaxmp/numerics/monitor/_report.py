@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmp._views.tables import text_table
 from jaxmp.errors import NotOnHost
-from jaxmp.loss_scale._state import find_all
+from jaxmp.loss_scale.state import find_all
 from jaxmp.numerics._formats import format_range
 from jaxmp.numerics._statistics import EXPONENTS, Statistics
 from jaxmp.numerics.monitor._measurement import Measurement, get_statistics

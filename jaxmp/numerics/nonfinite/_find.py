@@ -24,6 +24,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jaxmp._jaxpr.walk import first_equations, producer, reader
+from jaxmp._views.numbers import power
 from jaxmp.errors import JaxmpError
 from jaxmp.numerics.nonfinite._cause_of_operation import is_mask
 from jaxmp.numerics.nonfinite._causes import explain
@@ -35,11 +37,10 @@ from jaxmp.numerics.nonfinite._remedy import (
     remedy_of_operation,
     remedy_under_autocast,
 )
-from jaxmp.numerics.nonfinite._report import NonfiniteReport, power
+from jaxmp.numerics.nonfinite._report import NonfiniteReport
 from jaxmp.numerics.replay._keep_lines import Line
 from jaxmp.numerics.replay._program import Program, read_program
 from jaxmp.numerics.replay._site import Site
-from jaxmp._jaxpr.walk import first_equations, producer, reader
 
 
 def find_nonfinite(

@@ -17,10 +17,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp._jaxpr.scopes import layer_path
-from jaxmp.casting import OpRule
-from jaxmp._jaxpr.scopes import scope_names
 from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, LAYER_SCOPE
+from jaxmp._jaxpr.scopes import layer_path, scope_names
+from jaxmp.casting import OpRule
 from jaxmp.numerics.nonfinite._origin import NARROW, Origin
 from jaxmp.numerics.replay._interpreter import bind
 from jaxmp.numerics.replay._keep_lines import Line

@@ -1,9 +1,9 @@
 """`NonfiniteReport`: what `find_nonfinite` found, in plain words."""
 
 import dataclasses
-import math
 from typing import Literal
 
+from jaxmp._views.numbers import power
 from jaxmp.numerics.nonfinite._origin import Operand
 
 
@@ -99,10 +99,3 @@ class NonfiniteReport:
             f"Handled overflow, {first}: the gradients are finite at loss scale "
             f"{power(self.finite_at_scale)}{low}."
         )
-
-
-def power(scale: float | None) -> str:
-    """A scale as `"2^15"`, or as the number that it is."""
-    if not scale or scale == 1 or math.frexp(scale)[0] != 0.5:
-        return f"{scale:g}"
-    return f"2^{math.frexp(scale)[1] - 1}"

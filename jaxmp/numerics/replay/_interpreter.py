@@ -44,8 +44,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
 from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._shards import Record, run_shards
 from jaxmp.numerics.replay._site import Site

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from jaxmp._jaxpr.sources import written
-from jaxmp._jaxpr.rewrite import map_equations, map_held
 from jaxmp._jaxpr.marks import FULL_PRECISION_SCOPE
+from jaxmp._jaxpr.rewrite import map_equations, map_held
+from jaxmp._jaxpr.sources import written
 
 
 class Line(NamedTuple):

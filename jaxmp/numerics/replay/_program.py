@@ -18,13 +18,12 @@ import jax.extend.core
 import jax.numpy as jnp
 
 from jaxmp import _tree
+from jaxmp._jaxpr.arguments import Leaf, flatten_arguments, named_leaves, state_name
 from jaxmp._jaxpr.rewrite import with_lines_of_custom_rules
 from jaxmp.casting import autocast
-from jaxmp._jaxpr.arguments import Leaf, flatten_arguments, named_leaves, state_name
 from jaxmp.errors import NonScalarLoss
 from jaxmp.loss_scale import get_loss_scale
-from jaxmp.loss_scale._gradients import LARGEST_FLOAT16_SCALE
-from jaxmp.loss_scale._unscale import scale_tree
+from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE, scale_tree
 from jaxmp.numerics.replay._keep_lines import Line, keep_lines
 
 

@@ -3,10 +3,9 @@
 import functools
 from typing import Any
 
-from jaxmp._jaxpr.sources import Source, is_users, written
-from jaxmp._jaxpr.scopes import normalise
-from jaxmp._jaxpr.scopes import is_backward
 from jaxmp._jaxpr.marks import MARKS
+from jaxmp._jaxpr.scopes import is_backward, normalise
+from jaxmp._jaxpr.sources import Source, is_users, written
 
 _OWN_SCOPES = frozenset((*MARKS, "checkpoint", "rematted_computation"))
 _CHECKPOINTS = ("remat2", "checkpoint", "remat")

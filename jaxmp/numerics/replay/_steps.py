@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
 
 
 class Steps:

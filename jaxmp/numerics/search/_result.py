@@ -8,8 +8,8 @@ from typing import Any
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
 from jaxmp._views.figures import new_figure
+from jaxmp._views.numbers import power
 from jaxmp.casting import OpRule
-from jaxmp.numerics.nonfinite._report import power
 from jaxmp.numerics.search._evaluate import Evaluation
 from jaxmp.policy import PolicyRule
 

@@ -11,8 +11,8 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp import _tree
+from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp.casting import OpRule
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp import _tree
+from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp.numerics._formats import format_range
 from jaxmp.numerics._statistics import statistics
 from jaxmp.numerics.nonfinite._origin import nonfinite

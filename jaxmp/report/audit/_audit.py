@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmp import _tree
+from jaxmp._jaxpr.calls import bodies
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.policy import get_policy
 from jaxmp.report.audit._alignment import misalignments
@@ -16,7 +17,6 @@ from jaxmp.report.audit._result import Audit
 from jaxmp.report.audit._trace import trace
 from jaxmp.report.audit._values import entering
 from jaxmp.report.audit._walk import Context, Walker
-from jaxmp._jaxpr.calls import bodies
 from jaxmp.report.audit.records import Matmul
 
 

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jaxmp._jaxpr import sources as _sources
+from jaxmp._views.numbers import counted, mib
 from jaxmp.report.audit._advice import matmul_repair, sum_repair
 from jaxmp.report.audit._alignment import Misalignment
 from jaxmp.report.audit._sums import Accumulation
 from jaxmp.report.audit._widenings import Widening
-from jaxmp.report.audit.records import Collective, Matmul
+from jaxmp.report.audit.records import Collective, Matmul, at
 
 # A matmul of fewer FLOPs takes no longer on an accelerator than it takes to start one.
 _TINY = 10**8
@@ -162,20 +163,5 @@ def _alignment(found: Misalignment) -> Finding:
     return Finding("alignment", found.source, found.path, str(found), repair)
 
 
-def at(source: _sources.Source | None) -> str:
-    """Writes a line, known or not."""
-    return "an unknown line" if source is None else str(source)
-
-
-def counted(count: int, noun: str) -> str:
-    """Writes a number of things."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def mib(size: int) -> str:
-    """Writes a number of bytes."""
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size} bytes"

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxmp._jaxpr.atoms import is_half
 from jaxmp._jaxpr.flops import matmul_shape
 from jaxmp._jaxpr.primitives import MATMULS
 from jaxmp.report.audit._sums import Sums
 from jaxmp.report.audit._values import WIDE, Origin, Promotion, Value, best, is_wide
-from jaxmp._jaxpr.atoms import is_half
 from jaxmp.report.audit._walk import Context
 from jaxmp.report.audit._widenings import Group, Widenings, is_promotion
 from jaxmp.report.audit.records import Collective, Matmul

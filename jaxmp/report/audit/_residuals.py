@@ -7,12 +7,12 @@ import jax
 import jax.extend.core
 
 from jaxmp._jaxpr import sources as _sources
-from jaxmp._jaxpr.residuals import residual_jaxpr
-from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp._jaxpr.marks import scopes
-from jaxmp._jaxpr.site import Site
-from jaxmp.report.audit._walk import Context
 from jaxmp._jaxpr.calls import bodies
+from jaxmp._jaxpr.marks import scopes
+from jaxmp._jaxpr.residuals import residual_jaxpr
+from jaxmp._jaxpr.site import Site
+from jaxmp._jaxpr.versions import open_jaxpr
+from jaxmp.report.audit._walk import Context
 
 
 class Residual(NamedTuple):

@@ -9,12 +9,13 @@ from typing import Any
 from jaxmp._jaxpr import sources as _sources
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
+from jaxmp._views.numbers import counted, mib
 from jaxmp.report.audit._alignment import Misalignment
-from jaxmp.report.audit._findings import Finding, at, counted, find, mib
+from jaxmp.report.audit._findings import Finding, find
 from jaxmp.report.audit._residuals import Residual
 from jaxmp.report.audit._sums import Accumulation
 from jaxmp.report.audit._widenings import Widening
-from jaxmp.report.audit.records import Collective, Matmul
+from jaxmp.report.audit.records import Collective, Matmul, at
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 _MARKS = {

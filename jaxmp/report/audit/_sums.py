@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp._jaxpr import sources as _sources
+from jaxmp._jaxpr.site import Site
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.report.audit._chains import Chains, additions_in_a_row, scattered
 from jaxmp.report.audit._values import Value
-from jaxmp._jaxpr.site import Site
 from jaxmp.report.audit._walk import Context
 
 _REDUCTIONS = (

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
-from jaxmp._jaxpr.scopes import is_backward, scope_names
 from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, LAYER_SCOPE, scopes
-from jaxmp.report.audit._values import Value, constant
+from jaxmp._jaxpr.scopes import is_backward, scope_names
 from jaxmp._jaxpr.site import Site
+from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
+from jaxmp.report.audit._values import Value, constant
 
 # Kernels are programs of their own, on blocks of what is passed to them.
 _OPAQUE = frozenset(("pallas_call", "core_map", "run_state", "mosaic_gpu_call"))

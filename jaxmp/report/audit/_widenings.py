@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmp._jaxpr import sources as _sources
-from jaxmp.report.audit._values import Origin, Promotion, Value
 from jaxmp._jaxpr.site import Site
+from jaxmp.report.audit._values import Origin, Promotion, Value
 
 # JAX functions whose casts are asked for; every other cast inside JAX is promotion.
 _CASTS = frozenset(("astype", "_astype", "asarray", "array", "convert_element_type"))

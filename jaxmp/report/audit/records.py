@@ -70,3 +70,8 @@ class Collective(NamedTuple):
     times: int
     source: _sources.Source | None
     path: str
+
+
+def at(source: _sources.Source | None) -> str:
+    """Writes a line, known or not."""
+    return "an unknown line" if source is None else str(source)

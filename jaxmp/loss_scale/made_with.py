@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp.errors import LossScaleOptionError
-from jaxmp.loss_scale._jmp_classes import (
+from jaxmp.loss_scale.jmp_classes import (
     DynamicLossScale,
     NoOpLossScale,
     StaticLossScale,
     of_jmp,
 )
-from jaxmp.loss_scale._state_machines import Machine, StaticMachine, dynamic_machine
+from jaxmp.loss_scale.state_machines import Machine, StaticMachine, dynamic_machine
 from jaxmp.policy import Policy, get_policy
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmp._jaxpr.atoms import castable_dtype
 from jaxmp._jaxpr.marks import (
     AUTOCAST_SCOPE,
     FULL_PRECISION_SCOPE,
@@ -38,7 +39,6 @@ from jaxmp._jaxpr.scopes import scope_names
 from jaxmp.casting import _rules
 from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.plan._states import FLOAT32, FULL, NEUTRAL, State, traced_state
-from jaxmp._jaxpr.atoms import castable_dtype
 
 LAYER_REASON = "a layer of Flax, decided by its policy"
 SPECIAL_FUNCTION = "part of a special function or a density of JAX"
@@ -171,4 +171,3 @@ def decided_by_scope(eqn: Any) -> Decision | None:
             dtype = FLOAT32 if name == FULL_PRECISION_SCOPE else None
             return Decision(dtype, _DECIDED[name])
     return None
-

@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxmp import _tree, _warnings
 from jaxmp.errors import SelectPredicateError
-from jaxmp.loss_scale._state_machines import Scale, next_scale
-from jaxmp.loss_scale._unscale import scale_tree, unscale_tree
+from jaxmp.loss_scale.state_machines import Scale, next_scale
+from jaxmp.loss_scale.unscale import scale_tree, unscale_tree
 
 T = TypeVar("T")
 

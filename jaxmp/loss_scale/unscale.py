@@ -15,6 +15,10 @@ T = TypeVar("T")
 # passes in place of a gradient (flax/linen/fp8_ops.py); it never was scaled.
 OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
 
+# The cotangent of a float16 loss is the scale itself, in float16: 2^16 is infinite
+# there, and 2^15 is the largest power of two that is not.
+LARGEST_FLOAT16_SCALE = 2.0**15
+
 
 def scale_tree(tree: T, scale: Any) -> T:
     """Multiplies the floating and complex leaves by `scale`, in float32 at least."""

@@ -20,12 +20,12 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp import _tree
+from jaxmp._jaxpr.marks import HALF_SCOPE, scopes
 from jaxmp.casting import _rules
 from jaxmp.casting.kernels import _known_functions
-from jaxmp.casting.kernels._border import shown
-from jaxmp.casting.plan._plan import Settings
-from jaxmp._jaxpr.marks import HALF_SCOPE, scopes
+from jaxmp.casting.kernels.border import shown
 from jaxmp.casting.plan._states import FLOAT32
+from jaxmp.casting.plan.plan import Settings
 
 
 class _Tracing(NamedTuple):

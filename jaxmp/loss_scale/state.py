@@ -7,7 +7,7 @@ import jmp
 import optax
 
 from jaxmp.errors import MissingLossScale, MultipleLossScales
-from jaxmp.loss_scale._jmp_classes import (
+from jaxmp.loss_scale.jmp_classes import (
     DynamicLossScale,
     LossScale,
     NoOpLossScale,

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxmp import _tree
+from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.flops import matmul_shape
 from jaxmp._jaxpr.primitives import MATMULS
 from jaxmp._jaxpr.sources import written
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting import _registry
-from jaxmp.casting.plan._plan import EqnPlan, JaxprPlan
 from jaxmp.casting.plan._states import Kind, State
-from jaxmp._jaxpr.atoms import castable_dtype, is_literal
+from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
 
 
 class Reason(NamedTuple):
