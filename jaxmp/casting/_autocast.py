@@ -21,16 +21,16 @@ from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE
 from jaxmp.casting import rules as _call_rules  # noqa: F401  registers their rules
 from jaxmp.casting._check_function import check_function
-from jaxmp.casting._rules import read_rules
 from jaxmp.casting.kernels._interception import tracing, tracing_rule
 from jaxmp.casting.kernels.half_operands import as_written, noting_float32
-from jaxmp.casting.plan._ambient_precision import (
+from jaxmp.casting.ops._user_rules import read_rules
+from jaxmp.casting.plan.plan import JaxprPlan, Settings
+from jaxmp.casting.plan.states import FLOAT32, traced_state
+from jaxmp.casting.planner._ambient_precision import (
     ambient_precision,
     without_ambient_precision,
 )
-from jaxmp.casting.plan._planner import Planner
-from jaxmp.casting.plan._states import FLOAT32, traced_state
-from jaxmp.casting.plan.plan import JaxprPlan, Settings
+from jaxmp.casting.planner._planner import Planner
 from jaxmp.casting.run._eager import compiled
 from jaxmp.casting.run._executor import Executor, cast
 from jaxmp.casting.sums._returned_states import returned_states

@@ -16,8 +16,8 @@ import numpy as np
 from jaxmp import _tree
 from jaxmp.casting._autocast import plan_jaxpr, read_settings, run_plan
 from jaxmp.casting.kernels._interception import tracing, tracing_rule
-from jaxmp.casting.plan._ambient_precision import without_ambient_precision
 from jaxmp.casting.plan.plan import JaxprPlan, Settings
+from jaxmp.casting.planner._ambient_precision import without_ambient_precision
 from jaxmp.casting.run._eager import compiled, is_eager
 
 

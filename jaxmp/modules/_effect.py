@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmp import _tree, _warnings
+from jaxmp.casting.explanation.shares import shares_of
 from jaxmp.casting.plan.plan import JaxprPlan
-from jaxmp.casting.shares import shares_of
 from jaxmp.errors import MostlyFloat32Warning, PolicyWithoutEffect
 from jaxmp.modules._layers import Application, Origin
 from jaxmp.policy import default_rules

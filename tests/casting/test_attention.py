@@ -19,7 +19,7 @@ from jax.interpreters import ad
 import jaxmp
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting import OpRule
-from jaxmp.casting.kernels import _known_functions
+from jaxmp.casting.ops import _half_functions
 from jaxmp.errors import AutocastRuleError
 
 BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -518,13 +518,13 @@ def test_cudnn_in_float32_is_an_error_that_says_what_to_write(fn):
 # What is known from the start
 
 
-@pytest.mark.parametrize("function", _known_functions._KNOWN, ids=lambda f: f.name)
+@pytest.mark.parametrize("function", _half_functions._KNOWN, ids=lambda f: f.name)
 def test_known_functions_are_where_they_are_said_to_be(function):
     module = function.name.removesuffix(".__call__").rpartition(".")[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module(module)
-    place = _known_functions.find(function)
+    place = _half_functions.find(function)
     assert callable(place.value)
     assert vars(place.owner)[place.name] is place.value
 

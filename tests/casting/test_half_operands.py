@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 import jaxmp
-from jaxmp.casting.kernels import _known_functions
+from jaxmp.casting.ops import _half_functions
 from jaxmp.errors import AutocastRuleError, RuleAlreadyRegistered
 
 BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -22,7 +22,7 @@ X = jax.random.normal(jax.random.key(0), (2, 8, 16))
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(_known_functions, "_registered", {})
+    monkeypatch.setattr(_half_functions, "_registered", {})
 
 
 def attend(q, k, v, *, scale=1.0, seen=None):

@@ -19,7 +19,7 @@ from jax.scipy import special
 
 import jaxmp
 from jaxmp.casting._autocast import plan_jaxpr, read_settings
-from jaxmp.casting.shares import shares_of
+from jaxmp.casting.explanation.shares import shares_of
 
 BF16 = jnp.bfloat16
 SIZE = 8

@@ -15,7 +15,7 @@ from jax.interpreters import mlir
 
 import jaxmp
 from jaxmp.casting import OpRule
-from jaxmp.casting._op_lists import table_as_markdown
+from jaxmp.casting.ops._op_lists import table_as_markdown
 from jaxmp.errors import (
     AutocastError,
     AutocastRuleError,

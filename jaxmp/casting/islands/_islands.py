@@ -15,10 +15,10 @@ from jaxmp import _tree
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.primitives import LAYOUT, LINEAR
 from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.casting import _registry
-from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.islands._softmax import Softmax, find_softmaxes
-from jaxmp.casting.plan._states import FLOAT32
+from jaxmp.casting.ops import _registry
+from jaxmp.casting.ops._op_lists import OpClass
+from jaxmp.casting.plan.states import FLOAT32
 
 
 @dataclasses.dataclass(slots=True, eq=False)

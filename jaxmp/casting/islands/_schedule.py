@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp.casting.islands._islands import make_island, split_island
-from jaxmp.casting.plan._states import State
+from jaxmp.casting.plan.states import State
 
 
 def schedule(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp.casting.plan._states import FLOAT32
+from jaxmp.casting.plan.states import FLOAT32
 
 _MOVES = frozenset(("broadcast_in_dim", "reshape", "transpose", "copy"))
 

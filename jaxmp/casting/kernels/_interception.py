@@ -16,9 +16,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxmp.casting.kernels import _known_functions
-from jaxmp.casting.kernels._known_functions import Function, Place
 from jaxmp.casting.kernels.half_operands import noting_float32, on_half, traced_for
+from jaxmp.casting.ops import _half_functions
+from jaxmp.casting.ops._half_functions import Function, Place
 from jaxmp.casting.plan.plan import Settings
 
 _INSTALLED = tuple(
@@ -87,8 +87,8 @@ class _Names:
         done = {id(place.value) for place in self._places if self._traces > 1}
         done |= {id(wrapper) for _, wrapper in self._wrappers.values()}
         places, imported = [], set()
-        for function in _known_functions.known():
-            place = _known_functions.find(function)
+        for function in _half_functions.known():
+            place = _half_functions.find(function)
             if place is None or id(place.value) in done:
                 continue
             if id(place.value) not in self._wrappers:

@@ -21,18 +21,17 @@ from jax.extend import source_info_util
 
 from jaxmp import _tree
 from jaxmp._jaxpr.marks import HALF_SCOPE, scopes
-from jaxmp.casting import _rules
-from jaxmp.casting.kernels import _known_functions
 from jaxmp.casting.kernels.border import shown
-from jaxmp.casting.plan._states import FLOAT32
+from jaxmp.casting.ops import _half_functions, _user_rules
 from jaxmp.casting.plan.plan import Settings
+from jaxmp.casting.plan.states import FLOAT32
 
 
 class _Tracing(NamedTuple):
     """What is being traced now, to be planned; `version` is of the known functions."""
 
     dtype: np.dtype
-    rules: tuple[_rules.OpRule, ...]
+    rules: tuple[_user_rules.OpRule, ...]
     version: int
 
 
@@ -46,7 +45,7 @@ _now: Any = jax.make_user_context(None)
 def traced_for(settings: Settings) -> Any:
     """A context in which operands are narrowed, as the settings of a plan have it."""
     dtype, rules = settings.compute_dtype, settings.rules
-    return _now(_Tracing(dtype, rules, _known_functions.version()))
+    return _now(_Tracing(dtype, rules, _half_functions.version()))
 
 
 def as_written() -> Any:
@@ -135,7 +134,7 @@ def _dtype_here() -> np.dtype | None:
         around = scopes(place)
         for rule in now.rules:
             is_general = rule.primitive is None and rule.compute is not None
-            if is_general and _rules.matches(rule, "", around, place):
+            if is_general and _user_rules.matches(rule, "", around, place):
                 dtype = rule.compute
                 break
     return dtype if dtype in _tree.HALF else None

@@ -1,1 +1,1 @@
-"""Which value gets which dtype, and why."""
+"""What a plan consists of: a state for each value, a decision for each equation."""

@@ -36,9 +36,9 @@ from jaxmp._jaxpr.marks import (
     LAYER_SCOPE,
 )
 from jaxmp._jaxpr.scopes import scope_names
-from jaxmp.casting import _rules
-from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting.plan._states import FLOAT32, FULL, NEUTRAL, State, traced_state
+from jaxmp.casting.ops import _user_rules
+from jaxmp.casting.ops._op_lists import OpClass
+from jaxmp.casting.plan.states import FLOAT32, FULL, NEUTRAL, State, traced_state
 
 LAYER_REASON = "a layer of Flax, decided by its policy"
 SPECIAL_FUNCTION = "part of a special function or a density of JAX"
@@ -74,7 +74,7 @@ class EqnPlan:
     in_island: bool = False
     params: dict[str, Any] | None = None
     call: Any = None
-    rule: _rules.OpRule | None = None
+    rule: _user_rules.OpRule | None = None
 
     @property
     def is_as_traced(self) -> bool:
@@ -142,7 +142,7 @@ class Settings(NamedTuple):
 
     compute_dtype: np.dtype
     matmul_precision: Any = None
-    rules: tuple[_rules.OpRule, ...] = ()
+    rules: tuple[_user_rules.OpRule, ...] = ()
     recompute: bool = True
     ambient: Any = None
 
@@ -161,7 +161,7 @@ class Decision(NamedTuple):
 
     dtype: np.dtype | None
     reason: str
-    rule: _rules.OpRule | None = None
+    rule: _user_rules.OpRule | None = None
 
 
 def decided_by_scope(eqn: Any) -> Decision | None:

@@ -1,6 +1,6 @@
 """How calls are planned and run: one file per kind of primitive that holds jaxprs."""
 
-from jaxmp.casting import _registry
+from jaxmp.casting.ops import _registry
 from jaxmp.casting.rules._branches import CondRule
 from jaxmp.casting.rules._checkpoint import CheckpointRule
 from jaxmp.casting.rules._custom_derivatives import CustomJVPRule, CustomVJPRule

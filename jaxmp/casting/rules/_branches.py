@@ -6,9 +6,9 @@ from typing import Any
 from jaxmp._jaxpr.calls import branches
 from jaxmp._jaxpr.types import Array, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import jaxpr_consts
-from jaxmp.casting.plan._planner import Planner
-from jaxmp.casting.plan._states import State, join
 from jaxmp.casting.plan.plan import Context, EqnPlan
+from jaxmp.casting.plan.states import State, join
+from jaxmp.casting.planner._planner import Planner
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
 
 

@@ -7,11 +7,11 @@ from jaxmp._jaxpr.atoms import castable_dtype
 from jaxmp._jaxpr.calls import body
 from jaxmp._jaxpr.types import Array, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import jaxpr_consts
-from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.islands._schedule import schedule
-from jaxmp.casting.plan._planner import Planner
-from jaxmp.casting.plan._states import NEUTRAL, Kind, State, traced_state
+from jaxmp.casting.ops._op_lists import OpClass
 from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan, as_island
+from jaxmp.casting.plan.states import NEUTRAL, Kind, State, traced_state
+from jaxmp.casting.planner._planner import Planner
 
 
 class CallRule:

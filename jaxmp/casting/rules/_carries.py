@@ -14,8 +14,8 @@ from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.calls import Loop, loop
 from jaxmp._jaxpr.types import Eqn, Var
 from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.casting.plan._planner import Planner
-from jaxmp.casting.plan._states import (
+from jaxmp.casting.plan.plan import Context, JaxprPlan
+from jaxmp.casting.plan.states import (
     FLOAT32,
     KEPT,
     NEUTRAL,
@@ -23,7 +23,7 @@ from jaxmp.casting.plan._states import (
     State,
     traced_state,
 )
-from jaxmp.casting.plan.plan import Context, JaxprPlan
+from jaxmp.casting.planner._planner import Planner
 
 _STAYS = frozenset((Kind.PINNED, Kind.KEPT))
 

@@ -14,9 +14,9 @@ import jax
 
 from jaxmp._jaxpr.calls import CUSTOM_JVPS, CUSTOM_VJPS
 from jaxmp._jaxpr.types import Array, Eqn
-from jaxmp.casting.plan._planner import Planner
-from jaxmp.casting.plan._states import State
 from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan
+from jaxmp.casting.plan.states import State
+from jaxmp.casting.planner._planner import Planner
 from jaxmp.casting.rules._call import SingleBodyRule, call_plan
 from jaxmp.casting.rules._planned_derivatives import (
     PlannedJVP,

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxmp.casting.plan._ambient_precision import without_ambient_precision
-from jaxmp.casting.plan._states import NEUTRAL, State
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
+from jaxmp.casting.plan.states import NEUTRAL, State
+from jaxmp.casting.planner._ambient_precision import without_ambient_precision
 from jaxmp.casting.run._executor import cast
 
 

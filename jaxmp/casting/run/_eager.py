@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.core
 
-from jaxmp.casting import _registry
-from jaxmp.casting.plan._constants import Constants
+from jaxmp.casting.ops import _registry
+from jaxmp.casting.planner._constants import Constants
 
 _CALLBACK = re.compile(r"(callback|debug_print)\[")
 

@@ -11,14 +11,14 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp.casting import _registry
 from jaxmp.casting.islands._islands import Island, is_elementwise
+from jaxmp.casting.islands._label_gather import bind_with_picks, has_pick
 from jaxmp.casting.islands._softmax import Softmax, run_softmax
-from jaxmp.casting.plan._planner import Planner
-from jaxmp.casting.plan._states import FLOAT32
+from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import LAYER_REASON, EqnPlan, JaxprPlan
+from jaxmp.casting.plan.states import FLOAT32
+from jaxmp.casting.planner._planner import Planner
 from jaxmp.casting.run._equal_islands import common_scope, signature
-from jaxmp.casting.run._label_gather import bind_with_picks, has_pick
 from jaxmp.casting.run._named_scopes import region_of, region_of_island
 from jaxmp.casting.run._recompute import recomputed
 from jaxmp.casting.run._scatter import is_retyped_scatter, scatter

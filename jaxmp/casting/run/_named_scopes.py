@@ -7,10 +7,10 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp import _tree
-from jaxmp.casting._op_lists import OpClass
 from jaxmp.casting.islands._islands import Island
-from jaxmp.casting.plan._states import FLOAT32
+from jaxmp.casting.ops._op_lists import OpClass
 from jaxmp.casting.plan.plan import EqnPlan
+from jaxmp.casting.plan.states import FLOAT32
 
 _NAMES = {
     OpClass.COMPUTE: "matmul",

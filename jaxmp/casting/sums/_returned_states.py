@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.primitives import ADDS, SCALES, SUMS_INTO
 from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.casting import _registry
-from jaxmp.casting.plan._states import KEPT, NEUTRAL, State, traced_state
+from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import Context
+from jaxmp.casting.plan.states import KEPT, NEUTRAL, State, traced_state
 from jaxmp.casting.sums import _carries as _sums
 from jaxmp.casting.sums import _updates
 

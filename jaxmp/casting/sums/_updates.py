@@ -24,7 +24,7 @@ from jaxmp._jaxpr.primitives import (
     SUMS_INTO,
 )
 from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
-from jaxmp.casting import _registry
+from jaxmp.casting.ops import _registry
 
 
 class Use(NamedTuple):

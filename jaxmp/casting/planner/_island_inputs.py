@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.primitives import LAYOUT
-from jaxmp.casting.plan._states import State
+from jaxmp.casting.plan.states import State
 
 
 class Feeds:

@@ -2,7 +2,7 @@
 
 The lists are those of PyTorch's autocast and of TensorFlow's graph rewrite, read
 against each other and translated to JAX's primitives. `docs/op_lists.md` is printed
-from this table: `python -m jaxmp.casting._op_lists`.
+from this table: `python -m jaxmp.casting.ops._op_lists`.
 
 References:
   PyTorch, `aten/src/ATen/autocast_mode.h`; TensorFlow,

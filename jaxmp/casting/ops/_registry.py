@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxmp.casting._op_lists import (
+from jaxmp.casting.ops import _half_functions
+from jaxmp.casting.ops._op_lists import (
     CLASS_OF,
     OPAQUE,
     UNKNOWN,
     Entry,
     OpClass,
 )
-from jaxmp.casting.kernels import _known_functions
 from jaxmp.errors import AutocastRuleError, RuleAlreadyRegistered
 
 # Costly or not repeatable: never computed again to save memory.
@@ -97,7 +97,7 @@ def register_rule(
                 "which is to be a function. Write register_rule(function, "
                 "'half_operands')."
             )
-        _known_functions.register(primitive)
+        _half_functions.register(primitive)
         return
     name = primitive if isinstance(primitive, str) else primitive.name
     if name in _registered or name in CLASS_OF or name in _call_rules:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
-from jaxmp.casting.shares import Reason
+from jaxmp.casting.explanation.shares import Reason
 from jaxmp.errors import NoSuchRows
 
 _COLUMNS = ("operation", "source", "path", "before", "after", "class", "reason")

@@ -10,9 +10,9 @@ from jaxmp._jaxpr.flops import matmul_shape
 from jaxmp._jaxpr.primitives import MATMULS
 from jaxmp._jaxpr.sources import written
 from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.casting import _registry
-from jaxmp.casting.plan._states import Kind, State
+from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
+from jaxmp.casting.plan.states import Kind, State
 
 
 class Reason(NamedTuple):

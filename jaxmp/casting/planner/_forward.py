@@ -11,14 +11,18 @@ from jaxmp._jaxpr.jax_functions import is_in_special_function, is_promotion
 from jaxmp._jaxpr.marks import is_border
 from jaxmp._jaxpr.primitives import MATMULS
 from jaxmp._jaxpr.scopes import is_backward
-from jaxmp.casting import _registry
-from jaxmp.casting._op_lists import OpClass
+from jaxmp.casting.islands._label_gather import has_pick
 from jaxmp.casting.islands._schedule import schedule
-from jaxmp.casting.plan._ambient_precision import precision_params
-from jaxmp.casting.plan._call_contents import is_cheap
-from jaxmp.casting.plan._constants import Constants
-from jaxmp.casting.plan._island_inputs import Feeds
-from jaxmp.casting.plan._states import (
+from jaxmp.casting.ops import _registry
+from jaxmp.casting.ops._op_lists import OpClass
+from jaxmp.casting.plan.plan import (
+    SPECIAL_FUNCTION,
+    Decision,
+    EqnPlan,
+    JaxprPlan,
+    as_island,
+)
+from jaxmp.casting.plan.states import (
     FLOAT32,
     FULL,
     KEPT,
@@ -29,14 +33,10 @@ from jaxmp.casting.plan._states import (
     low,
     traced_state,
 )
-from jaxmp.casting.plan.plan import (
-    SPECIAL_FUNCTION,
-    Decision,
-    EqnPlan,
-    JaxprPlan,
-    as_island,
-)
-from jaxmp.casting.run._label_gather import has_pick
+from jaxmp.casting.planner._ambient_precision import precision_params
+from jaxmp.casting.planner._call_contents import is_cheap
+from jaxmp.casting.planner._constants import Constants
+from jaxmp.casting.planner._island_inputs import Feeds
 from jaxmp.casting.sums._unrolled import unrolled_sums
 
 # Products and quotients with an island's result are gates and normalisations; sums

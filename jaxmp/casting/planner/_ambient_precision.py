@@ -15,8 +15,8 @@ from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE
 from jaxmp._jaxpr.primitives import MATMULS
 from jaxmp._jaxpr.rewrite import map_equations, map_held
 from jaxmp._jaxpr.scopes import scope_names
-from jaxmp.casting.plan._states import FLOAT32
 from jaxmp.casting.plan.plan import Settings
+from jaxmp.casting.plan.states import FLOAT32
 
 
 def without_ambient_precision() -> Any:

@@ -13,11 +13,8 @@ from jaxmp._jaxpr.primitives import LAYOUT, SELECTING
 from jaxmp._jaxpr.scopes import is_backward
 from jaxmp._jaxpr.sources import written
 from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.casting import _registry, _rules
-from jaxmp.casting._op_lists import OpClass
-from jaxmp.casting.plan._call_contents import Contents, contents_of
-from jaxmp.casting.plan._forward import Painter
-from jaxmp.casting.plan._states import FLOAT32, State, low
+from jaxmp.casting.ops import _registry, _user_rules
+from jaxmp.casting.ops._op_lists import OpClass
 from jaxmp.casting.plan.plan import (
     SPECIAL_FUNCTION,
     Context,
@@ -26,6 +23,9 @@ from jaxmp.casting.plan.plan import (
     Settings,
     decided_by_scope,
 )
+from jaxmp.casting.plan.states import FLOAT32, State, low
+from jaxmp.casting.planner._call_contents import Contents, contents_of
+from jaxmp.casting.planner._forward import Painter
 from jaxmp.casting.sums import _carries as _sums
 from jaxmp.errors import AutocastRuleError
 
@@ -36,7 +36,7 @@ class Planner:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.low = low(settings.compute_dtype)
-        self.used_rules: set[_rules.OpRule] = set()
+        self.used_rules: set[_user_rules.OpRule] = set()
         # Keyed by id; `_alive` keeps the jaxprs from being collected meanwhile.
         self._plans: dict[Any, JaxprPlan] = {}
         self._wants: dict[Any, Wants] = {}
@@ -203,13 +203,13 @@ class Planner:
 
     def _matching(
         self, eqn: Any, context: Context, decides: str
-    ) -> _rules.OpRule | None:
+    ) -> _user_rules.OpRule | None:
         """The first rule that matches an equation and decides about something."""
         around = context.scopes + scopes(eqn)
         for rule in self.settings.rules:
             if getattr(rule, decides) is None:
                 continue
-            if _rules.matches(rule, eqn.primitive.name, around, eqn):
+            if _user_rules.matches(rule, eqn.primitive.name, around, eqn):
                 self.used_rules.add(rule)
                 return rule
         return None
@@ -219,13 +219,13 @@ class Planner:
         around = context.scopes + scopes(eqn)
         for rule in self.settings.rules:
             is_general = rule.primitive is None and rule.compute is not None
-            if is_general and _rules.matches(rule, "", around, eqn):
+            if is_general and _user_rules.matches(rule, "", around, eqn):
                 self.used_rules.add(rule)
                 if rule.compute == FLOAT32:
                     raise _rule_came_late(rule, eqn)
                 return
 
-    def _check_inside(self, eqn: Any, rule: _rules.OpRule) -> None:
+    def _check_inside(self, eqn: Any, rule: _user_rules.OpRule) -> None:
         """The same for a call that a rule keeps in float32 as a whole."""
         call = _registry.call_rule(eqn.primitive.name)
         for body in () if call is None else call.bodies(eqn):
@@ -301,7 +301,7 @@ class Wants(NamedTuple):
     rounded: frozenset[Any]
 
 
-def _rule_came_late(rule: _rules.OpRule, eqn: Any) -> AutocastRuleError:
+def _rule_came_late(rule: _user_rules.OpRule, eqn: Any) -> AutocastRuleError:
     """A trace inside of another, as of a loop's body, knows no names around it."""
     source = written(eqn.source_info.traceback).source
     return AutocastRuleError(
@@ -320,7 +320,7 @@ def _is_array(atom: Any) -> bool:
     return getattr(atom.aval, "size", 0) != 1
 
 
-def _show(rule: _rules.OpRule) -> str:
+def _show(rule: _user_rules.OpRule) -> str:
     conditions = {
         name: getattr(rule, name)
         for name in ("primitive", "path", "function")

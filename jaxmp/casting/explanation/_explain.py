@@ -15,13 +15,13 @@ from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.marks import scopes
 from jaxmp._jaxpr.residuals import residual_jaxpr
 from jaxmp.casting._autocast import autocast, check_rules, plan_jaxpr, read_settings
-from jaxmp.casting._cancellation import NOTE, cancelling
-from jaxmp.casting._explanation import Explanation, Row
+from jaxmp.casting.explanation._cancellation import NOTE, cancelling
+from jaxmp.casting.explanation._result import Explanation, Row
+from jaxmp.casting.explanation.shares import own_flops, shares_of
 from jaxmp.casting.islands._islands import Island
 from jaxmp.casting.kernels._interception import tracing
-from jaxmp.casting.plan._ambient_precision import without_ambient_precision
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
-from jaxmp.casting.shares import own_flops, shares_of
+from jaxmp.casting.planner._ambient_precision import without_ambient_precision
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 

@@ -11,8 +11,8 @@ from jaxmp._jaxpr.marks import (
     is_on_half_operands,
 )
 from jaxmp._jaxpr.scopes import scope_names
-from jaxmp.casting import _registry
-from jaxmp.casting._op_lists import OpClass
+from jaxmp.casting.ops import _registry
+from jaxmp.casting.ops._op_lists import OpClass
 
 
 class Contents(NamedTuple):

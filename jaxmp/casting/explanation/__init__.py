@@ -1,0 +1,1 @@
+"""What `explain` shows of a plan, and what keeps matmuls from half."""

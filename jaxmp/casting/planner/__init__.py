@@ -1,0 +1,1 @@
+"""How a plan is made: what is wanted in half, what users decided, what follows."""
