@@ -5,36 +5,26 @@ The function is traced to a jaxpr, the jaxpr is planned (`_plan`), and the plan 
 be jitted, differentiated and batched like the one that went in.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
-import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.arguments import flatten_arguments
-from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE
 from jaxmp.casting import rules as _call_rules  # noqa: F401  registers their rules
 from jaxmp.casting._check_function import check_function
 from jaxmp.casting.kernels._interception import tracing, tracing_rule
 from jaxmp.casting.kernels.half_operands import as_written, noting_float32
-from jaxmp.casting.ops._user_rules import read_rules
-from jaxmp.casting.plan.plan import JaxprPlan, Settings
-from jaxmp.casting.plan.states import FLOAT32, traced_state
 from jaxmp.casting.planner._ambient_precision import (
-    ambient_precision,
     without_ambient_precision,
 )
-from jaxmp.casting.planner._planner import Planner
+from jaxmp.casting.planner._whole_function import check_rules, plan_jaxpr, read_settings
 from jaxmp.casting.run._eager import compiled
-from jaxmp.casting.run._executor import Executor, cast
-from jaxmp.casting.sums._returned_states import returned_states
-from jaxmp.errors import AutocastError, AutocastRuleError
+from jaxmp.casting.run._whole_function import run_plan
 from jaxmp.policy import get_policy
 
 
@@ -112,7 +102,6 @@ def autocast(
         check_rules(planner)
         return run_plan(
             plan,
-            planner,
             jaxpr,
             consts,
             arrays,
@@ -166,74 +155,6 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
     return precise
 
 
-def run_plan(
-    plan: JaxprPlan,
-    planner: Planner,
-    jaxpr: Any,
-    consts: Sequence[Any],
-    arrays: Sequence[Any],
-    output_dtype: Any = None,
-    *,
-    named_scopes: bool,
-    around_rules: Callable[[], Any] = contextlib.nullcontext,
-) -> list[Any]:
-    """Runs the plan of a whole traced function on its arrays."""
-    with jax.named_scope(AUTOCAST_SCOPE):
-        args = [cast_input(x, s) for x, s in zip(arrays, plan.in_states, strict=True)]
-        executor = Executor(planner, named_scopes, around_rules)
-        outs = executor.run(plan, consts, args)
-        dtypes = out_dtypes(jaxpr, output_dtype)
-        return [
-            cast_output(x, v, dtype)
-            for x, v, dtype in zip(outs, jaxpr.jaxpr.outvars, dtypes, strict=True)
-        ]
-
-
-def read_settings(policy: Any, rules: Sequence[Any], half_residuals: bool) -> Settings:
-    """Reads what a plan depends on from the arguments of `autocast`."""
-    policy = get_policy(policy)
-    dtype = jnp.dtype(policy.compute_dtype)
-    if dtype not in _tree.CASTABLE:
-        raise AutocastError(
-            f"autocast computes in bfloat16, float16 or float32, not in {dtype}, which "
-            f"the policy {str(policy)!r} names. Write autocast(fn, 'mixed_bfloat16')."
-        )
-    rules = read_rules(rules)
-    for rule in rules:
-        if rule.carry not in (None, FLOAT32, dtype):
-            raise AutocastRuleError(
-                f"{rule} carries in {rule.carry}, but {str(policy)!r} computes in "
-                f"{dtype}. Write carry='{dtype}' or carry='float32'."
-            )
-    return Settings(dtype, policy.lax_precision, rules, half_residuals)
-
-
-def plan_jaxpr(
-    jaxpr: Any, settings: Settings, output_dtype: Any = None
-) -> tuple[JaxprPlan, Planner]:
-    """Plans a whole traced function, whose inputs have the dtypes they came in.
-
-    It was traced under `without_ambient_precision()`; what stays in float32 gets the
-    precision that is ambient now.
-    """
-    planner = Planner(settings._replace(ambient=ambient_precision()))
-    in_states = [traced_state(v) for v in jaxpr.jaxpr.invars]
-    is_half = output_dtype is not None and jnp.dtype(output_dtype) in _tree.HALF
-    out_wants = [is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars]
-    if not settings.is_plain:
-        in_states = returned_states(planner, jaxpr, in_states, out_wants)
-    plan = planner.plan(jaxpr, in_states, out_wants, consts=jaxpr.consts)
-    return plan, planner
-
-
-def out_dtypes(jaxpr: Any, output_dtype: Any) -> list[np.dtype | None]:
-    """The dtypes that the outputs have; None for those that are no floats."""
-    dtypes = map(castable_dtype, jaxpr.jaxpr.outvars)
-    if output_dtype is None:
-        return list(dtypes)
-    return [None if dtype is None else jnp.dtype(output_dtype) for dtype in dtypes]
-
-
 def with_output_dtype(fn: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
     """The function with floating outputs in a dtype; in its own for None."""
     if dtype is None:
@@ -243,27 +164,3 @@ def with_output_dtype(fn: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
         return _tree.cast_floating(fn(*args, **kwargs), dtype)
 
     return cast_outputs
-
-
-def cast_input(x: Any, state: Any) -> Any:
-    """An input as the array that JAX takes it for."""
-    return x if state is None else jnp.asarray(x, state.dtype or FLOAT32)
-
-
-def cast_output(x: Any, v: Any, dtype: np.dtype | None) -> Any:
-    """An output as an array, of a dtype if there is one for it."""
-    if dtype is not None:
-        return cast(x, dtype)
-    # The value of a literal is a Python number.
-    return jnp.asarray(x, v.aval.dtype) if is_literal(v) else x
-
-
-def check_rules(planner: Planner) -> None:
-    """Raises if a rule of the user's matched no operation."""
-    for rule in planner.settings.rules:
-        if not rule.allow_unused and rule not in planner.used_rules:
-            raise AutocastRuleError(
-                f"{rule} matches no operation. jaxmp.explain(fn, policy)(*args) lists "
-                "the primitives, paths and functions there are; allow_unused=True "
-                "permits it."
-            )

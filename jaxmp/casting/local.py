@@ -14,11 +14,12 @@ import jax
 import numpy as np
 
 from jaxmp import _tree
-from jaxmp.casting._autocast import plan_jaxpr, read_settings, run_plan
 from jaxmp.casting.kernels._interception import tracing, tracing_rule
 from jaxmp.casting.plan.plan import JaxprPlan, Settings
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
+from jaxmp.casting.planner._whole_function import plan_jaxpr, read_settings
 from jaxmp.casting.run._eager import compiled, is_eager
+from jaxmp.casting.run._whole_function import run_plan
 
 
 def region_settings(dtype: np.dtype, precision: Any = None) -> Settings:
@@ -72,7 +73,7 @@ def run_region(
 
     with without_ambient_precision(), tracing(settings):
         jaxpr = jax.make_jaxpr(flat)(*arrays)
-    plan, planner = plan_jaxpr(jaxpr, settings)
+    plan, _ = plan_jaxpr(jaxpr, settings)
     if watch is not None:
         watch(plan)
     if is_eager(jaxpr, arrays):
@@ -80,7 +81,6 @@ def run_region(
     else:
         outs = run_plan(
             plan,
-            planner,
             jaxpr,
             jaxpr.consts,
             arrays,
@@ -98,7 +98,7 @@ def _compiled(
     settings: Settings, named_scopes: bool
 ) -> Callable[[Any, Sequence[Any]], list[Any]]:
     def execute(jaxpr, consts, arrays):
-        plan, planner = plan_jaxpr(jaxpr, settings)
-        return run_plan(plan, planner, jaxpr, consts, arrays, named_scopes=named_scopes)
+        plan, _ = plan_jaxpr(jaxpr, settings)
+        return run_plan(plan, jaxpr, consts, arrays, named_scopes=named_scopes)
 
     return compiled(execute, settings.compute_dtype)

@@ -18,8 +18,8 @@ from jax.interpreters import mlir
 from jax.scipy import special
 
 import jaxmp
-from jaxmp.casting._autocast import plan_jaxpr, read_settings
 from jaxmp.casting.explanation.shares import shares_of
+from jaxmp.casting.planner._whole_function import plan_jaxpr, read_settings
 
 BF16 = jnp.bfloat16
 SIZE = 8

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp.casting._autocast import plan_jaxpr, read_settings
 from jaxmp.casting.explanation.shares import shares_of
 from jaxmp.casting.plan.plan import JaxprPlan
+from jaxmp.casting.planner._whole_function import plan_jaxpr, read_settings
 from jaxmp.testing._program_whole import FLOAT64, WHOLE
 from jaxmp.testing._programs import run_step
 from jaxmp.testing._random_programs import (

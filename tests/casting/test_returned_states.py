@@ -9,7 +9,7 @@ from jax import lax
 
 import jaxmp
 from jaxmp.casting import OpRule
-from jaxmp.casting._autocast import plan_jaxpr, read_settings
+from jaxmp.casting.planner._whole_function import plan_jaxpr, read_settings
 from jaxmp.errors import AutocastRuleError
 
 SIZE = 8

@@ -14,7 +14,7 @@ from jaxmp._jaxpr.arguments import flatten_arguments
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.marks import scopes
 from jaxmp._jaxpr.residuals import residual_jaxpr
-from jaxmp.casting._autocast import autocast, check_rules, plan_jaxpr, read_settings
+from jaxmp.casting._autocast import autocast
 from jaxmp.casting.explanation._cancellation import NOTE, cancelling
 from jaxmp.casting.explanation._result import Explanation, Row
 from jaxmp.casting.explanation.shares import own_flops, shares_of
@@ -22,6 +22,7 @@ from jaxmp.casting.islands._islands import Island
 from jaxmp.casting.kernels._interception import tracing
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
+from jaxmp.casting.planner._whole_function import check_rules, plan_jaxpr, read_settings
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 

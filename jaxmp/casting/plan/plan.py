@@ -29,25 +29,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmp._jaxpr.atoms import castable_dtype
-from jaxmp._jaxpr.marks import (
-    AUTOCAST_SCOPE,
-    FULL_PRECISION_SCOPE,
-    HALF_SCOPE,
-    LAYER_SCOPE,
-)
-from jaxmp._jaxpr.scopes import scope_names
-from jaxmp.casting.ops import _user_rules
 from jaxmp.casting.ops._op_lists import OpClass
+from jaxmp.casting.ops._user_rules import OpRule
 from jaxmp.casting.plan.states import FLOAT32, FULL, NEUTRAL, State, traced_state
 
 LAYER_REASON = "a layer of Flax, decided by its policy"
 SPECIAL_FUNCTION = "part of a special function or a density of JAX"
-_DECIDED = {
-    FULL_PRECISION_SCOPE: "full_precision",
-    AUTOCAST_SCOPE: "decided by the autocast inside",
-    LAYER_SCOPE: LAYER_REASON,
-    HALF_SCOPE: "traced on half operands: sums and softmax inside are the function's",
-}
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,7 +61,7 @@ class EqnPlan:
     in_island: bool = False
     params: dict[str, Any] | None = None
     call: Any = None
-    rule: _user_rules.OpRule | None = None
+    rule: OpRule | None = None
 
     @property
     def is_as_traced(self) -> bool:
@@ -142,7 +129,7 @@ class Settings(NamedTuple):
 
     compute_dtype: np.dtype
     matmul_precision: Any = None
-    rules: tuple[_user_rules.OpRule, ...] = ()
+    rules: tuple[OpRule, ...] = ()
     recompute: bool = True
     ambient: Any = None
 
@@ -161,13 +148,4 @@ class Decision(NamedTuple):
 
     dtype: np.dtype | None
     reason: str
-    rule: _user_rules.OpRule | None = None
-
-
-def decided_by_scope(eqn: Any) -> Decision | None:
-    """What the innermost of jaxmp's own scopes says about an equation."""
-    for name in reversed(scope_names(eqn)):
-        if name in _DECIDED:
-            dtype = FLOAT32 if name == FULL_PRECISION_SCOPE else None
-            return Decision(dtype, _DECIDED[name])
-    return None
+    rule: OpRule | None = None

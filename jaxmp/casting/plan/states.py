@@ -43,6 +43,7 @@ class State(NamedTuple):
 
     @property
     def is_low(self) -> bool:
+        """Whether it is in a half dtype."""
         return self.kind in (Kind.LOW, Kind.GRADIENT)
 
 

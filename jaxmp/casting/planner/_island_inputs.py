@@ -8,7 +8,7 @@ from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp.casting.plan.states import State
 
 
-class Feeds:
+class IslandInputs:
     """Union-find over the results of islands, with the low inputs of each island."""
 
     def __init__(self):

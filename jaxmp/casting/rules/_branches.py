@@ -8,7 +8,7 @@ from jaxmp._jaxpr.types import Array, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import jaxpr_consts
 from jaxmp.casting.plan.plan import Context, EqnPlan
 from jaxmp.casting.plan.states import State, join
-from jaxmp.casting.planner._planner import Planner
+from jaxmp.casting.planner._interface import Planner
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
 
 
@@ -23,7 +23,7 @@ class CondRule(CallRule):
     def wants(
         self, eqn: Eqn, results: Sequence[bool], planner: Planner, context: Context
     ) -> Sequence[bool]:
-        per_branch = [planner.wants(b, results, context) for b in branches(eqn)]
+        per_branch = [planner.wants(b, results, context).inputs for b in branches(eqn)]
         return (False, *(any(wants) for wants in zip(*per_branch, strict=True)))
 
     def plan(

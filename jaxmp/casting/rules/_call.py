@@ -11,7 +11,7 @@ from jaxmp.casting.islands._schedule import schedule
 from jaxmp.casting.ops._op_lists import OpClass
 from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan, as_island
 from jaxmp.casting.plan.states import NEUTRAL, Kind, State, traced_state
-from jaxmp.casting.planner._planner import Planner
+from jaxmp.casting.planner._interface import Planner
 
 
 class CallRule:
@@ -62,7 +62,7 @@ class SingleBodyRule(CallRule):
     def wants(
         self, eqn: Eqn, results: Sequence[bool], planner: Planner, context: Context
     ) -> Sequence[bool]:
-        return planner.wants(self.bodies(eqn)[0], results, context)
+        return planner.wants(self.bodies(eqn)[0], results, context).inputs
 
     def plan(
         self,
@@ -73,7 +73,7 @@ class SingleBodyRule(CallRule):
         context: Context,
     ) -> EqnPlan:
         inner = self.bodies(eqn)[0]
-        in_wants = planner.wants(inner, wants, context)
+        in_wants = planner.wants(inner, wants, context).inputs
         is_active = any(s not in (None, NEUTRAL) for s in states)
         entering = fed(states, in_wants, planner)
         plan = planner.plan(inner, entering, wants, context, jaxpr_consts(inner))

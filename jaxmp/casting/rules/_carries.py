@@ -23,7 +23,7 @@ from jaxmp.casting.plan.states import (
     State,
     traced_state,
 )
-from jaxmp.casting.planner._planner import Planner
+from jaxmp.casting.planner._interface import Planner
 
 _STAYS = frozenset((Kind.PINNED, Kind.KEPT))
 
@@ -59,8 +59,8 @@ def find_carries(
     others = tuple(results[read.carries :])
     sums = (False,) * read.carries
     wants = _fixed_point(read, others, sums, planner, context)
-    wanted = planner.wanted(read.body, (*wants, *others), context)
-    decided = planner.carry_dtype(eqn, context)
+    wanted = planner.wants(read.body, (*wants, *others), context).values
+    decided = planner.user.carry_dtype(eqn, context)
     updates = context.updates
 
     def is_sum(i: int) -> bool:
@@ -83,7 +83,7 @@ def find_carries(
     if any(sums):
         context = context._replace(updates=updates)
         wants = _fixed_point(read, others, sums, planner, context)
-    inputs = list(planner.wants(read.body, (*wants, *others), context))
+    inputs = list(planner.wants(read.body, (*wants, *others), context).inputs)
     inputs[read.consts : read.consts + read.carries] = wants
     return Carries(wants, sums, tuple(inputs), context)
 
@@ -98,7 +98,7 @@ def _fixed_point(
     """The fewest carries wanted low, such that what they are made of is so as well."""
     found = (False,) * read.carries
     while True:
-        inputs = planner.wants(read.body, (*found, *others), context)
+        inputs = planner.wants(read.body, (*found, *others), context).inputs
         inputs = inputs[read.consts : read.consts + read.carries]
         grown = tuple(
             (a or b) and not is_sum

@@ -16,7 +16,7 @@ from jaxmp._jaxpr.calls import CUSTOM_JVPS, CUSTOM_VJPS
 from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import State
-from jaxmp.casting.planner._planner import Planner
+from jaxmp.casting.planner._interface import Planner
 from jaxmp.casting.rules._call import SingleBodyRule, call_plan
 from jaxmp.casting.rules._planned_derivatives import (
     PlannedJVP,
@@ -83,7 +83,7 @@ class CustomVJPRule(_CustomRule):
     def wants(
         self, eqn: Eqn, results: Sequence[bool], planner: Planner, context: Context
     ) -> Sequence[bool]:
-        if not planner.contents(self.bodies(eqn)[0]).has_matmul:
+        if not planner.contents.of(self.bodies(eqn)[0]).has_matmul:
             return (False,) * len(eqn.invars)
         return super().wants(eqn, results, planner, context)
 

@@ -13,7 +13,7 @@ from jaxmp._jaxpr.types import Array, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import jaxpr_consts
 from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import NEUTRAL, State, traced_state
-from jaxmp.casting.planner._planner import Planner
+from jaxmp.casting.planner._interface import Planner
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
 from jaxmp.casting.rules._carries import entering, find_carries, released, settle
 

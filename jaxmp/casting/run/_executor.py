@@ -17,7 +17,6 @@ from jaxmp.casting.islands._softmax import Softmax, run_softmax
 from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import LAYER_REASON, EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import FLOAT32
-from jaxmp.casting.planner._planner import Planner
 from jaxmp.casting.run._equal_islands import common_scope, signature
 from jaxmp.casting.run._named_scopes import region_of, region_of_island
 from jaxmp.casting.run._recompute import recomputed
@@ -25,7 +24,7 @@ from jaxmp.casting.run._scatter import is_retyped_scatter, scatter
 
 
 class Executor:
-    """Runs plans made by one planner.
+    """Runs plans.
 
     Values are kept in the dtype of their state and cast where an equation reads them.
     The cast is made for each reader anew: the cotangents of a float32 value are then
@@ -37,11 +36,9 @@ class Executor:
 
     def __init__(
         self,
-        planner: Planner,
         named_scopes: bool,
         around_rules: Callable[[], Any] = contextlib.nullcontext,
     ):
-        self.planner = planner
         self.named_scopes = named_scopes
         self.around_rules = around_rules
         self._islands: dict[Any, Callable[..., list[Any]]] = {}

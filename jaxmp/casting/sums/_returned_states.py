@@ -72,7 +72,7 @@ def _flow(
     context: Context,
 ) -> list[Origins]:
     jaxpr = open_jaxpr(jaxpr)
-    wanted = planner.wanted(jaxpr, tuple(wants), context)
+    wanted = planner.wants(jaxpr, wants, context).values
     values = dict(zip(jaxpr.invars, entering, strict=True))
 
     def of(atom: Any) -> Origins:

@@ -1,0 +1,65 @@
+"""A whole function planned: what its plan depends on, and the states of its inputs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmp import _tree
+from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp.casting.ops._user_rules import read_rules
+from jaxmp.casting.plan.plan import JaxprPlan, Settings
+from jaxmp.casting.plan.states import FLOAT32, traced_state
+from jaxmp.casting.planner._ambient_precision import ambient_precision
+from jaxmp.casting.planner._planner import JaxprPlanner
+from jaxmp.casting.sums._returned_states import returned_states
+from jaxmp.errors import AutocastError, AutocastRuleError
+from jaxmp.policy import get_policy
+
+
+def read_settings(policy: Any, rules: Sequence[Any], half_residuals: bool) -> Settings:
+    """Reads what a plan depends on from the arguments of `autocast`."""
+    policy = get_policy(policy)
+    dtype = jnp.dtype(policy.compute_dtype)
+    if dtype not in _tree.CASTABLE:
+        raise AutocastError(
+            f"autocast computes in bfloat16, float16 or float32, not in {dtype}, which "
+            f"the policy {str(policy)!r} names. Write autocast(fn, 'mixed_bfloat16')."
+        )
+    rules = read_rules(rules)
+    for rule in rules:
+        if rule.carry not in (None, FLOAT32, dtype):
+            raise AutocastRuleError(
+                f"{rule} carries in {rule.carry}, but {str(policy)!r} computes in "
+                f"{dtype}. Write carry='{dtype}' or carry='float32'."
+            )
+    return Settings(dtype, policy.lax_precision, rules, half_residuals)
+
+
+def plan_jaxpr(
+    jaxpr: Any, settings: Settings, output_dtype: Any = None
+) -> tuple[JaxprPlan, JaxprPlanner]:
+    """Plans a whole traced function, whose inputs have the dtypes they came in.
+
+    It was traced under `without_ambient_precision()`; what stays in float32 gets the
+    precision that is ambient now.
+    """
+    planner = JaxprPlanner(settings._replace(ambient=ambient_precision()))
+    in_states = [traced_state(v) for v in jaxpr.jaxpr.invars]
+    is_half = output_dtype is not None and jnp.dtype(output_dtype) in _tree.HALF
+    out_wants = [is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars]
+    if not settings.is_plain:
+        in_states = returned_states(planner, jaxpr, in_states, out_wants)
+    plan = planner.plan(jaxpr, in_states, out_wants, consts=jaxpr.consts)
+    return plan, planner
+
+
+def check_rules(planner: JaxprPlanner) -> None:
+    """Raises if a rule of the user's matched no operation."""
+    for rule in planner.settings.rules:
+        if not rule.allow_unused and rule not in planner.user.used:
+            raise AutocastRuleError(
+                f"{rule} matches no operation. jaxmp.explain(fn, policy)(*args) lists "
+                "the primitives, paths and functions there are; allow_unused=True "
+                "permits it."
+            )
