@@ -7,9 +7,10 @@ import jax.extend.core
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.types import Atom
 
 
-def is_literal(atom: Any) -> bool:
+def is_literal(atom: Atom) -> bool:
     """True for a constant that is written into an equation."""
     return isinstance(atom, jax.extend.core.Literal)
 
@@ -19,17 +20,17 @@ def variables(atoms: Iterable[Any]) -> Iterator[Any]:
     return (atom for atom in atoms if not is_literal(atom))
 
 
-def castable_dtype(atom: Any) -> np.dtype | None:
+def castable_dtype(atom: Atom) -> np.dtype | None:
     """The dtype of a float16, bfloat16 or float32 value; None for all others."""
     dtype = getattr(atom.aval, "dtype", None)
     return dtype if dtype in _tree.CASTABLE else None
 
 
-def is_half(atom: Any) -> bool:
+def is_half(atom: Atom) -> bool:
     """True for float16 and bfloat16."""
     return getattr(atom.aval, "dtype", None) in _tree.HALF
 
 
-def is_integer(atom: Any) -> bool:
+def is_integer(atom: Atom) -> bool:
     """True for integers and booleans, which a cast to a float is no decision about."""
     return getattr(getattr(atom.aval, "dtype", None), "kind", "") in ("i", "u", "b")

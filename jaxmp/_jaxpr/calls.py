@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+from jaxmp._jaxpr.types import Eqn
 from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
 
 V = TypeVar("V")
@@ -38,7 +39,7 @@ def is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns")
 
 
-def held(eqn: Any) -> list[Any]:
+def held(eqn: Eqn) -> list[Any]:
     """Every jaxpr among the parameters of an equation, in their order."""
     found = []
     for value in eqn.params.values():
@@ -47,12 +48,12 @@ def held(eqn: Any) -> list[Any]:
     return found
 
 
-def bodies(eqn: Any) -> list[Any]:
+def bodies(eqn: Eqn) -> list[Any]:
     """As `held`, without what kernels and reductions hold."""
     return [] if eqn.primitive.name in KERNELS | REDUCERS else held(eqn)
 
 
-def body(eqn: Any) -> Any:
+def body(eqn: Eqn) -> Any:
     """The jaxpr that a call runs once, on its own operands; None for all others.
 
     Calls that `BODY` does not know count if their operands and results fit.
@@ -111,7 +112,7 @@ class Loop(NamedTuple):
         return inputs[self.consts : self.consts + self.carries]
 
 
-def loop(eqn: Any) -> Loop:
+def loop(eqn: Eqn) -> Loop:
     """Reads the equation of a `scan` or a `while`."""
     params = eqn.params
     if eqn.primitive.name == "scan":
@@ -127,6 +128,6 @@ def loop(eqn: Any) -> Loop:
     )
 
 
-def branches(eqn: Any) -> Sequence[Any]:
+def branches(eqn: Eqn) -> Sequence[Any]:
     """The jaxprs of a `cond`, each of all operands but the first."""
     return eqn.params["branches"]

@@ -3,6 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
+from jaxmp._jaxpr.types import Eqn
+
 
 class MatmulShape(NamedTuple):
     """A matmul of `(m, k)` by `(k, n)`, made `batch` times.
@@ -28,7 +30,7 @@ class MatmulShape(NamedTuple):
         return f"{batch}({self.m}, {self.k}) @ ({self.k}, {self.n}){taps}"
 
 
-def matmul_shape(eqn: Any) -> MatmulShape:
+def matmul_shape(eqn: Eqn) -> MatmulShape:
     """The shape of a matmul or convolution.
 
     Args:
@@ -46,7 +48,7 @@ def matmul_shape(eqn: Any) -> MatmulShape:
     return _convolution(eqn)
 
 
-def _dot(eqn: Any) -> MatmulShape:
+def _dot(eqn: Eqn) -> MatmulShape:
     lhs, rhs = (v.aval for v in eqn.invars[:2])
     (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
     k = _sizes(lhs, contracted)
@@ -54,7 +56,7 @@ def _dot(eqn: Any) -> MatmulShape:
     return MatmulShape(batch, _over(lhs.size, k, batch), _over(rhs.size, k, batch), k)
 
 
-def _ragged_dot(eqn: Any) -> MatmulShape:
+def _ragged_dot(eqn: Eqn) -> MatmulShape:
     """Each row of the left side meets the matrix of one group."""
     lhs, rhs, groups = (v.aval for v in eqn.invars[:3])
     dims = eqn.params["ragged_dot_dimension_numbers"]
@@ -67,7 +69,7 @@ def _ragged_dot(eqn: Any) -> MatmulShape:
     return MatmulShape(batch, _over(lhs.size, k, batch), _over(rhs_size, k, batch), k)
 
 
-def _convolution(eqn: Any) -> MatmulShape:
+def _convolution(eqn: Eqn) -> MatmulShape:
     kernel, out = eqn.invars[1].aval, eqn.outvars[0].aval
     dims = eqn.params["dimension_numbers"]
     features, per_group = (kernel.shape[i] for i in dims.rhs_spec[:2])

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 from jaxmp._jaxpr.sources import Written, written
+from jaxmp._jaxpr.types import Eqn
 
 # What a program calls to cast; one is among the callers of every cast it asks for.
 _CASTS = frozenset(("astype", "_astype", "array", "asarray", "convert_element_type"))
@@ -22,7 +23,7 @@ def promotes(how: Written) -> bool:
     return any(name.startswith("promote_") for name in how.inside_jax)
 
 
-def is_promotion(eqn: Any) -> bool:
+def is_promotion(eqn: Eqn) -> bool:
     """Tells a cast that JAX put in from one that the program asks for.
 
     `half * single` in `jax.numpy` casts the half operand. That is no wish of the
@@ -43,7 +44,7 @@ def _is_promotion(traceback: Any) -> bool:
     return not asks_for_cast(how) and (promotes(how) or is_inlined)
 
 
-def is_in_special_function(eqn: Any) -> bool:
+def is_in_special_function(eqn: Eqn) -> bool:
     """Whether an equation was written in `jax.scipy.special` or `jax.scipy.stats`.
 
     What these call back, such as a function of the user's, is not written there.

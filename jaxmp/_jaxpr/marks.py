@@ -4,9 +4,8 @@ A mark is set while a function is traced, and found again in its jaxpr. No mode 
 entered: what is marked can be jitted, differentiated and batched as it was.
 """
 
-from typing import Any
-
 from jaxmp._jaxpr.scopes import name_scopes, scope_names
+from jaxmp._jaxpr.types import Eqn
 
 AUTOCAST_SCOPE = "jaxmp.autocast"
 """An autocast inside has decided about it."""
@@ -25,22 +24,22 @@ MARKS = frozenset(
 )
 
 
-def scopes(eqn: Any) -> tuple[str, ...]:
+def scopes(eqn: Eqn) -> tuple[str, ...]:
     """The user's name scopes around an equation, normalised, without jaxmp's own."""
     return name_scopes(eqn, without=MARKS)
 
 
-def is_border(eqn: Any) -> bool:
+def is_border(eqn: Eqn) -> bool:
     """True for a cast at the border of a layer, which is not meant as a cast."""
     return BORDER_SCOPE in scope_names(eqn)
 
 
-def is_in_layer(eqn: Any) -> bool:
+def is_in_layer(eqn: Eqn) -> bool:
     """True inside one of Flax's layers under a policy, and of what is like one."""
     names = scope_names(eqn)
     return LAYER_SCOPE in names or HALF_SCOPE in names
 
 
-def is_on_half_operands(eqn: Any) -> bool:
+def is_on_half_operands(eqn: Eqn) -> bool:
     """True for what is computed inside a function that got half operands."""
     return HALF_SCOPE in scope_names(eqn)

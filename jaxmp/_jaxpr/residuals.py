@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxmp import _tree
+from jaxmp._jaxpr.types import Array
 
 
 def residual_jaxpr(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -23,13 +24,13 @@ def residual_jaxpr(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     leaves, tree = jax.tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(leaves) if _is_array(x)]
 
-    def residuals(*arrays):
+    def residuals(*arrays: Array) -> list[Array]:
         filled = list(leaves)
         for i, array in zip(places, arrays, strict=True):
             filled[i] = array
         floats = [i for i, x in enumerate(filled) if _tree.is_inexact(x)]
 
-        def outputs(*values):
+        def outputs(*values: Array) -> list[Array]:
             for i, value in zip(floats, values, strict=True):
                 filled[i] = value
             args, kwargs = jax.tree.unflatten(tree, filled)

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxmp._jaxpr.calls import is_jaxpr
+from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 
 
-def map_equations(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
+def map_equations(jaxpr: Jaxpr, change: Callable[[Any], Any]) -> Any:
     """The jaxpr with `change(equation)` for each of its own equations.
 
     Returns:
@@ -42,7 +43,7 @@ def map_held(params: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, 
     return new if any(new[name] is not params[name] for name in new) else params
 
 
-def with_lines_of_custom_rules(jaxpr: Any) -> Any:
+def with_lines_of_custom_rules(jaxpr: Jaxpr) -> Any:
     """The same jaxpr, whose custom derivative rules are traced under their own lines.
 
     JAX traces the rule of a call in a jaxpr under the source line of the call.
@@ -59,10 +60,10 @@ def with_lines_of_custom_rules(jaxpr: Any) -> Any:
         finally:
             ambient.context = before
 
-    def in_jaxpr(jaxpr: Any) -> Any:
+    def in_jaxpr(jaxpr: Jaxpr) -> Any:
         return map_equations(jaxpr, in_equation)
 
-    def in_equation(eqn: Any) -> Any:
+    def in_equation(eqn: Eqn) -> Any:
         params = map_held(eqn.params, in_jaxpr)
         for name in _RULES.get(eqn.primitive.name, ()):
             if hasattr(params.get(name), "wrap"):

@@ -5,15 +5,17 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jaxmp._jaxpr.types import Eqn
+
 _CLASS = re.compile(r"[A-Z]\w*?(?<!_\d)(?<!_\d\d)")
 
 
-def scope_names(eqn: Any) -> tuple[str, ...]:
+def scope_names(eqn: Eqn) -> tuple[str, ...]:
     """The name scopes and transformations around an equation, as they were traced."""
     return tuple(getattr(part, "name", "") for part in _stack(eqn))
 
 
-def name_scopes(eqn: Any, without: Iterable[str] = ()) -> tuple[str, ...]:
+def name_scopes(eqn: Eqn, without: Iterable[str] = ()) -> tuple[str, ...]:
     """The name scopes around an equation, normalised; transformations are left out.
 
     Args:
@@ -24,21 +26,21 @@ def name_scopes(eqn: Any, without: Iterable[str] = ()) -> tuple[str, ...]:
     return normalise(tuple(name for name in names if name not in without))
 
 
-def is_backward(eqn: Any) -> bool:
+def is_backward(eqn: Eqn) -> bool:
     """True for what a backward pass inside the function is made of."""
     return "transpose" in _transformations(eqn)
 
 
-def count_derivatives(eqn: Any) -> int:
+def count_derivatives(eqn: Eqn) -> int:
     """How many derivatives it is inside: 2 in a `jax.jvp` of a `jax.grad`."""
     return _transformations(eqn).count("jvp")
 
 
-def _stack(eqn: Any) -> Sequence[Any]:
+def _stack(eqn: Eqn) -> Sequence[Any]:
     return eqn.source_info.name_stack.stack
 
 
-def _transformations(eqn: Any) -> list[str]:
+def _transformations(eqn: Eqn) -> list[str]:
     return [part.name for part in _stack(eqn) if type(part).__name__ == "Transform"]
 
 

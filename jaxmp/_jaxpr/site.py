@@ -1,12 +1,12 @@
 """`Site`: where an equation stands: its modules, the user's line, its direction."""
 
 import functools
-from typing import Any
 
 from jaxmp._jaxpr.calls import CHECKPOINTS
 from jaxmp._jaxpr.marks import MARKS
 from jaxmp._jaxpr.scopes import count_derivatives, is_backward, name_scopes
 from jaxmp._jaxpr.sources import Source, Written, written
+from jaxmp._jaxpr.types import Eqn
 
 _OWN_SCOPES = frozenset((*MARKS, "checkpoint", "rematted_computation"))
 
@@ -19,7 +19,7 @@ class Site:
       parent: the site of the call or loop that it is in, or None.
     """
 
-    def __init__(self, eqn: Any = None, parent: "Site | None" = None):
+    def __init__(self, eqn: Eqn = None, parent: "Site | None" = None):
         self.eqn = eqn
         self.parent = parent
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxmp._jaxpr.types import Jaxpr
 from jaxmp.errors import UnsupportedJaxVersion
 
 OLDEST_JAX = (0, 10, 0)
@@ -25,12 +26,12 @@ def check_jax_version(version: str = jax.__version__) -> None:
 check_jax_version()
 
 
-def open_jaxpr(jaxpr: Any) -> Any:
+def open_jaxpr(jaxpr: Jaxpr) -> Any:
     """The jaxpr without its constants; from JAX 0.12 on, there is one class only."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def jaxpr_consts(jaxpr: Any) -> Sequence[Any]:
+def jaxpr_consts(jaxpr: Jaxpr) -> Sequence[Any]:
     """The constants of a jaxpr, in the order of its `constvars`."""
     return getattr(jaxpr, "consts", ())
 

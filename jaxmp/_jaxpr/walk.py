@@ -5,10 +5,11 @@ from typing import Any
 
 from jaxmp._jaxpr.atoms import variables
 from jaxmp._jaxpr.calls import held
+from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 
 
-def walk(jaxpr: Any) -> Iterator[Any]:
+def walk(jaxpr: Jaxpr) -> Iterator[Any]:
     """All equations of a jaxpr and of those inside it, in order."""
     for eqn in open_jaxpr(jaxpr).eqns:
         yield eqn
@@ -16,12 +17,12 @@ def walk(jaxpr: Any) -> Iterator[Any]:
             yield from walk(inner)
 
 
-def makers(jaxpr: Any) -> dict[Any, Any]:
+def makers(jaxpr: Jaxpr) -> dict[Any, Any]:
     """The equation that makes each variable of a jaxpr, its inputs left out."""
     return {v: eqn for eqn in open_jaxpr(jaxpr).eqns for v in eqn.outvars}
 
 
-def first_equations(jaxpr: Any) -> dict[Any, Any]:
+def first_equations(jaxpr: Jaxpr) -> dict[Any, Any]:
     """The first equation that was traced in each place of the source.
 
     JAX gives the operations of a derivative the traceback of the operation that they
@@ -35,7 +36,7 @@ def first_equations(jaxpr: Any) -> dict[Any, Any]:
     return found
 
 
-def reader(jaxpr: Any, eqn: Any) -> Any:
+def reader(jaxpr: Jaxpr, eqn: Eqn) -> Any:
     """The first equation that reads what another made, or None.
 
     What a call returns is read by what reads the result of the call.
@@ -54,6 +55,6 @@ def reader(jaxpr: Any, eqn: Any) -> Any:
     return None
 
 
-def producer(jaxpr: Any, eqn: Any) -> Any:
+def producer(jaxpr: Jaxpr, eqn: Eqn) -> Any:
     """The equation that made the first operand of another, or None."""
     return next((e for e in walk(jaxpr) if eqn.invars[0] in e.outvars), None)

@@ -15,6 +15,7 @@ import jax.core
 from jaxmp import _tree
 from jaxmp._jaxpr.arguments import flatten_arguments
 from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE
+from jaxmp._jaxpr.types import Jaxpr
 from jaxmp.casting import rules as _call_rules  # noqa: F401  registers their rules
 from jaxmp.casting._check_function import check_function
 from jaxmp.casting.kernels._interception import tracing, tracing_rule
@@ -97,7 +98,9 @@ def autocast(
     if output_dtype is not None:
         output_dtype = get_policy(output_dtype).output_dtype
 
-    def execute(jaxpr: Any, consts: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+    def execute(
+        jaxpr: Jaxpr, consts: Sequence[Any], arrays: Sequence[Any]
+    ) -> list[Any]:
         plan, planner = plan_jaxpr(jaxpr, settings, output_dtype)
         check_rules(planner)
         return run_plan(

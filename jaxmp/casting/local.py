@@ -7,13 +7,14 @@ arrays, such as a function or a distribution, passes as it is.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.types import Array, Jaxpr
 from jaxmp.casting.kernels._interception import tracing, tracing_rule
 from jaxmp.casting.plan.plan import JaxprPlan, Settings
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
@@ -51,7 +52,7 @@ def run_region(
     """
 
     @contextlib.contextmanager
-    def around_planned_rules():
+    def around_planned_rules() -> Iterator[None]:
         with around_rules(), tracing_rule(settings):
             yield
 
@@ -60,7 +61,7 @@ def run_region(
     arrays = [x for x, traced in zip(leaves, is_traced, strict=True) if traced]
     returned: list[Any] = []
 
-    def flat(*arrays):
+    def flat(*arrays: Array) -> list[Array]:
         remaining = iter(arrays)
         filled = [
             next(remaining) if traced else x
@@ -97,7 +98,9 @@ def run_region(
 def _compiled(
     settings: Settings, named_scopes: bool
 ) -> Callable[[Any, Sequence[Any]], list[Any]]:
-    def execute(jaxpr, consts, arrays):
+    def execute(
+        jaxpr: Jaxpr, consts: Sequence[Array], arrays: Sequence[Array]
+    ) -> list[Array]:
         plan, _ = plan_jaxpr(jaxpr, settings)
         return run_plan(plan, jaxpr, consts, arrays, named_scopes=named_scopes)
 

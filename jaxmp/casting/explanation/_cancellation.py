@@ -8,6 +8,7 @@ and no cast mends it.
 from typing import Any
 
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.types import Atom, Eqn, Jaxpr, Var
 from jaxmp._jaxpr.versions import open_jaxpr
 
 NOTE = (
@@ -20,12 +21,12 @@ _PASSES_ON = frozenset(
 )
 
 
-def cancelling(jaxpr: Any) -> set[int]:
+def cancelling(jaxpr: Jaxpr) -> set[int]:
     """Returns the ids of the subtractions in a jaxpr that are such a variance."""
     eqns = open_jaxpr(jaxpr).eqns
     producer = {v: eqn for eqn in eqns for v in eqn.outvars}
 
-    def made(atom):
+    def made(atom: Atom) -> Eqn | None:
         """The equation that computes a value, behind changes of shape and scale."""
         while not is_literal(atom) and atom in producer:
             eqn = producer[atom]
@@ -35,17 +36,17 @@ def cancelling(jaxpr: Any) -> set[int]:
             atom = eqn.invars[0]
         return None
 
-    def summed(eqn):
+    def summed(eqn: Eqn | None) -> Var | None:
         """What a sum is over, or None."""
         if eqn is None or eqn.primitive.name not in ("reduce_sum", "psum"):
             return None
         return eqn.invars[0]
 
-    def is_mean_of_square(eqn):
+    def is_mean_of_square(eqn: Eqn | None) -> bool:
         inside = summed(eqn)
         return inside is not None and _square_of(made(inside)) is not None
 
-    def is_square_of_mean(eqn):
+    def is_square_of_mean(eqn: Eqn | None) -> bool:
         base = _square_of(eqn)
         return base is not None and summed(made(base)) is not None
 
@@ -58,7 +59,7 @@ def cancelling(jaxpr: Any) -> set[int]:
     }
 
 
-def _square_of(eqn: Any) -> Any:
+def _square_of(eqn: Eqn) -> Any:
     """What an equation squares, or None."""
     if eqn is None:
         return None
@@ -68,6 +69,6 @@ def _square_of(eqn: Any) -> Any:
     return operands[0] if name == "square" or is_power or is_product else None
 
 
-def _is_number(eqn: Any, index: int) -> bool:
+def _is_number(eqn: Eqn, index: int) -> bool:
     operand = eqn.invars[index]
     return is_literal(operand) or operand.aval.size == 1

@@ -9,6 +9,7 @@ from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.flops import matmul_shape
 from jaxmp._jaxpr.primitives import MATMULS
 from jaxmp._jaxpr.sources import written
+from jaxmp._jaxpr.types import Eqn
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
@@ -68,11 +69,11 @@ class _Cause(NamedTuple):
     """The equation that decided on others, and what it decided."""
 
     reason: str
-    eqn: Any
+    eqn: Eqn
 
 
 class _Matmul(NamedTuple):
-    eqn: Any
+    eqn: Eqn
     flops: float
     cause: _Cause | None
     """None if it is in half."""
@@ -173,7 +174,7 @@ def _matmul(plan: EqnPlan, cause: _Cause | None, times: int) -> Iterator[_Matmul
     yield _Matmul(plan.eqn, times * matmul_shape(plan.eqn).flops, cause)
 
 
-def _as_traced(plan: EqnPlan, eqn: Any, times: int) -> Iterator[_Matmul]:
+def _as_traced(plan: EqnPlan, eqn: Eqn, times: int) -> Iterator[_Matmul]:
     """The matmuls inside a call that is bound whole."""
     call = _registry.call_rule(eqn.primitive.name)
     for body in () if call is None else call.bodies(eqn):
@@ -188,7 +189,7 @@ def _as_traced(plan: EqnPlan, eqn: Any, times: int) -> Iterator[_Matmul]:
                 yield from _as_traced(plan, inner, count)
 
 
-def _counts(eqn: Any) -> bool:
+def _counts(eqn: Eqn) -> bool:
     """Whether a matmul has an operand that is no integer."""
     kinds = {v.aval.dtype.kind for v in eqn.invars[:2]}
     return bool(kinds & set("fcV"))

@@ -14,10 +14,12 @@ import numpy as np
 from jaxmp import _tree
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.primitives import LAYOUT, LINEAR
+from jaxmp._jaxpr.types import Eqn, Var
 from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.casting.islands._softmax import Softmax, find_softmaxes
+from jaxmp.casting.islands._softmax import Reads, Softmax, find_softmaxes
 from jaxmp.casting.ops import _registry
 from jaxmp.casting.ops._op_lists import OpClass
+from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.plan.states import FLOAT32
 
 
@@ -33,16 +35,18 @@ class Island:
       softmax: set if the island is no more than one softmax.
     """
 
-    members: list[Any]
-    inputs: tuple[Any, ...]
-    outputs: tuple[tuple[Any, np.dtype | None], ...]
+    members: Sequence[EqnPlan]
+    inputs: tuple[Var, ...]
+    outputs: tuple[tuple[Var, np.dtype | None], ...]
     recompute: bool
     softmax: Softmax | None = None
 
 
-def split_island(members, reads, in_half) -> list[Island]:
+def split_island(
+    members: Sequence[EqnPlan], reads: Reads, in_half: set[Var]
+) -> list[Island]:
     """One island, or what is before, in and after a softmax in it."""
-    readers: dict[Any, list[Any]] = {}
+    readers: dict[Var, list[EqnPlan]] = {}
     for plan in members:
         for v in plan.eqn.invars:
             if not is_literal(v):
@@ -84,11 +88,11 @@ def split_island(members, reads, in_half) -> list[Island]:
     return islands + (split_island(rest, reads, in_half) if rest else [])
 
 
-def _variables(eqn) -> list[Any]:
+def _variables(eqn: Eqn) -> list[Any]:
     return [v for v in eqn.invars if not is_literal(v)]
 
 
-def _descendants(softmax, members) -> set[int]:
+def _descendants(softmax: Softmax, members: Sequence[EqnPlan]) -> set[int]:
     made, found = {softmax.result}, set()
     for plan in members:
         if any(not is_literal(v) and v in made for v in plan.eqn.invars):
@@ -97,7 +101,7 @@ def _descendants(softmax, members) -> set[int]:
     return found
 
 
-def _ancestors(result, members) -> list[Any]:
+def _ancestors(result: Var, members: Sequence[EqnPlan]) -> list[Any]:
     needed, found = {result}, []
     for plan in reversed(members):
         if any(v in needed for v in plan.eqn.outvars):
@@ -106,14 +110,16 @@ def _ancestors(result, members) -> list[Any]:
     return found
 
 
-def _half_result(softmax, rest, reads) -> np.dtype | None:
+def _half_result(
+    softmax: Softmax, rest: Sequence[EqnPlan], reads: Reads
+) -> np.dtype | None:
     """The half dtype of the result, if it ends in half wherever it goes."""
     ends = [softmax.result, *made_in_order(rest)]
     dtypes = {dtype for v in ends for dtype in reads.get(v, {})}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= _tree.HALF else None
 
 
-def make_island(members, reads, recompute) -> Island:
+def make_island(members: Sequence[EqnPlan], reads: Reads, recompute: bool) -> Island:
     made = {v for plan in members for v in plan.eqn.outvars}
     inputs = dict.fromkeys(
         v
@@ -133,17 +139,17 @@ def made_in_order(members: Sequence[Any]) -> list[Any]:
     return [v for plan in members for v in plan.eqn.outvars]
 
 
-def _of(reads, v) -> list[Any]:
+def _of(reads: Reads, v: Var) -> list[Any]:
     # Both dtypes None and float32 are the float32 value itself.
     dtypes = dict.fromkeys(None if d == FLOAT32 else d for d in reads.get(v, {}))
     return list(dtypes)
 
 
-def _is_nonlinear(plan) -> bool:
+def _is_nonlinear(plan: EqnPlan) -> bool:
     return _needs_operands(plan.eqn)
 
 
-def _follows(eqn) -> bool:
+def _follows(eqn: Eqn) -> bool:
     """Whether an equation would be in half if it were not for its readers."""
     if eqn.primitive.name == "jit":
         return all(map(_follows, open_jaxpr(eqn.params["jaxpr"]).eqns))
@@ -163,13 +169,13 @@ def is_elementwise(island: Island) -> bool:
     )
 
 
-def _stops(eqn) -> bool:
+def _stops(eqn: Eqn) -> bool:
     if eqn.primitive.name == "jit":
         return any(map(_stops, open_jaxpr(eqn.params["jaxpr"]).eqns))
     return eqn.primitive.name == "stop_gradient"
 
 
-def _is_elementwise(eqn) -> bool:
+def _is_elementwise(eqn: Eqn) -> bool:
     """Whether compilers can compute an equation while they read its operands."""
     if eqn.primitive.name == "jit":
         return all(map(_is_elementwise, open_jaxpr(eqn.params["jaxpr"]).eqns))
@@ -179,7 +185,7 @@ def _is_elementwise(eqn) -> bool:
     return len(shapes - {()}) <= 1 and eqn.primitive.name not in LAYOUT
 
 
-def _amplifies(eqn) -> bool:
+def _amplifies(eqn: Eqn) -> bool:
     """Whether an equation multiplies with a number above 1."""
     if eqn.primitive.name not in ("mul", "div"):
         return False
@@ -187,7 +193,7 @@ def _amplifies(eqn) -> bool:
     return any(x > 1 if eqn.primitive.name == "mul" else x < 1 for x in numbers)
 
 
-def _needs_operands(eqn) -> bool:
+def _needs_operands(eqn: Eqn) -> bool:
     """Whether the gradient of an equation needs a floating operand of it."""
     name = eqn.primitive.name
     if name == "jit":

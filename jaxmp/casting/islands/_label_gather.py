@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp._jaxpr.types import Array, Atom, Eqn
 from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
 
 
-def has_pick(eqn: Any) -> bool:
+def has_pick(eqn: Eqn) -> bool:
     """True for a gather that picks one element per row, or a `jit` around one."""
     if eqn.primitive.name == "jit":
         return any(map(is_pick, open_jaxpr(eqn.params["jaxpr"]).eqns))
     return is_pick(eqn)
 
 
-def is_pick(eqn: Any) -> bool:
+def is_pick(eqn: Eqn) -> bool:
     """True for a gather that picks one element of each row along the last axis."""
     if eqn.primitive.name != "gather" or castable_dtype(eqn.invars[0]) is None:
         return False
@@ -41,7 +42,7 @@ def is_pick(eqn: Any) -> bool:
     )
 
 
-def bind_with_picks(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+def bind_with_picks(eqn: Eqn, operands: Sequence[Any]) -> list[Any]:
     """Binds an equation for which `has_pick` is true."""
     if eqn.primitive.name != "jit":
         return [_pick(eqn, *operands)]
@@ -50,7 +51,7 @@ def bind_with_picks(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     constants = jaxpr_consts(eqn.params["jaxpr"])
     values.update(zip(jaxpr.constvars, constants, strict=True))
 
-    def read(atom):
+    def read(atom: Atom) -> Array:
         return atom.val if hasattr(atom, "val") else values[atom]
 
     for inner in jaxpr.eqns:
@@ -65,7 +66,7 @@ def bind_with_picks(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(map(read, jaxpr.outvars))
 
 
-def _pick(eqn: Any, operand: Any, indices: Any) -> Any:
+def _pick(eqn: Eqn, operand: Any, indices: Any) -> Any:
     width = operand.shape[-1]
     rows = jax.lax.expand_dims(indices.reshape(operand.shape[:-1]), (operand.ndim - 1,))
     mode = eqn.params["mode"]

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.types import Jaxpr, Var
 from jaxmp.casting.islands._islands import make_island, split_island
+from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.plan.states import State
 
 
 def schedule(
     plans: Sequence[Any],
-    jaxpr: Any,
+    jaxpr: Jaxpr,
     in_states: Sequence[State | None],
     out_states: Sequence[State | None],
     recompute: bool,
@@ -72,17 +74,17 @@ def _low(state: State | None) -> bool:
     return state is not None and state.is_low
 
 
-def _stored_dtype(plan, v) -> np.dtype | None:
+def _stored_dtype(plan: EqnPlan, v: Var) -> np.dtype | None:
     state = plan.out_states[plan.eqn.outvars.index(v)]
     return None if state is None else state.dtype
 
 
-def _groups(plans, producer) -> list[int]:
+def _groups(plans: Sequence[EqnPlan], producer: dict[Var, int]) -> list[int]:
     """The first equation of the group that each equation belongs to."""
     stage = [0] * len(plans)
     parent = list(range(len(plans)))
 
-    def find(i):
+    def find(i: int) -> int:
         while parent[i] != i:
             parent[i] = i = parent[parent[i]]
         return i
@@ -103,11 +105,17 @@ def _groups(plans, producer) -> list[int]:
     return [find(i) for i in range(len(plans))]
 
 
-def _sources(plan, producer) -> list[int]:
+def _sources(plan: EqnPlan, producer: dict[Var, int]) -> list[int]:
     return [producer[v] for v in plan.eqn.invars if not is_literal(v) and v in producer]
 
 
-def _reads(plans, jaxpr, out_states, group, producer) -> dict[Any, dict[Any, None]]:
+def _reads(
+    plans: Sequence[EqnPlan],
+    jaxpr: Jaxpr,
+    out_states: Sequence[State | None],
+    group: Sequence[int],
+    producer: dict[Var, int],
+) -> dict[Any, dict[Any, None]]:
     """In which dtypes each value of an island is read from outside the island."""
     reads: dict[Any, dict[Any, None]] = {}
     for i, plan in enumerate(plans):
@@ -123,7 +131,12 @@ def _reads(plans, jaxpr, out_states, group, producer) -> dict[Any, dict[Any, Non
     return reads
 
 
-def _order(plans, group, members, producer) -> list[int]:
+def _order(
+    plans: Sequence[EqnPlan],
+    group: Sequence[int],
+    members: dict[int, list[int]],
+    producer: dict[Var, int],
+) -> list[int]:
     """Groups in an order that has every producer first, near the traced order."""
     waits: dict[int, set[int]] = {g: set() for g in members}
     readers: dict[int, list[int]] = {g: [] for g in members}

@@ -10,10 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.types import Array, Atom, Var
+from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.plan.states import FLOAT32
+
+Reads = dict[Var, dict[np.dtype | None, None]]
+"""The dtypes in which each value of an island is read outside it, in order."""
 
 _MOVES = frozenset(("broadcast_in_dim", "reshape", "transpose", "copy"))
 
@@ -42,7 +48,7 @@ class Softmax(NamedTuple):
 
 
 def find_softmaxes(
-    members: Sequence[Any], readers: dict[Any, list[Any]], reads: dict[Any, Any]
+    members: Sequence[EqnPlan], readers: dict[Var, list[EqnPlan]], reads: Reads
 ) -> list[Softmax]:
     """Finds the softmaxes among the members of an island.
 
@@ -56,7 +62,12 @@ def find_softmaxes(
     return [softmax for softmax in found if softmax is not None]
 
 
-def _softmax(div, producer, readers, reads) -> Softmax | None:
+def _softmax(
+    div: EqnPlan,
+    producer: dict[Var, EqnPlan],
+    readers: dict[Var, list[EqnPlan]],
+    reads: Reads,
+) -> Softmax | None:
     if div.eqn.primitive.name != "div" or any(map(is_literal, div.eqn.invars)):
         return None
     above, below = div.eqn.invars
@@ -86,7 +97,9 @@ def _softmax(div, producer, readers, reads) -> Softmax | None:
     return Softmax(members, scores, shift, axes, div.eqn.outvars[0])
 
 
-def _is_closed(members, readers, reads) -> bool:
+def _is_closed(
+    members: Sequence[EqnPlan], readers: dict[Var, list[EqnPlan]], reads: Reads
+) -> bool:
     """Nobody else reads what the softmax computes on the way."""
     inside = set(map(id, members))
     return all(
@@ -96,7 +109,7 @@ def _is_closed(members, readers, reads) -> bool:
     )
 
 
-def _is_constant_along(shift, scores, axes) -> bool:
+def _is_constant_along(shift: Atom, scores: Var, axes: tuple[int, ...]) -> bool:
     if is_literal(shift) or not shift.aval.shape:
         return True
     return shift.aval.ndim == scores.aval.ndim and all(
@@ -104,7 +117,7 @@ def _is_constant_along(shift, scores, axes) -> bool:
     )
 
 
-def _lines_up(moves, axes) -> bool:
+def _lines_up(moves: Sequence[EqnPlan], axes: tuple[int, ...]) -> bool:
     """The sum comes back to where it was summed: one movement, which keeps the axes."""
     if len(moves) != 1 or moves[0].eqn.primitive.name != "broadcast_in_dim":
         return False
@@ -131,13 +144,13 @@ def run_softmax(
     shift = jax.lax.stop_gradient(shift)
 
     @jax.custom_jvp
-    def softmax_of(z, m):
+    def softmax_of(z: Array, m: Array) -> Array:
         if softmax.rounds_scores:
             z, m = _rounded(z, dtype), _rounded(m, dtype)
         return bind(softmax, z, m).astype(dtype)
 
     @softmax_of.defjvp
-    def _(primals, tangents):
+    def _(primals: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
         p = softmax_of(*primals)
         kept = _keep(softmax, p).astype(FLOAT32)
         dz = tangents[0]

@@ -15,7 +15,7 @@ source_info_util.register_exclusion(__file__)
 def shown(value: Any, dtype: Any) -> Any:
     """Shows half arrays in a wider dtype; it is a view for the code, and no cast."""
 
-    def show(x):
+    def show(x: Any) -> Any:
         is_half = isinstance(x, jax.Array) and x.dtype in _tree.HALF
         return x.astype(dtype) if is_half else x
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmp._jaxpr.types import Eqn
 from jaxmp.errors import AutocastRuleError
 from jaxmp.policy import get_policy
 
@@ -106,7 +107,7 @@ def _read_rule(rule: Any) -> OpRule:
     )
 
 
-def matches(rule: OpRule, primitive: str, scopes: tuple[str, ...], eqn: Any) -> bool:
+def matches(rule: OpRule, primitive: str, scopes: tuple[str, ...], eqn: Eqn) -> bool:
     """Tells whether a rule matches an operation.
 
     Args:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp.casting.ops._op_lists import OpClass
 from jaxmp.casting.ops._user_rules import OpRule
 from jaxmp.casting.plan.states import FLOAT32, FULL, NEUTRAL, State, traced_state
@@ -53,7 +54,7 @@ class EqnPlan:
       rule: the rule that matched, if any.
     """
 
-    eqn: Any
+    eqn: Eqn
     op_class: OpClass
     reason: str
     in_dtypes: tuple[np.dtype | None, ...]
@@ -93,7 +94,7 @@ class JaxprPlan:
       cache: rebuilt jaxprs of the executor, which belong to this plan.
     """
 
-    jaxpr: Any
+    jaxpr: Jaxpr
     in_states: tuple[State | None, ...]
     out_states: tuple[State | None, ...]
     eqns: list[EqnPlan]

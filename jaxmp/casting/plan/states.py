@@ -2,13 +2,14 @@
 
 import enum
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp._jaxpr.types import Atom
 
 FLOAT32 = jnp.dtype(jnp.float32)
 FLOAT16 = jnp.dtype(jnp.float16)
@@ -58,7 +59,7 @@ def low(dtype: np.dtype) -> State:
     return State(Kind.LOW, dtype)
 
 
-def traced_state(atom: Any) -> State | None:
+def traced_state(atom: Atom) -> State | None:
     """The state of a value in the dtype it was traced with."""
     dtype = castable_dtype(atom)
     if dtype is None:

@@ -15,6 +15,7 @@ from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, FULL_PRECISION_SCOPE
 from jaxmp._jaxpr.primitives import MATMULS
 from jaxmp._jaxpr.rewrite import map_equations, map_held
 from jaxmp._jaxpr.scopes import scope_names
+from jaxmp._jaxpr.types import Eqn
 from jaxmp.casting.plan.plan import Settings
 from jaxmp.casting.plan.states import FLOAT32
 
@@ -37,7 +38,7 @@ def ambient_precision() -> Any:
     return eqn.params["precision"]
 
 
-def precision_params(eqn: Any, settings: Settings) -> dict[str, Any] | None:
+def precision_params(eqn: Eqn, settings: Settings) -> dict[str, Any] | None:
     """The parameters of what stays in float32: with the policy's algorithm, or ambient.
 
     Returns:
@@ -51,7 +52,7 @@ def precision_params(eqn: Any, settings: Settings) -> dict[str, Any] | None:
     return None if params is eqn.params else params
 
 
-def _takes(eqn: Any, precision: Any) -> bool:
+def _takes(eqn: Eqn, precision: Any) -> bool:
     """Whether a policy decides about the algorithm of an equation."""
     name = eqn.primitive.name
     return (
@@ -64,7 +65,7 @@ def _takes(eqn: Any, precision: Any) -> bool:
 
 
 def with_ambient_precision(
-    eqn: Any, params: dict[str, Any], precision: Any
+    eqn: Eqn, params: dict[str, Any], precision: Any
 ) -> dict[str, Any]:
     """The parameters of an equation that is bound as traced, with a precision.
 
@@ -85,7 +86,7 @@ def with_ambient_precision(
             return params
         return {**params, "precision": precision}
 
-    def in_equation(eqn: Any) -> Any:
+    def in_equation(eqn: Eqn) -> Any:
         params = with_ambient_precision(eqn, eqn.params, precision)
         return eqn if params is eqn.params else eqn.replace(params=params)
 

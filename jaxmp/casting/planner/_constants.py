@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.primitives import LAYOUT
+from jaxmp._jaxpr.types import Atom, Eqn, Jaxpr
 
 _LARGEST_READ = 1 << 16
 
@@ -19,7 +20,7 @@ class Constants:
     `jnp.where(mask, scores, -1e9)`.
     """
 
-    def __init__(self, dtype: np.dtype, jaxpr: Any, consts: Sequence[Any]):
+    def __init__(self, dtype: np.dtype, jaxpr: Jaxpr, consts: Sequence[Any]):
         self.values: dict[Any, np.ndarray] = {}
         for v, value in zip(jaxpr.constvars, consts, strict=False):
             if castable_dtype(v) is None or v.aval.size > _LARGEST_READ:
@@ -27,11 +28,11 @@ class Constants:
             if not isinstance(value, jax.core.Tracer):
                 self.values[v] = np.asarray(value, np.float32)
 
-    def is_constant(self, atom: Any) -> bool:
+    def is_constant(self, atom: Atom) -> bool:
         """True if the value of an operand is known."""
         return is_literal(atom) or atom in self.values
 
-    def carry(self, eqn: Any) -> None:
+    def carry(self, eqn: Eqn) -> None:
         """Remembers a constant that an equation only moves."""
         if eqn.primitive.name in LAYOUT and self.is_constant(eqn.invars[0]):
             self.values[eqn.outvars[0]] = self._value(eqn.invars[0])
@@ -52,6 +53,6 @@ class Constants:
                 return f"constant {value[lost].flat[0]:g} is 0 in {dtype}"
         return None
 
-    def _value(self, atom: Any) -> np.ndarray:
+    def _value(self, atom: Atom) -> np.ndarray:
         value = atom.val if is_literal(atom) else self.values[atom]
         return np.asarray(value, np.float32)

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.primitives import LAYOUT
+from jaxmp._jaxpr.types import Eqn
 from jaxmp.casting.plan.states import State
 
 
@@ -26,7 +27,7 @@ class IslandInputs:
         """The value that a low value was moved from."""
         return self.source.get(v, v)
 
-    def add(self, eqn: Any, states: Sequence[State | None]) -> None:
+    def add(self, eqn: Eqn, states: Sequence[State | None]) -> None:
         """An equation joins the islands of its operands."""
         roots = {self.find(v) for v in _variables(eqn) if v in self.parent}
         low_inputs = {
@@ -44,12 +45,12 @@ class IslandInputs:
         for v in eqn.outvars:
             self.parent[v] = root
 
-    def moved(self, eqn: Any) -> None:
+    def moved(self, eqn: Eqn) -> None:
         """A low value that was only reshaped or moved is still the same value."""
         if eqn.primitive.name in LAYOUT and not is_literal(eqn.invars[0]):
             self.source[eqn.outvars[0]] = self.origin(eqn.invars[0])
 
-    def covers(self, eqn: Any, states: Sequence[State | None]) -> bool:
+    def covers(self, eqn: Eqn, states: Sequence[State | None]) -> bool:
         """Tells whether every low operand feeds the island of the others."""
         roots = {self.find(v) for v in _variables(eqn) if v in self.parent}
         fed = set().union(*(self.inputs[root] for root in roots))
@@ -60,5 +61,5 @@ class IslandInputs:
         )
 
 
-def _variables(eqn: Any) -> list[Any]:
+def _variables(eqn: Eqn) -> list[Any]:
     return [v for v in eqn.invars if not is_literal(v)]

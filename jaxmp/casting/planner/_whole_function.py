@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp._jaxpr.types import Jaxpr
 from jaxmp.casting.ops._user_rules import read_rules
 from jaxmp.casting.plan.plan import JaxprPlan, Settings
 from jaxmp.casting.plan.states import FLOAT32, traced_state
@@ -37,7 +38,7 @@ def read_settings(policy: Any, rules: Sequence[Any], half_residuals: bool) -> Se
 
 
 def plan_jaxpr(
-    jaxpr: Any, settings: Settings, output_dtype: Any = None
+    jaxpr: Jaxpr, settings: Settings, output_dtype: Any = None
 ) -> tuple[JaxprPlan, JaxprPlanner]:
     """Plans a whole traced function, whose inputs have the dtypes they came in.
 

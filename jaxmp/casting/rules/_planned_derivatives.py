@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import NEUTRAL, State
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
@@ -34,14 +35,14 @@ class _Original:
       varied: positions of these operands.
     """
 
-    def __init__(self, eqn: Any, varied: tuple[int, ...]):
+    def __init__(self, eqn: Eqn, varied: tuple[int, ...]):
         self.eqn = eqn
         self.avals = [v.aval for v in eqn.invars]
         self.varied = varied
         self.diff_outs = [i for i, v in enumerate(eqn.outvars) if is_inexact(v.aval)]
 
     def at(self, args: Sequence[Any]) -> tuple[Any, list[Any]]:
-        def run(*diff):
+        def run(*diff: Array) -> tuple[list[Array], list[Array]]:
             merged = list(args)
             for i, x in zip(self.varied, diff, strict=True):
                 merged[i] = x
@@ -97,7 +98,9 @@ class PlannedJVP(_PlannedRule):
 
     __name__ = "jvp"
 
-    def __call__(self, primals, tangents):
+    def __call__(
+        self, primals: Sequence[Array], tangents: Sequence[Any]
+    ) -> tuple[list[Array], list[Any]]:
         varied = self.varied([not isinstance(t, SymbolicZero) for t in tangents])
         original = _Original(self.plan.eqn, varied)
         jaxpr, rule = self.made(self.make_jvp, varied)
@@ -117,7 +120,9 @@ class PlannedJVP(_PlannedRule):
         return primal_outs, original.merge(tangent_outs, zeros)
 
     def make_jvp(self, original: _Original) -> tuple[Any, JaxprPlan]:
-        def jvp(args, tangents):
+        def jvp(
+            args: Sequence[Array], tangents: Sequence[Array]
+        ) -> tuple[list[Array], list[Array]]:
             run, diff = original.at(args)
             outs, tangent_outs, others = jax.jvp(run, diff, tangents, has_aux=True)
             return original.merge(outs, others), tangent_outs
@@ -142,7 +147,7 @@ class PlannedVJP(_PlannedRule):
     gradient.
     """
 
-    def forward(self, *args):
+    def forward(self, *args: Any) -> tuple[Any, ...]:
         varied = self.varied([x.perturbed for x in args])
         jaxpr, rule, _ = self.made(self.make_forward, varied)
         values = (*self.closed, *(x.value for x in args))
@@ -153,7 +158,7 @@ class PlannedVJP(_PlannedRule):
     def make_forward(self, original: _Original) -> tuple[Any, JaxprPlan, Any]:
         trees = []
 
-        def forward(*args):
+        def forward(*args: Any) -> tuple[Any, ...]:
             run, diff = original.at(args)
             outs, vjp, others = jax.vjp(run, *diff, has_aux=True)
             residuals, tree = jax.tree.flatten(vjp)
@@ -169,7 +174,7 @@ class PlannedVJP(_PlannedRule):
         rule = call.planner.plan(jaxpr, states, wants, call.context, jaxpr.consts)
         return jaxpr, rule, trees[0]
 
-    def backward(self, residuals, cotangents):
+    def backward(self, residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         ((varied, residuals),) = residuals.items()
         diff_outs = _Original(self.plan.eqn, varied).diff_outs
         cotangents = [_instantiated(cotangents[i]) for i in diff_outs]
@@ -184,7 +189,7 @@ class PlannedVJP(_PlannedRule):
         forward_jaxpr, forward, tree = self.made(self.make_forward, original.varied)
         count = len(self.plan.out_states)
 
-        def backward(residuals, cotangents):
+        def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
             try:
                 return jax.tree.unflatten(tree, residuals)(cotangents)
             except (TypeError, ValueError) as error:
@@ -224,7 +229,7 @@ def _entering(state: State | None) -> State | None:
     return state if state is None or state.is_low else NEUTRAL
 
 
-def _cast_all(values, states) -> list[Any]:
+def _cast_all(values: Sequence[Array], states: Sequence[State | None]) -> list[Any]:
     return [
         x if s is None else cast(x, s.dtype)
         for x, s in zip(values, states, strict=True)

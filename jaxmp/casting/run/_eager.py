@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.core
 
+from jaxmp._jaxpr.types import Array, Jaxpr
 from jaxmp.casting.ops import _registry
 from jaxmp.casting.planner._constants import Constants
 
@@ -26,7 +27,7 @@ class _Program:
     here, and which function a callback calls.
     """
 
-    def __init__(self, jaxpr: Any, text: str, dtype: Any):
+    def __init__(self, jaxpr: Jaxpr, text: str, dtype: Any):
         self.jaxpr = jaxpr
         constants = Constants(dtype, jaxpr.jaxpr, jaxpr.consts)
         unfit = constants.unfit(jaxpr.jaxpr.constvars, dtype)
@@ -39,7 +40,7 @@ class _Program:
         return hash(self._key)
 
 
-def is_eager(jaxpr: Any, arrays: Sequence[Any]) -> bool:
+def is_eager(jaxpr: Jaxpr, arrays: Sequence[Any]) -> bool:
     """Whether nothing that a traced function takes or closes over is traced itself."""
     return not any(isinstance(x, jax.core.Tracer) for x in (*jaxpr.consts, *arrays))
 
@@ -54,12 +55,14 @@ def compiled(
       dtype: the compute dtype.
     """
 
-    def autocasted(program, consts, arrays):
+    def autocasted(
+        program: _Program, consts: Sequence[Array], arrays: Sequence[Array]
+    ) -> list[Array]:
         return execute(program.jaxpr, consts, arrays)
 
     jitted = jax.jit(autocasted, static_argnums=0)
 
-    def run(jaxpr, arrays):
+    def run(jaxpr: Jaxpr, arrays: Sequence[Array]) -> list[Array]:
         if is_eager(jaxpr, arrays):
             text = jaxpr.pretty_print(source_info=True, name_stack=True)
             if not _CALLBACK.search(text):

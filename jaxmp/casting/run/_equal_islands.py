@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.types import Atom
 from jaxmp.casting.islands._islands import Island
 
 
@@ -38,7 +39,7 @@ def signature(island: Island, depth: int, args: list[Any]) -> Hashable | None:
     """
     numbers: dict[Any, int] = {v: i for i, v in enumerate(island.inputs)}
 
-    def number(atom):
+    def number(atom: Atom) -> Hashable:
         if is_literal(atom):
             return "literal", str(atom.aval), np.asarray(atom.val).tobytes()
         return numbers.setdefault(atom, len(numbers))

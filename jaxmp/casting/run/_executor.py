@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.types import Array, Atom, Eqn, Var
 from jaxmp.casting.islands._islands import Island, is_elementwise
 from jaxmp.casting.islands._label_gather import bind_with_picks, has_pick
 from jaxmp.casting.islands._softmax import Softmax, run_softmax
@@ -77,7 +78,7 @@ class Executor:
                 for v, state in zip(plan.jaxpr.invars, plan.in_states, strict=True)
             ]
 
-            def run(*args):
+            def run(*args: Array) -> list[Array]:
                 return self.run(plan, consts, args)
 
             plan.cache["closed"] = jax.make_jaxpr(run)(*avals)
@@ -168,7 +169,7 @@ class Executor:
         """Runs an island that is one softmax, keeping its half result only."""
         ((result, dtype),) = island.outputs
 
-        def bind(softmax, scores, shift):
+        def bind(softmax: Softmax, scores: Array, shift: Array) -> Array:
             inside = _Values()
             inside.write([softmax.scores], [scores])
             if not is_literal(softmax.shift):
@@ -192,17 +193,17 @@ class _Values:
         self.narrow: dict[tuple[Any, np.dtype], Any] = {}
         self.widened: dict[Any, Any] = {}
 
-    def write(self, variables, values) -> None:
+    def write(self, variables: Sequence[Var], values: Sequence[Array]) -> None:
         self.stored.update(zip(variables, values, strict=True))
 
-    def write_at(self, v, dtype, value) -> None:
+    def write_at(self, v: Var, dtype: Any, value: Array) -> None:
         if dtype is None:
             self.stored[v] = value
         else:
             self.narrow[v, dtype] = value
             self.stored.setdefault(v, value)
 
-    def read(self, atom, dtype) -> Any:
+    def read(self, atom: Atom, dtype: Any) -> Any:
         if is_literal(atom):
             return literal(atom, dtype)
         if dtype is _AS_STORED:
@@ -212,7 +213,7 @@ class _Values:
         value = self.stored[atom]
         return value if dtype is None else cast(value, dtype)
 
-    def read_once(self, atom, dtype) -> Any:
+    def read_once(self, atom: Atom, dtype: Any) -> Any:
         """Reads a value, and widens it once for all who read it like this."""
         if dtype != FLOAT32 or is_literal(atom):
             return self.read(atom, dtype)
@@ -224,7 +225,7 @@ class _Values:
 _AS_STORED = object()
 
 
-def literal(atom: Any, dtype: np.dtype | None) -> Any:
+def literal(atom: Atom, dtype: np.dtype | None) -> Any:
     """The value of a literal, in another dtype if one is given."""
     if dtype is None or atom.aval.dtype == dtype:
         return atom.val
@@ -243,7 +244,7 @@ def _widen(x: Any) -> Any:
     return jax.lax.convert_element_type(x, FLOAT32) if is_half else x
 
 
-def _is_done_cast(eqn: Any, params: Mapping[str, Any], operands: Sequence[Any]) -> bool:
+def _is_done_cast(eqn: Eqn, params: Mapping[str, Any], operands: Sequence[Any]) -> bool:
     return (
         eqn.primitive.name == "convert_element_type"
         and jnp.result_type(operands[0]) == params["new_dtype"]

@@ -1,10 +1,11 @@
 """Functions whose gradient keeps their arguments and computes all else again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from jaxmp._jaxpr.types import Array
 from jaxmp.casting.run._gpu_barrier import gpu_barrier
 
 
@@ -21,18 +22,20 @@ def recomputed(
     if not is_elementwise:
         return jax.checkpoint(run, prevent_cse=False)
 
-    def tangents_of(primals, tangents):
+    def tangents_of(primals: Sequence[Array], tangents: Sequence[Array]) -> list[Array]:
         primals = jax.tree.map(gpu_barrier, primals)
         return jax.jvp(run, primals, tangents)[1]
 
     again = jax.checkpoint(tangents_of, prevent_cse=False)
 
     @jax.custom_jvp
-    def activation(*args):
+    def activation(*args: Array) -> list[Array]:
         return run(*args)
 
     @activation.defjvp
-    def _(primals, tangents):
+    def _(
+        primals: Sequence[Array], tangents: Sequence[Array]
+    ) -> tuple[list[Array], list[Array]]:
         return activation(*primals), again(primals, tangents)
 
     return activation

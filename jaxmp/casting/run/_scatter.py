@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmp._jaxpr.types import Eqn
+
 _FUNCTIONS = {
     "scatter": jax.lax.scatter,
     "scatter-add": jax.lax.scatter_add,
@@ -21,14 +23,14 @@ _FUNCTIONS = {
 }
 
 
-def is_retyped_scatter(eqn: Any, operands: Sequence[Any]) -> bool:
+def is_retyped_scatter(eqn: Eqn, operands: Sequence[Any]) -> bool:
     """Whether an equation is a scatter into an array of another dtype than traced."""
     if eqn.primitive.name not in _FUNCTIONS:
         return False
     return jnp.result_type(operands[0]) != eqn.invars[0].aval.dtype
 
 
-def scatter(eqn: Any, operands: Sequence[Any]) -> Any:
+def scatter(eqn: Eqn, operands: Sequence[Any]) -> Any:
     """Scatters as the equation does, in the dtype of the operands."""
     params = eqn.params
     return _FUNCTIONS[eqn.primitive.name](

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.marks import AUTOCAST_SCOPE
+from jaxmp._jaxpr.types import Jaxpr
 from jaxmp.casting.plan.plan import JaxprPlan
 from jaxmp.casting.plan.states import FLOAT32
 from jaxmp.casting.run._executor import Executor, cast
@@ -17,7 +18,7 @@ from jaxmp.casting.run._executor import Executor, cast
 
 def run_plan(
     plan: JaxprPlan,
-    jaxpr: Any,
+    jaxpr: Jaxpr,
     consts: Sequence[Any],
     arrays: Sequence[Any],
     output_dtype: Any = None,
@@ -37,7 +38,7 @@ def run_plan(
         ]
 
 
-def out_dtypes(jaxpr: Any, output_dtype: Any) -> list[np.dtype | None]:
+def out_dtypes(jaxpr: Jaxpr, output_dtype: Any) -> list[np.dtype | None]:
     """The dtypes that the outputs have; None for those that are no floats."""
     dtypes = map(castable_dtype, jaxpr.jaxpr.outvars)
     if output_dtype is None:

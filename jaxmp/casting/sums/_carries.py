@@ -12,8 +12,8 @@ in loops multiplied, than it takes to lose a term.
 """
 
 import math
-from typing import Any
 
+from jaxmp._jaxpr.types import Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.sums import _updates
 from jaxmp.casting.sums._updates import OLD, Use
@@ -23,7 +23,7 @@ LAYERS = 256
 
 
 def is_sum(
-    jaxpr: Any, index: int, out: int, length: int | None, in_backward: bool
+    jaxpr: Jaxpr, index: int, out: int, length: int | None, in_backward: bool
 ) -> bool:
     """Whether a loop's body updates a carry as a sum.
 
@@ -42,13 +42,13 @@ def is_sum(
     return not _is_stream(use, in_backward) or times >= LAYERS
 
 
-def updates(jaxpr: Any, index: int, out: int) -> set[int]:
+def updates(jaxpr: Jaxpr, index: int, out: int) -> set[int]:
     """The ids of the equations that update a carry, those in calls included."""
     jaxpr = open_jaxpr(jaxpr)
     return {id(eqn) for eqn in _updates.path(jaxpr, _old(jaxpr, index), out)}
 
 
-def is_state(jaxpr: Any, index: int, out: int) -> bool:
+def is_state(jaxpr: Jaxpr, index: int, out: int) -> bool:
     """Whether a function updates an input as a sum, and returns it.
 
     A recurrence that is written without a loop, such as the step of a decoder, takes
@@ -67,7 +67,7 @@ def is_state(jaxpr: Any, index: int, out: int) -> bool:
     return use.increments == 1 or not _is_stream(use, False)
 
 
-def _old(jaxpr: Any, index: int) -> list[Use | None]:
+def _old(jaxpr: Jaxpr, index: int) -> list[Use | None]:
     inputs: list[Use | None] = [None] * len(jaxpr.invars)
     inputs[index] = OLD
     return inputs

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.primitives import ADDS, SCALES, SUMS_INTO
+from jaxmp._jaxpr.types import Atom, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import Context
@@ -21,7 +22,7 @@ _UPDATES = ADDS | SUMS_INTO | SCALES
 
 
 def returned_states(
-    planner: Any, jaxpr: Any, in_states: Sequence[State | None], wants: Sequence[bool]
+    planner: Any, jaxpr: Jaxpr, in_states: Sequence[State | None], wants: Sequence[bool]
 ) -> list[State | None]:
     """The states of a function's inputs: sums that it returns are kept in float32.
 
@@ -66,7 +67,7 @@ _NOTHING = Origins(0)
 
 def _flow(
     planner: Any,
-    jaxpr: Any,
+    jaxpr: Jaxpr,
     entering: Sequence[Origins],
     wants: Sequence[bool],
     context: Context,
@@ -75,7 +76,7 @@ def _flow(
     wanted = planner.wants(jaxpr, wants, context).values
     values = dict(zip(jaxpr.invars, entering, strict=True))
 
-    def of(atom: Any) -> Origins:
+    def of(atom: Atom) -> Origins:
         return _NOTHING if is_literal(atom) else values.get(atom, _NOTHING)
 
     for eqn in jaxpr.eqns:
@@ -91,7 +92,7 @@ def _flow(
 
 def _made(
     planner: Any,
-    eqn: Any,
+    eqn: Eqn,
     operands: Sequence[Origins],
     wanted: frozenset[Any],
     context: Context,

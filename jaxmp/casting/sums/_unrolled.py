@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.primitives import ADDS, SCALES
+from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp.casting.sums._updates import may_hand_on
 
 TERMS = 16
@@ -21,11 +22,11 @@ class _Chain(NamedTuple):
 
     terms: int
     bit: int
-    eqn: Any
+    eqn: Eqn
     before: "_Chain | None"
 
 
-def unrolled_sums(jaxpr: Any) -> frozenset[int]:
+def unrolled_sums(jaxpr: Jaxpr) -> frozenset[int]:
     """The ids of the equations of a jaxpr that make sums of many terms."""
     if sum(eqn.primitive.name in ADDS for eqn in jaxpr.eqns) < TERMS:
         return frozenset()
@@ -42,7 +43,7 @@ class _Chains:
         self.sources: dict[Any, int] = {}
         self.bit = 1
 
-    def read(self, eqn: Any) -> _Chain | None:
+    def read(self, eqn: Eqn) -> _Chain | None:
         """The sum that an equation adds to or moves, if it does."""
         operands = [v for v in eqn.invars if not is_literal(v)]
         source = 0
@@ -56,7 +57,7 @@ class _Chains:
         self.sources.update((v, source) for v in eqn.outvars)
         return chain
 
-    def chain(self, eqn: Any, operands: list[Any]) -> _Chain | None:
+    def chain(self, eqn: Eqn, operands: list[Any]) -> _Chain | None:
         out = next(iter(eqn.outvars), None)
         if out is None or castable_dtype(out) is None:
             return None

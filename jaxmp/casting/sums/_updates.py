@@ -23,6 +23,7 @@ from jaxmp._jaxpr.primitives import (
     REDUCES,
     SUMS_INTO,
 )
+from jaxmp._jaxpr.types import Atom, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
 from jaxmp.casting.ops import _registry
 
@@ -53,7 +54,7 @@ OLD = Use(is_update=True)
 Uses = dict[Any, Use | None]
 
 
-def uses_of(jaxpr: Any, inputs: Sequence[Use | None]) -> Uses:
+def uses_of(jaxpr: Jaxpr, inputs: Sequence[Use | None]) -> Uses:
     """How the values of a jaxpr depend on an old one, given how its inputs do."""
     uses: Uses = dict(zip(jaxpr.invars, inputs, strict=True))
     for eqn in jaxpr.eqns:
@@ -63,13 +64,13 @@ def uses_of(jaxpr: Any, inputs: Sequence[Use | None]) -> Uses:
     return uses
 
 
-def outputs(jaxpr: Any, inputs: Sequence[Use | None]) -> list[Use | None]:
+def outputs(jaxpr: Jaxpr, inputs: Sequence[Use | None]) -> list[Use | None]:
     """The same for the outputs of a jaxpr."""
     uses = uses_of(jaxpr, inputs)
     return [_use(uses, v) for v in jaxpr.outvars]
 
 
-def path(jaxpr: Any, inputs: Sequence[Use | None], out: int) -> Iterator[Any]:
+def path(jaxpr: Jaxpr, inputs: Sequence[Use | None], out: int) -> Iterator[Any]:
     """The equations between the old value and an output, those in calls included.
 
     Only those that update it, the last one first.
@@ -77,7 +78,7 @@ def path(jaxpr: Any, inputs: Sequence[Use | None], out: int) -> Iterator[Any]:
     yield from _path(jaxpr, inputs, {out})
 
 
-def _path(jaxpr: Any, inputs: Sequence[Use | None], outs: set[int]) -> Iterator[Any]:
+def _path(jaxpr: Jaxpr, inputs: Sequence[Use | None], outs: set[int]) -> Iterator[Any]:
     uses = uses_of(jaxpr, inputs)
     on_path = {jaxpr.outvars[i] for i in outs if not is_literal(jaxpr.outvars[i])}
     for eqn in reversed(jaxpr.eqns):
@@ -94,16 +95,16 @@ def _path(jaxpr: Any, inputs: Sequence[Use | None], outs: set[int]) -> Iterator[
             yield eqn
 
 
-def _updates(uses: Uses, atom: Any) -> bool:
+def _updates(uses: Uses, atom: Atom) -> bool:
     use = _use(uses, atom)
     return use is not None and use.is_update
 
 
-def _use(uses: Uses, atom: Any) -> Use | None:
+def _use(uses: Uses, atom: Atom) -> Use | None:
     return None if is_literal(atom) else uses.get(atom)
 
 
-def _results(eqn: Any, operands: list[Use | None]) -> Sequence[Use | None]:
+def _results(eqn: Eqn, operands: list[Use | None]) -> Sequence[Use | None]:
     bodies = _bodies(eqn, operands)
     if not bodies and _registry.is_unknown(eqn.primitive.name):
         return [_handed_on(eqn, operands, v) for v in eqn.outvars]
@@ -125,7 +126,7 @@ def _repeated(use: Use | None, length: float) -> Use | None:
     return use._replace(times=use.times * length)
 
 
-def _bodies(eqn: Any, operands: list[Use | None]) -> list[tuple[Any, list[Use | None]]]:
+def _bodies(eqn: Eqn, operands: list[Use | None]) -> list[tuple[Any, list[Use | None]]]:
     """The bodies of a call that return its results, with what enters them.
 
     A loop's carry enters as it does after the first iteration.
@@ -166,7 +167,7 @@ def _either(uses: Sequence[Use | None]) -> Use | None:
     )
 
 
-def _handed_on(eqn: Any, operands: list[Use | None], result: Any) -> Use:
+def _handed_on(eqn: Eqn, operands: list[Use | None], result: Any) -> Use:
     """What an unknown primitive returns: one of the operands like it, or anything."""
     alike = [
         use for v, use in zip(eqn.invars, operands, strict=True) if is_like(v, result)
@@ -177,7 +178,7 @@ def _handed_on(eqn: Any, operands: list[Use | None], result: Any) -> Use:
     return Use(is_update=False, through=2)
 
 
-def is_like(atom: Any, result: Any) -> bool:
+def is_like(atom: Atom, result: Any) -> bool:
     """Whether two values have one shape and dtype."""
     kinds = [
         (getattr(v.aval, "shape", None), getattr(v.aval, "dtype", None))
@@ -186,7 +187,7 @@ def is_like(atom: Any, result: Any) -> bool:
     return kinds[0] == kinds[1]
 
 
-def _result(eqn: Any, operands: list[Use | None]) -> Use:
+def _result(eqn: Eqn, operands: list[Use | None]) -> Use:
     name = eqn.primitive.name
     known = [use for use in operands if use is not None]
     kept = [use for use in known if use.is_update]
@@ -214,18 +215,18 @@ def _result(eqn: Any, operands: list[Use | None]) -> Use:
     )
 
 
-def moves(eqn: Any) -> bool:
+def moves(eqn: Eqn) -> bool:
     """Whether an equation returns its operand in another shape, order or dtype."""
     name = eqn.primitive.name
     return name in LAYOUT or name == CAST
 
 
-def may_hand_on(eqn: Any) -> bool:
+def may_hand_on(eqn: Eqn) -> bool:
     """The same, and for all that is known, what an unknown primitive returns."""
     return moves(eqn) or _registry.is_unknown(eqn.primitive.name)
 
 
-def _sum(eqn: Any, operands: list[Use | None], kept: list[Use]) -> Use:
+def _sum(eqn: Eqn, operands: list[Use | None], kept: list[Use]) -> Use:
     others = [u for u in operands if u is None or not (u.is_update or u.is_statistic)]
     is_scaled = len(kept) > 1 or any(use.is_scaled for use in kept)
     if eqn.primitive.name == "sub" and operands[0] not in kept:
