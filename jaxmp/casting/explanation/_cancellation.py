@@ -1,8 +1,8 @@
 """Finds variances taken as mean(x²) - mean(x)².
 
-Where the mean is much larger than the deviation, the two nearly cancel, in float32 as
-well: a LayerNorm of 1000 +- 0.5 is wrong by factors. It is no matter of half precision,
-and no cast mends it.
+Where the mean is much larger than the deviation, the two nearly cancel, in float32 too:
+a LayerNorm of 1000 +- 0.5 is wrong by factors. Half precision is not to blame, and no
+cast mends it.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.types import Atom, Eqn, Jaxpr, Var
 from jaxmp._jaxpr.versions import open_jaxpr
+from jaxmp._jaxpr.walk import makers
 
 NOTE = (
     "mean(x^2) - mean(x)^2 cancels where the mean is large, in float32 too: "
@@ -23,13 +24,12 @@ _PASSES_ON = frozenset(
 
 def cancelling(jaxpr: Jaxpr) -> set[int]:
     """Returns the ids of the subtractions in a jaxpr that are such a variance."""
-    eqns = open_jaxpr(jaxpr).eqns
-    producer = {v: eqn for eqn in eqns for v in eqn.outvars}
+    made_by = makers(jaxpr)
 
     def made(atom: Atom) -> Eqn | None:
         """The equation that computes a value, behind changes of shape and scale."""
-        while not is_literal(atom) and atom in producer:
-            eqn = producer[atom]
+        while not is_literal(atom) and atom in made_by:
+            eqn = made_by[atom]
             is_scaled = eqn.primitive.name in ("mul", "div") and _is_number(eqn, 1)
             if eqn.primitive.name not in _PASSES_ON and not is_scaled:
                 return eqn
@@ -52,7 +52,7 @@ def cancelling(jaxpr: Jaxpr) -> set[int]:
 
     return {
         id(eqn)
-        for eqn in eqns
+        for eqn in open_jaxpr(jaxpr).eqns
         if eqn.primitive.name == "sub"
         and is_mean_of_square(made(eqn.invars[0]))
         and is_square_of_mean(made(eqn.invars[1]))

@@ -1,19 +1,19 @@
 """`explain`: what autocast decides about a function, op by op, and why."""
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import source_info_util
 
 from jaxmp import _tree
 from jaxmp._jaxpr.arguments import flatten_arguments
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.marks import scopes
 from jaxmp._jaxpr.residuals import residual_jaxpr
+from jaxmp._jaxpr.site import Site
 from jaxmp.casting._autocast import autocast
 from jaxmp.casting.explanation._cancellation import NOTE, cancelling
 from jaxmp.casting.explanation._result import Explanation, Row
@@ -68,7 +68,7 @@ def explain(
         shares = shares_of(plan)
         cast_fn = autocast(fn, policy, rules=rules, half_residuals=half_residuals)
         return Explanation(
-            rows=tuple(_row(*told, noted) for told in _walk(plan, (), 1)),
+            rows=tuple(_row(step, noted) for step in _walk(plan)),
             half_flops=shares.half / max(shares.total, 1),
             reasons=shares.reasons,
             matmul_flops=shares.total,
@@ -84,22 +84,36 @@ def explain(
 
 
 def _concrete(x: Any) -> Any:
-    # An abstract array is a leaf that is no array: stand in an empty buffer for it.
+    # Stands in for an abstract array, which would count as a static argument.
     if isinstance(x, jax.ShapeDtypeStruct):
         return np.broadcast_to(np.zeros((), x.dtype), x.shape)
     return x
 
 
+class _Step(NamedTuple):
+    """An equation of a plan: where it stands, and how often it runs."""
+
+    plan: EqnPlan
+    site: Site
+    path: tuple[str, ...]
+    times: int
+
+
 def _walk(
-    plan: JaxprPlan, path: tuple[str, ...], times: int
-) -> Iterator[tuple[EqnPlan, tuple[str, ...], int]]:
+    plan: JaxprPlan,
+    path: tuple[str, ...] = (),
+    times: int = 1,
+    parent: Site | None = None,
+) -> Iterator[_Step]:
+    """The equations that have a floating operand or result, those in calls included."""
     for eqn in plan.eqns:
         atoms = (*eqn.eqn.invars, *eqn.eqn.outvars)
-        around = path + scopes(eqn.eqn)
+        step = _Step(eqn, Site(eqn.eqn, parent), path + scopes(eqn.eqn), times)
         if any(map(castable_dtype, atoms)):
-            yield eqn, around, times
+            yield step
+        count = times * eqn.eqn.params.get("length", 1)
         for body in _bodies(eqn.call):
-            yield from _walk(body, around, times * eqn.eqn.params.get("length", 1))
+            yield from _walk(body, step.path, count, step.site)
 
 
 def _bodies(call: Any) -> Sequence[JaxprPlan]:
@@ -116,8 +130,8 @@ def _plans(plan: JaxprPlan) -> Iterator[JaxprPlan]:
             yield from _plans(body)
 
 
-def _row(plan: EqnPlan, path: tuple[str, ...], times: int, noted: set[int]) -> Row:
-    eqn = plan.eqn
+def _row(step: _Step, noted: set[int]) -> Row:
+    plan, eqn = step.plan, step.plan.eqn
     note = f"; {NOTE}" if id(eqn) in noted else ""
     name = eqn.params.get("name")
     operation = f"{eqn.primitive.name} {name}" if name else eqn.primitive.name
@@ -128,21 +142,22 @@ def _row(plan: EqnPlan, path: tuple[str, ...], times: int, noted: set[int]) -> R
         for v, dtype in zip(eqn.invars, plan.in_dtypes, strict=True)
         if castable_dtype(v)
     )
+    half, full = own_flops(plan, step.times)
     after += " -> " + _dtypes(s.dtype for s in plan.out_states if s is not None)
-    source = source_info_util.summarize(eqn.source_info).rpartition("/")[-1]
     return Row(
-        operation,
-        source,
-        "/".join(path),
-        before.strip(),
-        after.strip(),
-        plan.op_class.value,
-        plan.reason + note,
-        *own_flops(plan, times),
+        operation=operation,
+        source=str(step.site.line or ""),
+        path="/".join(step.path),
+        before=before.strip(),
+        after=after.strip(),
+        op_class=plan.op_class.value,
+        reason=plan.reason + note,
+        half_flops=half,
+        full_flops=full,
     )
 
 
-def _dtypes(dtypes: Any) -> str:
+def _dtypes(dtypes: Iterable[Any]) -> str:
     names = [jnp.dtype(d).name for d in dtypes]
     return " ".join(_SHORT.get(name, name) for name in names)
 

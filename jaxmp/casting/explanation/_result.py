@@ -1,12 +1,12 @@
 """What `explain` returns: a summary, reasons for float32, a row per operation."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxmp._views import html as _html
-from jaxmp._views import tables as _table
+from jaxmp._views import html
+from jaxmp._views.result import Result
+from jaxmp._views.tables import text_table
 from jaxmp.casting.explanation.shares import Reason
 from jaxmp.errors import NoSuchRows
 
@@ -50,7 +50,7 @@ _SELECTIONS: dict[str, Callable[[Row], bool]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Explanation:
+class Explanation(Result):
     """What autocast decides about one call of a function.
 
     Attributes:
@@ -126,7 +126,7 @@ class Explanation:
     def __str__(self) -> str:
         is_warned = bool(self.why) and self.why[0].startswith("Warning")
         lines = [*self.why[:is_warned], self.summary, *self.why[is_warned:]]
-        return "\n".join([*lines, "", _table.text_table(_COLUMNS, self._cells)])
+        return "\n".join([*lines, "", text_table(_COLUMNS, self._cells)])
 
     @property
     def _cells(self) -> list[tuple[Any, ...]]:
@@ -141,27 +141,17 @@ class Explanation:
             table.add_row(*cells, style=_STYLES[row.op_class])
         return Group(*self.why, self.summary, table)
 
-    def show(self) -> None:
-        """Prints the table: with colours in a terminal, plain in a pipe."""
-        if sys.stdout.isatty():
-            import rich
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Gives the rows as dictionaries, for a data frame."""
+        return [row._asdict() for row in self.rows]
 
-            rich.print(self)
-        else:
-            print(self)
-
-    def to_html(self, path: Any) -> None:
-        """Writes one self-contained page.
-
-        Args:
-          path: file to write.
-        """
+    def _page(self) -> str:
         kinds = [row.op_class for row in self.rows]
-        page = _html.page(
+        return html.page(
             "What autocast decided",
-            *map(_html.paragraph, (self.summary, *self.why)),
-            _html.checkboxes(_MARKS),
-            _html.table(
+            *map(html.paragraph, (self.summary, *self.why)),
+            html.checkboxes(_MARKS),
+            html.table(
                 _COLUMNS,
                 self._cells,
                 code=("operation", "before", "after"),
@@ -169,8 +159,6 @@ class Explanation:
                 kinds=kinds,
             ),
         )
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
 
 
 _STYLES = {"compute": "green", "full": "red", "follow": "", "untouched": "dim"}

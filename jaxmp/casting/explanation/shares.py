@@ -2,14 +2,15 @@
 
 import collections
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxmp import _tree
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
+from jaxmp._jaxpr.calls import loop
 from jaxmp._jaxpr.flops import matmul_shape
 from jaxmp._jaxpr.primitives import MATMULS
-from jaxmp._jaxpr.sources import written
-from jaxmp._jaxpr.types import Eqn
+from jaxmp._jaxpr.site import Site
+from jaxmp._jaxpr.types import Eqn, Var
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
@@ -57,19 +58,20 @@ def own_flops(plan: EqnPlan, times: int = 1) -> tuple[float, float]:
 
     Those of a call count if it is bound whole; else its equations have them.
     """
+    site = Site(plan.eqn)
     if plan.eqn.primitive.name in MATMULS:
-        found = list(_matmul(plan, None, times))
+        found = list(_matmul(plan, site, None, times))
     else:
-        found = [] if plan.call else list(_as_traced(plan, plan.eqn, times))
+        found = [] if plan.call else list(_as_traced(plan, site, plan.eqn, times))
     half = sum(matmul.flops for matmul in found if matmul.cause is None)
     return half, sum(matmul.flops for matmul in found) - half
 
 
 class _Cause(NamedTuple):
-    """The equation that decided on others, and what it decided."""
+    """What was decided, and where the equation stands that decided."""
 
     reason: str
-    eqn: Eqn
+    site: Site
 
 
 class _Matmul(NamedTuple):
@@ -93,13 +95,12 @@ def shares_of(plan: JaxprPlan) -> Shares:
     half = total = 0.0
     flops: dict[tuple[str, str], float] = collections.defaultdict(float)
     matmuls: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
-    for found in _walk(plan, (None,) * len(plan.jaxpr.invars), 1, {}):
+    for found in _walk(plan, (None,) * len(plan.jaxpr.invars), 1, {}, None):
         total += found.flops
         if found.cause is None:
             half += found.flops
             continue
-        source = written(found.cause.eqn.source_info.traceback).source
-        key = found.cause.reason, str(source or "")
+        key = found.cause.reason, str(found.cause.site.source or "")
         flops[key] += found.flops
         matmuls[key].add(id(found.eqn))
     reasons = [Reason(*key, flops[key], len(matmuls[key])) for key in flops]
@@ -111,22 +112,24 @@ def _walk(
     plan: JaxprPlan,
     entering: Sequence[_Cause | None],
     times: int,
-    causes: dict[Any, _Cause | None],
+    causes: dict[Var, _Cause | None],
+    parent: Site | None,
 ) -> Iterator[_Matmul]:
     """The matmuls of a plan; fills in what pinned each of its values, if anything."""
     causes.update(zip(plan.jaxpr.invars, entering, strict=True))
     for eqn in plan.eqns:
+        site = Site(eqn.eqn, parent)
         operands = [None if is_literal(v) else causes.get(v) for v in eqn.eqn.invars]
-        results = [_pinning(eqn, s, operands) for s in eqn.out_states]
+        results = [_pinning(eqn, site, s, operands) for s in eqn.out_states]
         if eqn.eqn.primitive.name in MATMULS:
-            yield from _matmul(eqn, next(filter(None, operands), None), times)
+            yield from _matmul(eqn, site, next(filter(None, operands), None), times)
         elif eqn.call is None:
-            yield from _as_traced(eqn, eqn.eqn, times)
+            yield from _as_traced(eqn, site, eqn.eqn, times)
         else:
             count = times * eqn.eqn.params.get("length", 1)
             for body, inputs in _entered(eqn, operands):
-                inside: dict[Any, _Cause | None] = {}
-                yield from _walk(body, inputs, count, inside)
+                inside: dict[Var, _Cause | None] = {}
+                yield from _walk(body, inputs, count, inside, site)
                 outs = body.jaxpr.outvars
                 if len(outs) == len(results):
                     found = [None if is_literal(v) else inside.get(v) for v in outs]
@@ -135,11 +138,11 @@ def _walk(
 
 
 def _pinning(
-    eqn: EqnPlan, state: State | None, operands: Sequence[_Cause | None]
+    eqn: EqnPlan, site: Site, state: State | None, operands: Sequence[_Cause | None]
 ) -> _Cause | None:
     if state is None or state.kind is not Kind.PINNED:
         return None
-    return next(filter(None, operands), _Cause(eqn.reason, eqn.eqn))
+    return next(filter(None, operands), _Cause(eqn.reason, site))
 
 
 def _entered(
@@ -151,16 +154,17 @@ def _entered(
     if name == "cond":
         yield from ((branch, operands[1:]) for branch in call)
     elif name == "while":
-        first = eqn.eqn.params["cond_nconsts"]
-        second = first + eqn.eqn.params["body_nconsts"]
+        of_condition, consts, carries, _ = loop(eqn.eqn).split(operands)
         condition, body = call
-        yield condition, (*operands[:first], *operands[second:])
-        yield body, operands[first:]
+        yield condition, (*of_condition, *carries)
+        yield body, (*consts, *carries)
     else:
         yield call, operands
 
 
-def _matmul(plan: EqnPlan, cause: _Cause | None, times: int) -> Iterator[_Matmul]:
+def _matmul(
+    plan: EqnPlan, site: Site, cause: _Cause | None, times: int
+) -> Iterator[_Matmul]:
     """A matmul, and its cause, or its own reason, if it is not in half."""
     if not _counts(plan.eqn):
         return
@@ -170,11 +174,11 @@ def _matmul(plan: EqnPlan, cause: _Cause | None, times: int) -> Iterator[_Matmul
         if castable_dtype(v)
     ]
     is_half = bool(dtypes) and all(dtype in _tree.HALF for dtype in dtypes)
-    cause = None if is_half else cause or _Cause(plan.reason, plan.eqn)
+    cause = None if is_half else cause or _Cause(plan.reason, site)
     yield _Matmul(plan.eqn, times * matmul_shape(plan.eqn).flops, cause)
 
 
-def _as_traced(plan: EqnPlan, eqn: Eqn, times: int) -> Iterator[_Matmul]:
+def _as_traced(plan: EqnPlan, site: Site, eqn: Eqn, times: int) -> Iterator[_Matmul]:
     """The matmuls inside a call that is bound whole."""
     call = _registry.call_rule(eqn.primitive.name)
     for body in () if call is None else call.bodies(eqn):
@@ -183,10 +187,10 @@ def _as_traced(plan: EqnPlan, eqn: Eqn, times: int) -> Iterator[_Matmul]:
             if inner.primitive.name in MATMULS and _counts(inner):
                 dtypes = [v.aval.dtype for v in inner.invars[:2]]
                 is_half = all(dtype in _tree.HALF for dtype in dtypes)
-                cause = None if is_half else _Cause(plan.reason, plan.eqn)
+                cause = None if is_half else _Cause(plan.reason, site)
                 yield _Matmul(inner, count * matmul_shape(inner).flops, cause)
             else:
-                yield from _as_traced(plan, inner, count)
+                yield from _as_traced(plan, site, inner, count)
 
 
 def _counts(eqn: Eqn) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmp._jaxpr.atoms import castable_dtype
+from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.types import Array, Atom, Eqn
 from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
 
@@ -52,7 +52,7 @@ def bind_with_picks(eqn: Eqn, operands: Sequence[Any]) -> list[Any]:
     values.update(zip(jaxpr.constvars, constants, strict=True))
 
     def read(atom: Atom) -> Array:
-        return atom.val if hasattr(atom, "val") else values[atom]
+        return atom.val if is_literal(atom) else values[atom]
 
     for inner in jaxpr.eqns:
         args = list(map(read, inner.invars))

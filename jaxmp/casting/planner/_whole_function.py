@@ -13,7 +13,7 @@ from jaxmp.casting.plan.plan import JaxprPlan, Settings
 from jaxmp.casting.plan.states import FLOAT32, traced_state
 from jaxmp.casting.planner._ambient_precision import ambient_precision
 from jaxmp.casting.planner._planner import JaxprPlanner
-from jaxmp.casting.sums._returned_states import returned_states
+from jaxmp.casting.planner._returned_states import returned_states
 from jaxmp.errors import AutocastError, AutocastRuleError
 from jaxmp.policy import get_policy
 

@@ -10,6 +10,7 @@ from jaxmp.casting.plan.plan import Context, EqnPlan
 from jaxmp.casting.plan.states import State, join
 from jaxmp.casting.planner._interface import Planner
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
+from jaxmp.casting.run._executor import Executor
 
 
 class CondRule(CallRule):
@@ -44,7 +45,9 @@ class CondRule(CallRule):
         plans = tuple(with_outputs(p, outs) for p in plans)
         return call_plan(eqn, states, outs, plans)
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         planned = tuple(
             executor.closed(branch, jaxpr_consts(body))
             for branch, body in zip(plan.call, branches(plan.eqn), strict=True)

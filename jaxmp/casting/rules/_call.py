@@ -12,6 +12,7 @@ from jaxmp.casting.ops._op_lists import OpClass
 from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan, as_island
 from jaxmp.casting.plan.states import NEUTRAL, Kind, State, traced_state
 from jaxmp.casting.planner._interface import Planner
+from jaxmp.casting.run._executor import Executor
 
 
 class CallRule:
@@ -48,7 +49,9 @@ class CallRule:
         """Plans the bodies, and so the equation."""
         raise NotImplementedError
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         """Binds the equation with its planned bodies."""
         raise NotImplementedError
 

@@ -12,6 +12,7 @@ from jaxmp._jaxpr.types import Array
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.rules._call import SingleBodyRule
+from jaxmp.casting.run._executor import Executor
 
 
 class CheckpointRule(SingleBodyRule):
@@ -20,7 +21,9 @@ class CheckpointRule(SingleBodyRule):
     primitives = CHECKPOINTS
     is_composite = False
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         closed = executor.closed(plan.call, ())
         params = {**plan.eqn.params, BODY[plan.eqn.primitive.name]: open_jaxpr(closed)}
         return plan.eqn.primitive.bind(*operands, **params)

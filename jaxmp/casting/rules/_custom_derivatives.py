@@ -24,6 +24,7 @@ from jaxmp.casting.rules._planned_derivatives import (
     is_inexact,
     name_of,
 )
+from jaxmp.casting.run._executor import Executor
 from jaxmp.errors import AutocastError
 
 
@@ -52,7 +53,7 @@ class _CustomRule(SingleBodyRule):
         return call_plan(eqn, plan.call.in_states, plan.out_states, call)
 
     def primal(
-        self, plan: EqnPlan, executor: Any, closed: Sequence[Array]
+        self, plan: EqnPlan, executor: Executor, closed: Sequence[Array]
     ) -> Callable[..., Any]:
         """The primal as a function of what it does not close over, named like it."""
 
@@ -68,7 +69,9 @@ class CustomJVPRule(_CustomRule):
 
     primitives = CUSTOM_JVPS
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         closed, args = _split_closed(plan.eqn, operands)
         run = jax.custom_jvp(self.primal(plan, executor, closed))
         run.defjvp(PlannedJVP(plan, executor, closed), symbolic_zeros=True)
@@ -87,7 +90,9 @@ class CustomVJPRule(_CustomRule):
             return (False,) * len(eqn.invars)
         return super().wants(eqn, results, planner, context)
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         closed, args = _split_closed(plan.eqn, operands)
         closed = [_without_gradient(x) if is_inexact(x) else x for x in closed]
         run = jax.custom_vjp(self.primal(plan, executor, closed))

@@ -7,6 +7,7 @@ from jaxmp._jaxpr.calls import BODY, GROUPINGS, JITS
 from jaxmp._jaxpr.types import Array
 from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.rules._call import SingleBodyRule
+from jaxmp.casting.run._executor import Executor
 
 
 class JitRule(SingleBodyRule):
@@ -14,7 +15,9 @@ class JitRule(SingleBodyRule):
 
     primitives = JITS
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         closed = executor.closed(plan.call, self.consts(plan))
         params = {**plan.eqn.params, BODY[plan.eqn.primitive.name]: closed}
         return plan.eqn.primitive.bind(*operands, **params)
@@ -25,5 +28,7 @@ class InlineRule(SingleBodyRule):
 
     primitives = GROUPINGS
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         return executor.run(plan.call, self.consts(plan), operands)

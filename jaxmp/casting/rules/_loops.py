@@ -16,6 +16,7 @@ from jaxmp.casting.plan.states import NEUTRAL, State, traced_state
 from jaxmp.casting.planner._interface import Planner
 from jaxmp.casting.rules._call import CallRule, call_plan, fed, with_outputs
 from jaxmp.casting.rules._carries import entering, find_carries, released, settle
+from jaxmp.casting.run._executor import Executor
 
 
 class ScanRule(CallRule):
@@ -67,7 +68,9 @@ class ScanRule(CallRule):
         outs = [*(released(s, False, planner) for s in init), *others]
         return call_plan(eqn, (*consts, *init, *slices), outs, plan)
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         consts = jaxpr_consts(loop(plan.eqn).body)
         params = {**plan.eqn.params, "jaxpr": executor.closed(plan.call, consts)}
         return plan.eqn.primitive.bind(*operands, **params)
@@ -115,7 +118,9 @@ class WhileRule(CallRule):
         outs = [released(s, False, planner) for s in init]
         return call_plan(eqn, (*cond_consts, *consts, *init), outs, calls)
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         params = dict(plan.eqn.params)
         for name, inside in zip(("cond_jaxpr", "body_jaxpr"), plan.call, strict=True):
             params[name] = executor.closed(inside, jaxpr_consts(params[name]))

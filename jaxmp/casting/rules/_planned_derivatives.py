@@ -18,7 +18,7 @@ from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import NEUTRAL, State
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
-from jaxmp.casting.run._executor import cast
+from jaxmp.casting.run._executor import Executor, cast
 
 
 def name_of(plan: EqnPlan) -> str:
@@ -71,7 +71,7 @@ class _PlannedRule:
       closed: values of the operands that the function closes over, which come first.
     """
 
-    def __init__(self, plan: EqnPlan, executor: Any, closed: Sequence[Any]):
+    def __init__(self, plan: EqnPlan, executor: Executor, closed: Sequence[Any]):
         self.plan = plan
         self.executor = executor
         self.closed = closed

@@ -9,6 +9,7 @@ from jaxmp._jaxpr.types import Array
 from jaxmp._jaxpr.versions import shard_map_arguments
 from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.rules._call import SingleBodyRule
+from jaxmp.casting.run._executor import Executor
 
 
 class ShardMapRule(SingleBodyRule):
@@ -17,7 +18,9 @@ class ShardMapRule(SingleBodyRule):
     primitives = ("shard_map",)
     is_composite = False
 
-    def execute(self, plan: EqnPlan, operands: Sequence[Array], executor: Any) -> Any:
+    def execute(
+        self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
+    ) -> Any:
         def body(*args: Array) -> tuple[Array, ...]:
             return tuple(executor.run(plan.call, (), args))
 

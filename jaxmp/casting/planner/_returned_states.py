@@ -15,6 +15,7 @@ from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import Context
 from jaxmp.casting.plan.states import KEPT, NEUTRAL, State, traced_state
+from jaxmp.casting.planner._interface import Planner
 from jaxmp.casting.sums import _carries as _sums
 from jaxmp.casting.sums import _updates
 
@@ -22,7 +23,10 @@ _UPDATES = ADDS | SUMS_INTO | SCALES
 
 
 def returned_states(
-    planner: Any, jaxpr: Jaxpr, in_states: Sequence[State | None], wants: Sequence[bool]
+    planner: Planner,
+    jaxpr: Jaxpr,
+    in_states: Sequence[State | None],
+    wants: Sequence[bool],
 ) -> list[State | None]:
     """The states of a function's inputs: sums that it returns are kept in float32.
 
@@ -66,7 +70,7 @@ _NOTHING = Origins(0)
 
 
 def _flow(
-    planner: Any,
+    planner: Planner,
     jaxpr: Jaxpr,
     entering: Sequence[Origins],
     wants: Sequence[bool],
@@ -91,7 +95,7 @@ def _flow(
 
 
 def _made(
-    planner: Any,
+    planner: Planner,
     eqn: Eqn,
     operands: Sequence[Origins],
     wanted: frozenset[Any],
