@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from jaxmp._jaxpr.types import Eqn
+from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
 
 V = TypeVar("V")
@@ -131,3 +131,17 @@ def loop(eqn: Eqn) -> Loop:
 def branches(eqn: Eqn) -> Sequence[Any]:
     """The jaxprs of a `cond`, each of all operands but the first."""
     return eqn.params["branches"]
+
+
+def closed_over(eqn: Eqn) -> int:
+    """How many of its first operands the function of a custom derivative closes over.
+
+    The rule of the function skips them.
+    """
+    return eqn.params["num_consts"]
+
+
+def function_name(jaxpr: Jaxpr) -> str | None:
+    """The name of the function that a jaxpr was traced from, if JAX knows it."""
+    info = getattr(open_jaxpr(jaxpr), "debug_info", None)
+    return getattr(info, "func_name", None)

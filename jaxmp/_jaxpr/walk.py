@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxmp._jaxpr.atoms import variables
-from jaxmp._jaxpr.calls import held
+from jaxmp._jaxpr.calls import BODY, JITS, held
 from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 
@@ -58,3 +58,12 @@ def reader(jaxpr: Jaxpr, eqn: Eqn) -> Any:
 def producer(jaxpr: Jaxpr, eqn: Eqn) -> Any:
     """The equation that made the first operand of another, or None."""
     return next((e for e in walk(jaxpr) if eqn.invars[0] in e.outvars), None)
+
+
+def unwrapped(eqn: Eqn) -> Iterator[Eqn]:
+    """The equation, or those of the jitted function that it calls."""
+    if eqn.primitive.name not in JITS:
+        yield eqn
+        return
+    for inner in open_jaxpr(eqn.params[BODY[eqn.primitive.name]]).eqns:
+        yield from unwrapped(inner)

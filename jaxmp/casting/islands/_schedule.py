@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.types import Jaxpr, Var
-from jaxmp.casting.islands._islands import make_island, split_island
+from jaxmp.casting.islands._islands import make_island
+from jaxmp.casting.islands._split import split_island
 from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.plan.states import State
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxmp._jaxpr.calls import CUSTOM_JVPS, CUSTOM_VJPS
+from jaxmp._jaxpr.calls import CUSTOM_JVPS, CUSTOM_VJPS, closed_over
 from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import State
@@ -105,7 +105,7 @@ def _split_closed(
     eqn: Eqn, values: Sequence[Array]
 ) -> tuple[Sequence[Array], Sequence[Array]]:
     """The first operands are what the function closes over: its rule skips them."""
-    count = eqn.params["num_consts"]
+    count = closed_over(eqn)
     return values[:count], values[count:]
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from jaxmp._jaxpr.calls import function_name
 from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import NEUTRAL, State
@@ -23,8 +24,7 @@ from jaxmp.casting.run._executor import Executor, cast
 
 def name_of(plan: EqnPlan) -> str:
     """The name of the function that the user gave a rule."""
-    info = getattr(plan.call.primal.jaxpr, "debug_info", None)
-    return getattr(info, "func_name", None) or "run"
+    return function_name(plan.call.primal.jaxpr) or "run"
 
 
 class _Original:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.calls import loop
 from jaxmp._jaxpr.primitives import (
     ADDS,
     CAST,
@@ -24,7 +25,7 @@ from jaxmp._jaxpr.primitives import (
     SUMS_INTO,
 )
 from jaxmp._jaxpr.types import Atom, Eqn, Jaxpr
-from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
+from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.ops import _registry
 
 
@@ -112,12 +113,12 @@ def _results(eqn: Eqn, operands: list[Use | None]) -> Sequence[Use | None]:
         return [_result(eqn, operands)] * len(eqn.outvars)
     each = [outputs(open_jaxpr(body), entering) for body, entering in bodies]
     results = [_either(uses) for uses in zip(*each, strict=True)]
-    name = eqn.primitive.name
-    if not _registry.call_rule(name).is_loop:
+    if not _registry.call_rule(eqn.primitive.name).is_loop:
         return results
-    count = len(results) if name == "while" else scan_arity(eqn.params)[1]
-    length = eqn.params.get("length", math.inf)
-    return [_repeated(use, length) for use in results[:count]] + results[count:]
+    read = loop(eqn)
+    length = math.inf if read.length is None else read.length
+    repeated = [_repeated(use, length) for use in results[: read.carries]]
+    return repeated + results[read.carries :]
 
 
 def _repeated(use: Use | None, length: float) -> Use | None:
@@ -136,18 +137,13 @@ def _bodies(eqn: Eqn, operands: list[Use | None]) -> list[tuple[Any, list[Use | 
         return []
     if name == "cond":
         return [(body, operands[1:]) for body in call.bodies(eqn)]
-    body = call.bodies(eqn)[-1]
     if not call.is_loop:
-        return [(body, operands)]
-    if name == "while":
-        operands = operands[eqn.params["cond_nconsts"] :]
-        first, count = eqn.params["body_nconsts"], len(eqn.outvars)
-    else:
-        first, count = scan_arity(eqn.params)
-    carry = slice(first, first + count)
-    outs = outputs(open_jaxpr(body), operands)[:count]
-    again = [_either(uses) for uses in zip(operands[carry], outs, strict=True)]
-    return [(body, [*operands[:first], *again, *operands[first + count :]])]
+        return [(call.bodies(eqn)[-1], operands)]
+    read = loop(eqn)
+    _, consts, carries, slices = read.split(operands)
+    first = outputs(open_jaxpr(read.body), [*consts, *carries, *slices])
+    again = [_either(uses) for uses in zip(carries, first[: read.carries], strict=True)]
+    return [(read.body, [*consts, *again, *slices])]
 
 
 def _either(uses: Sequence[Use | None]) -> Use | None:
