@@ -16,7 +16,7 @@ def is_literal(atom: Atom) -> bool:
 
 
 def variables(atoms: Iterable[Any]) -> Iterator[Any]:
-    """The atoms that are no literals, in order."""
+    """The atoms that are not literals, in order."""
     return (atom for atom in atoms if not is_literal(atom))
 
 
@@ -32,5 +32,5 @@ def is_half(atom: Atom) -> bool:
 
 
 def is_integer(atom: Atom) -> bool:
-    """True for integers and booleans, which a cast to a float is no decision about."""
+    """True for integers and booleans."""
     return getattr(getattr(atom.aval, "dtype", None), "kind", "") in ("i", "u", "b")

@@ -15,7 +15,7 @@ V = TypeVar("V")
 JITS = ("jit", "pjit")
 CHECKPOINTS = ("remat2", "checkpoint", "remat")
 GROUPINGS = ("closed_call", "core_call", "call", "eval_jaxpr")
-"""Calls that are no more than a group of equations."""
+"""Calls that only group equations."""
 CUSTOM_JVPS = ("custom_jvp_call",)
 CUSTOM_VJPS = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 LOOPS = ("scan", "while")

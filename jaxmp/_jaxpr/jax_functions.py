@@ -26,8 +26,8 @@ def promotes(how: Written) -> bool:
 def is_promotion(eqn: Eqn) -> bool:
     """Tells a cast that JAX put in from one that the program asks for.
 
-    `half * single` in `jax.numpy` casts the half operand. That is no wish of the
-    program's, unlike `half.astype(jnp.float32)`. A cast of which it is not known where
+    `half * single` in `jax.numpy` casts the half operand. The program did not
+    ask for it, unlike `half.astype(jnp.float32)`. A cast of which it is not known where
     it was made was asked for.
 
     Args:

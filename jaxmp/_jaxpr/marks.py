@@ -14,7 +14,7 @@ FULL_PRECISION_SCOPE = "jaxmp.full_precision"
 LAYER_SCOPE = "jaxmp.layer"
 """`apply_policy` has decided about one of Flax's layers."""
 BORDER_SCOPE = "jaxmp.border"
-"""A cast that shows a half result to code that was written for float32. It is no wish
+"""A cast that shows a half result to code that was written for float32. It does not ask
 for float32: the value stays in half, and follows its readers."""
 HALF_SCOPE = "jaxmp.half_operands"
 """A function that was traced on half operands, such as a fused kernel."""

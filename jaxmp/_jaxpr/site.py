@@ -15,7 +15,7 @@ class Site:
     """An equation at one place of a program; a loop's iterations share it.
 
     Attributes:
-      eqn: the equation; None outside of all.
+      eqn: the equation; None outside all of them.
       parent: the site of the call or loop that it is in, or None.
     """
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 _JAXMP = os.path.dirname(os.path.dirname(__file__))
-# Code that users call, and in which a line tells them nothing.
+# Code that users call; a line in it would not help them.
 _LIBRARIES = ("flax", "optax", "chex", "equinox", "haiku", "diffrax", "jaxlib")
 _STANDARD = os.path.dirname(os.__file__)
 
@@ -36,7 +36,7 @@ class Written(NamedTuple):
 
     Attributes:
       source: the user's line, or None if the traceback holds none.
-      nearest: the innermost line outside of JAX, the user's or a library's.
+      nearest: the innermost line outside JAX, the user's or a library's.
       library: the package whose code called JAX, None for the user's own.
       caller: name of the function that called JAX.
       inside_jax: names of JAX's own functions below it, innermost first.
@@ -82,7 +82,7 @@ def _written(traceback: Any) -> Written:
 
 
 def is_users(file: str) -> bool:
-    """Tells whether a file is neither Python's nor a library's."""
+    """Whether a file is neither Python's nor a library's."""
     return not file.startswith("<") and not _is_standard(file) and not _package(file)
 
 

@@ -108,7 +108,7 @@ def sources(x: Any) -> tuple[Any, Sequence[Any]] | None:
 
 
 def is_transposed(equation: Any) -> bool:
-    """Whether an equation, or one inside of it, belongs to a backward pass."""
+    """Whether an equation, or one inside it, belongs to a backward pass."""
     if "transpose(" in str(equation.source_info.name_stack):
         return True
     for value in equation.params.values():

@@ -107,7 +107,7 @@ def test_registering_twice_is_an_error():
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
-        (3, {}, "3 is no function"),
+        (3, {}, "3 is not a function"),
         ("attend", {}, "no dotted name"),
         (Kernel().__call__, {}, r"register_rule\(Kernel.__call__, 'half_operands'\)"),
         (attend, {"params_at": dict}, "for primitives"),

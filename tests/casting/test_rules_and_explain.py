@@ -92,7 +92,7 @@ def test_the_inner_autocast_wins():
     [
         ([OpRule(path="nowhere", compute=F32)], "matches no operation"),
         ("block_0", "no sequence of rules"),
-        ([3], "is no rule"),
+        ([3], "is not a rule"),
         ([jaxmp.PolicyRule(kind="norm", compute=F32)], "kind"),
     ],
 )

@@ -48,11 +48,11 @@ def explain(
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxmp
-      >>> told = jaxmp.explain(lambda w, x: jnp.exp(x @ w).sum())(
+      >>> plan = jaxmp.explain(lambda w, x: jnp.exp(x @ w).sum())(
       ...     jnp.ones((4, 2)), jnp.ones((3, 4)))
-      >>> [(row.operation, row.after) for row in told.rows][:2]
+      >>> [(row.operation, row.after) for row in plan.rows][:2]
       [('dot_general', 'bf16 bf16 -> bf16'), ('exp', 'f32 -> f32')]
-      >>> told.half_flops
+      >>> plan.half_flops
       1.0
     """
     settings = read_settings(policy, rules, half_residuals)

@@ -87,9 +87,9 @@ class Explanation(Result):
 
         Example:
           >>> import jax.numpy as jnp, jaxmp
-          >>> told = jaxmp.explain(lambda x: jnp.dot(x @ x, x, precision="highest"))(
+          >>> plan = jaxmp.explain(lambda x: jnp.dot(x @ x, x, precision="highest"))(
           ...     jnp.ones((2, 2)))
-          >>> [row.reason for row in told.only("float32 matmuls").rows]
+          >>> [row.reason for row in plan.only("float32 matmuls").rows]
           ['precision=HIGHEST']
         """
         if which not in _SELECTIONS:

@@ -22,8 +22,8 @@ class Reason(NamedTuple):
 
     Attributes:
       reason: what was decided, and why.
-      source: the line of the user's that decided it, "" if there is none: of the cause,
-        such as a cast, and not of the matmul that reads what was cast.
+      source: the user's line that decided it, "" if unknown: that of the cause, such as
+        a cast, and not of the matmul that reads what was cast.
       flops: what these matmuls cost.
       matmuls: how many equations they are.
     """
@@ -194,6 +194,6 @@ def _as_traced(plan: EqnPlan, site: Site, eqn: Eqn, times: int) -> Iterator[_Mat
 
 
 def _counts(eqn: Eqn) -> bool:
-    """Whether a matmul has an operand that is no integer."""
+    """Whether a matmul has an operand that is not an integer."""
     kinds = {v.aval.dtype.kind for v in eqn.invars[:2]}
     return bool(kinds & set("fcV"))

@@ -26,7 +26,7 @@ class Island:
       inputs: variables from outside.
       outputs: variables with the dtypes in which others read them.
       recompute: whether its gradient computes it again from its inputs.
-      softmax: set if the island is no more than one softmax.
+      softmax: set if the island is a single softmax.
     """
 
     members: Sequence[EqnPlan]

@@ -165,8 +165,8 @@ def run_softmax(
 def _keep(softmax: Softmax, p: Any) -> Any:
     """The result, held so that XLA keeps it and not what it was rounded from.
 
-    For TPUs XLA would keep the half result of the matmul before, if there is no more
-    than arithmetic between: as small, and the softmax need not be written at all. For
+    For TPUs XLA would keep the half result of the matmul before, if there is only
+    arithmetic between: as small, and the softmax need not be written at all. For
     GPUs it would keep float32 exponentials.
     """
     hold = jax.lax.optimization_barrier

@@ -38,7 +38,7 @@ class _Tracing(NamedTuple):
 # What is traced here was written where the function is called.
 source_info_util.register_exclusion(__file__)
 
-# `jax.jit` inside of the function must not reuse what it traced without autocast.
+# `jax.jit` inside the function must not reuse what it traced without autocast.
 _now: Any = jax.make_user_context(None)
 
 
@@ -68,7 +68,7 @@ def half_operands(fn: Callable[..., Any]) -> Callable[..., Any]:
       A function like `fn`. Under `autocast`, and in the code of layers under
       `apply_policy`, its float32 arrays arrive in the compute dtype, and what it
       returns in half is read as any half value. Scalars, integers and half arrays
-      arrive as they are. Elsewhere, inside of `full_precision`, and where a rule with
+      arrive as they are. Elsewhere, inside `full_precision`, and where a rule with
       `path=` or `function=` asks for float32, it is `fn`.
 
     Example:
@@ -171,7 +171,7 @@ class _Narrowing:
             return x
         self.has_narrowed = True
         if is_bias:
-            # A mask of -1e38 would become an infinity, whose difference is no number.
+            # A mask of -1e38 would become -inf, and -inf minus -inf is NaN.
             limits = jnp.finfo(self.dtype)
             x = jnp.clip(x, float(limits.min), float(limits.max))
         return jnp.asarray(x).astype(self.dtype)

@@ -92,14 +92,14 @@ def _read(function: Any) -> Function:
     if isinstance(function, str):
         if "." not in function:
             raise AutocastRuleError(
-                f"{function!r} is no dotted name of a function. Write "
+                f"{function!r} is not a dotted name of a function. Write "
                 "register_rule('package.module.function', 'half_operands')."
             )
         return Function(function)
     if not callable(function):
         raise AutocastRuleError(
-            f"{function!r} is no function that could be traced on half operands. Write "
-            "register_rule(function, 'half_operands')."
+            f"{function!r} is not a function, so it cannot be traced on half operands. "
+            "Write register_rule(function, 'half_operands')."
         )
     if inspect.ismethod(function):
         kind = type(function.__self__).__name__

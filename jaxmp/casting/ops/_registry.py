@@ -64,7 +64,7 @@ def register_rule(
     reason: str = _BY_USER,
     params_at: ParamsAt | None = None,
 ) -> None:
-    """Tells autocast about a primitive, or about a function with a kernel inside.
+    """Adds a primitive to the op lists, or a function with a kernel inside.
 
     Args:
       primitive: a `jax.extend.core.Primitive`, or its name. With `"half_operands"`: a
@@ -83,7 +83,7 @@ def register_rule(
       RuleAlreadyRegistered: if the primitive has a class, built in or registered. To
         decide otherwise for one call, use `autocast(..., rules=[OpRule(...)])`. Also if
         the function is known to be traced on half operands.
-      AutocastRuleError: for what is no function, with `"half_operands"`.
+      AutocastRuleError: for what is not a function, with `"half_operands"`.
 
     Example:
       >>> import jaxmp
@@ -129,7 +129,7 @@ def is_unknown(name: str) -> bool:
 
 
 def is_cheap(name: str) -> bool:
-    """Tells whether a primitive may be computed again to save memory."""
+    """Whether a primitive may be computed again to save memory."""
     known = entry(name).op_class in (OpClass.FULL, OpClass.FOLLOW)
     return (known and name not in _NOT_REPEATED) or name in _CHEAP_UNTOUCHED
 

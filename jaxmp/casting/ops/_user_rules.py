@@ -1,4 +1,4 @@
-"""Rules of the user's: which operations compute in which dtype, by name or place."""
+"""Users' rules: which operations compute in which dtype, by name or place."""
 
 import dataclasses
 import functools
@@ -80,7 +80,7 @@ def read_rules(rules: Sequence[Any]) -> tuple[OpRule, ...]:
     """
     if isinstance(rules, (str, bytes)) or not isinstance(rules, Sequence):
         raise AutocastRuleError(
-            f"rules={rules!r} is no sequence of rules. Write rules=[OpRule(...)]."
+            f"rules={rules!r} is not a sequence of rules. Write rules=[OpRule(...)]."
         )
     return tuple(_read_rule(rule) for rule in rules)
 
@@ -90,7 +90,8 @@ def _read_rule(rule: Any) -> OpRule:
         return rule
     if not hasattr(rule, "path") or not hasattr(rule, "compute"):
         raise AutocastRuleError(
-            f"{rule!r} is no rule. Write jaxmp.casting.OpRule(path=..., compute=...)."
+            f"{rule!r} is not a rule. Write jaxmp.casting.OpRule(path=..., "
+            "compute=...)."
         )
     unseen = ("module_type", "kind", "where", "params", "output")
     given = [name for name in unseen if getattr(rule, name, None) is not None]
@@ -108,7 +109,7 @@ def _read_rule(rule: Any) -> OpRule:
 
 
 def matches(rule: OpRule, primitive: str, scopes: tuple[str, ...], eqn: Eqn) -> bool:
-    """Tells whether a rule matches an operation.
+    """Whether a rule matches an operation.
 
     Args:
       rule: the rule.

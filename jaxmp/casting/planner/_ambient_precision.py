@@ -1,7 +1,7 @@
 """The default precision of matmuls that is in force around a call.
 
-It is no decision of the program's about one matmul, so the program is traced without
-it; what stays in float32 gets it back.
+It says nothing about one matmul in particular, so the program is traced without it;
+what stays in float32 gets it back.
 """
 
 from typing import Any

@@ -163,7 +163,7 @@ class ForwardPass:
         return self.outcomes.compute(eqn, states, reason, *halves)
 
     def cast(self, eqn: Eqn, states: States) -> EqnPlan:
-        """A cast that changes a dtype means it; one that does not is no operation."""
+        """A cast that changes a dtype means it; one that does not is ignored."""
         source, target = states[0], eqn.params["new_dtype"]
         traced, outcomes = castable_dtype(eqn.invars[0]), self.outcomes
         if is_border(eqn) and source is not None and target in _tree.CASTABLE:

@@ -51,7 +51,7 @@ class IslandInputs:
             self.source[eqn.outvars[0]] = self.origin(eqn.invars[0])
 
     def covers(self, eqn: Eqn, states: Sequence[State | None]) -> bool:
-        """Tells whether every low operand feeds the island of the others."""
+        """Whether every low operand feeds the island of the others."""
         roots = {self.find(v) for v in _variables(eqn) if v in self.parent}
         fed = set().union(*(self.inputs[root] for root in roots))
         return all(

@@ -1,7 +1,7 @@
 """`jax.checkpoint`: the region, its policy and `prevent_cse` stay.
 
 What enters the region is saved as it enters, so the casts of float32 values to half are
-inside the region, and those of islands' results outside of it.
+inside the region, and those of islands' results outside it.
 """
 
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ class JitRule(SingleBodyRule):
 
 
 class InlineRule(SingleBodyRule):
-    """Calls that are no more than a grouping: their body is run in place."""
+    """Calls that only group equations: their body is run in place."""
 
     primitives = GROUPINGS
 

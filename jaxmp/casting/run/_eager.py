@@ -1,4 +1,4 @@
-"""Calls outside of `jax.jit`: compiled as a whole, once for programs that are equal.
+"""Calls outside `jax.jit`: compiled as a whole, once for programs that are equal.
 
 An eager call traces its function anew, as eager JAX runs it anew: what it closes over
 may have changed. What has been traced is compiled if no equal program has been; the

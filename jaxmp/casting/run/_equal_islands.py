@@ -1,4 +1,4 @@
-"""Tells which islands are the same, so that JAX differentiates each of them once.
+"""Finds islands that are the same, so that JAX differentiates each of them once.
 
 The blocks of a network repeat their islands. JAX keeps what it derives from a function
 under `jax.checkpoint` with the function; islands that share one share its gradient.

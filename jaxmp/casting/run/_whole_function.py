@@ -39,7 +39,7 @@ def run_plan(
 
 
 def out_dtypes(jaxpr: Jaxpr, output_dtype: Any) -> list[np.dtype | None]:
-    """The dtypes that the outputs have; None for those that are no floats."""
+    """The dtypes that the outputs have; None for those that are not floats."""
     dtypes = map(castable_dtype, jaxpr.jaxpr.outvars)
     if output_dtype is None:
         return list(dtypes)
