@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxmp._jaxpr.atoms import is_literal, variables
+from jaxmp._jaxpr.calls import BODY, CHECKPOINTS, JITS, held
 from jaxmp._jaxpr.versions import open_jaxpr
+from jaxmp._jaxpr.walk import makers
 
 
 class Recorded(NamedTuple):
@@ -50,8 +53,7 @@ def recorded(x: Any) -> Recorded | None:
         if equation is None:
             outer = x.outer.get(x.variable)
             return None if outer is None else recorded(outer)
-        inputs = [v for v in equation.invars if not hasattr(v, "val")]
-        values = [x._replace(variable=v) for v in inputs]
+        values = [x._replace(variable=v) for v in variables(equation.invars)]
         if _name(equation) in _CALLS:
             return _last_inside(equation, x.variable, equation.invars, x)
         return Recorded(_name(equation), tuple(values), equation)
@@ -69,22 +71,22 @@ def _name(equation: Any) -> str:
     return getattr(equation.primitive, "prim", equation.primitive).name
 
 
-_CALLS = frozenset(("jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"))
+_CALLS = frozenset((*JITS, *CHECKPOINTS, "closed_call", "core_call"))
 
 
 def _last_inside(
     equation: Any, result: Any, inputs: Sequence[Any], around: Any
 ) -> Recorded | None:
-    jaxpr = open_jaxpr(equation.params.get("jaxpr", equation.params.get("call_jaxpr")))
+    jaxpr = open_jaxpr(equation.params[BODY[_name(equation)]])
     if len(jaxpr.invars) != len(inputs):
         return None
     position = [id(v) for v in equation.outvars].index(id(result))
     if around is not None:
         inputs = [around._replace(variable=v) for v in inputs]
-    producers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    producers = makers(jaxpr)
     outer = dict(zip(jaxpr.invars, inputs, strict=True))
     variable = jaxpr.outvars[position]
-    if hasattr(variable, "val"):
+    if is_literal(variable):
         return None
     return recorded(_Inside(variable, producers, outer))
 
@@ -111,8 +113,4 @@ def is_transposed(equation: Any) -> bool:
     """Whether an equation, or one inside it, belongs to a backward pass."""
     if "transpose(" in str(equation.source_info.name_stack):
         return True
-    for value in equation.params.values():
-        for inner in value if isinstance(value, tuple) else (value,):
-            if any(map(is_transposed, getattr(open_jaxpr(inner), "eqns", ()))):
-                return True
-    return False
+    return any(any(map(is_transposed, inner.eqns)) for inner in held(equation))

@@ -108,7 +108,7 @@ def test_registering_twice_is_an_error():
     ("function", "options", "message"),
     [
         (3, {}, "3 is not a function"),
-        ("attend", {}, "no dotted name"),
+        ("attend", {}, "not a dotted name"),
         (Kernel().__call__, {}, r"register_rule\(Kernel.__call__, 'half_operands'\)"),
         (attend, {"params_at": dict}, "for primitives"),
         (attend, {"reason": "mine"}, "for primitives"),

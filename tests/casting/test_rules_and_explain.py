@@ -91,7 +91,7 @@ def test_the_inner_autocast_wins():
     ("rules", "words"),
     [
         ([OpRule(path="nowhere", compute=F32)], "matches no operation"),
-        ("block_0", "no sequence of rules"),
+        ("block_0", "not a sequence of rules"),
         ([3], "is not a rule"),
         ([jaxmp.PolicyRule(kind="norm", compute=F32)], "kind"),
     ],
