@@ -3,6 +3,7 @@
 Every reader of jaxprs that enters a call stands on this file.
 """
 
+import math
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -145,3 +146,9 @@ def function_name(jaxpr: Jaxpr) -> str | None:
     """The name of the function that a jaxpr was traced from, if JAX knows it."""
     info = getattr(open_jaxpr(jaxpr), "debug_info", None)
     return getattr(info, "func_name", None)
+
+
+def manual_devices(eqn: Eqn) -> int:
+    """On how many devices each equation in a `shard_map` runs."""
+    sizes = eqn.params["mesh"].shape
+    return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])

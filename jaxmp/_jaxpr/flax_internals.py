@@ -1,5 +1,7 @@
 """What jaxmp takes for granted of Flax beyond its public interface, by name."""
 
+from jaxmp._jaxpr.sources import Written
+
 CALL_WRAPPED_METHOD = "_call_wrapped_method"
 """The method of a linen module through which every call of a method goes."""
 
@@ -16,3 +18,8 @@ PROMOTIONS = (PROMOTE_DTYPE, "qkv_promote_dtype")
 def is_lifted(cls: type) -> bool:
     """Whether linen made a class to lift a module through a transformation."""
     return cls.__module__ == LINEN_TRANSFORMS
+
+
+def promotes(how: Written) -> bool:
+    """Whether Flax's promotion of inputs and parameters called JAX."""
+    return how.library == "flax" and how.caller.startswith(PROMOTE_DTYPE)

@@ -6,6 +6,24 @@ MATMULS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot_general"
 ADDS = frozenset(("add", "add_any", "sub"))
 SCALES = frozenset(("mul", "div", "neg", "select_n"))
 SUMS_INTO = frozenset(("scatter-add", "scatter_add", "scatter-sub", "scatter_sub"))
+COLLECTIVES = frozenset(
+    [
+        "psum",
+        "psum_invariant",
+        "unreduced_psum",
+        "pmax",
+        "pmin",
+        "all_gather",
+        "all_gather_invariant",
+        "all_gather_reduced",
+        "reduce_scatter",
+        "unreduced_reduce_scatter",
+        "ppermute",
+        "all_to_all",
+        "ragged_all_to_all",
+    ]
+)
+"""Communications between devices."""
 REDUCES = frozenset(("reduce_sum", "reduce_max", "reduce_min", "psum", "pmax"))
 
 LAYOUT = frozenset(

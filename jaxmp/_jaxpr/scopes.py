@@ -37,7 +37,7 @@ def count_derivatives(eqn: Eqn) -> int:
 
 
 def _stack(eqn: Eqn) -> Sequence[Any]:
-    return eqn.source_info.name_stack.stack
+    return () if eqn is None else eqn.source_info.name_stack.stack
 
 
 def _transformations(eqn: Eqn) -> list[str]:

@@ -25,8 +25,8 @@ class Site:
 
     @property
     def primitive(self) -> str:
-        """Name of the primitive."""
-        return self.eqn.primitive.name
+        """Name of the primitive; empty outside of all."""
+        return "" if self.eqn is None else self.eqn.primitive.name
 
     @functools.cached_property
     def written(self) -> Written:

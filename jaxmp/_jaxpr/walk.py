@@ -1,6 +1,6 @@
 """The equations of a program, those in calls included."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxmp._jaxpr.atoms import variables
@@ -9,12 +9,17 @@ from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 
 
-def walk(jaxpr: Jaxpr) -> Iterator[Any]:
-    """All equations of a jaxpr and of those inside it, in order."""
+def walk(jaxpr: Jaxpr, into: Callable[[Any], Sequence[Any]] = held) -> Iterator[Any]:
+    """All equations of a jaxpr and of those inside it, in order.
+
+    Args:
+      jaxpr: with or without its constants.
+      into: which jaxprs of an equation to enter: all that are `held`, or its `bodies`.
+    """
     for eqn in open_jaxpr(jaxpr).eqns:
         yield eqn
-        for inner in held(eqn):
-            yield from walk(inner)
+        for inner in into(eqn):
+            yield from walk(inner, into)
 
 
 def makers(jaxpr: Jaxpr) -> dict[Any, Any]:

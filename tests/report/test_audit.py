@@ -899,6 +899,14 @@ def test_a_pallas_kernel_is_opaque():
     assert not found.widenings
 
 
+def test_what_returns_nothing_is_passed_over():
+    def fn(x):
+        jax.debug.print("{}", x)
+        return x @ x.T
+
+    assert audit(fn, X).half_flops == 1
+
+
 # Results
 
 RESULT = functools.cache(lambda: audit(gradient_of(scalar), X, W))
@@ -973,7 +981,7 @@ BAD_INPUT = {
     "no function": (
         lambda: audit(X, W),
         errors.StepDoesNotTrace,
-        ("is no function", "audit(loss_fn, params, batch)"),
+        ("is not a function", "audit(loss_fn, params, batch)"),
     ),
     "no array": (
         lambda: audit(lambda x, mode: x, X, bytes(1)),
@@ -1040,10 +1048,10 @@ ADVICE = {
         "(WithHead.__call__)",
         ("computes in float32 nevertheless", "cast both operands to bfloat16"),
     ),
-    "outside of the module": (
+    "outside the module": (
         under_a_policy,
         "(under_a_policy)",
-        ("outside of the module that jaxmp.apply_policy was put on", "jaxmp.autocast"),
+        ("outside the module that jaxmp.apply_policy was put on", "jaxmp.autocast"),
     ),
     "full_precision": (
         under_autocast,

@@ -16,7 +16,7 @@ from jax import lax
 
 import jaxmp
 from jaxmp.report import audit
-from jaxmp.report.audit._sums import largest_safe
+from jaxmp.report.audit._accumulations import largest_safe
 
 DTYPES = {"bfloat16": 256, "float16": 2048}
 

@@ -1,7 +1,9 @@
 """What an audit advises, which depends on what of jaxmp's is in use already."""
 
+from jaxmp._jaxpr.calls import LOOPS
 from jaxmp._jaxpr.scopes import layer_path
-from jaxmp.report.audit._sums import Accumulation
+from jaxmp._jaxpr.sums import SCATTER
+from jaxmp.report.audit._accumulations import Accumulation
 from jaxmp.report.audit.records import Matmul
 
 
@@ -21,15 +23,15 @@ def matmul_repair(matmul: Matmul, half: str, has_policy: bool) -> str:
     if matmul.under == "autocast":
         return (
             "jaxmp.autocast, which jaxmp.apply_policy also uses for your own layers, "
-            "has left it so, for a rule, a precision= or a cast in the program asks "
-            "for that; jaxmp.explain(plain_fn, policy)(*args) says which."
+            "has left it as it is, because a rule, a precision= or a cast in the "
+            "program asks for that; jaxmp.explain(plain_fn, policy)(*args) says which."
         )
     if matmul.under == "apply_policy":
         return _under_a_policy(matmul, half)
     if has_policy:
         return (
-            "It is outside of the module that jaxmp.apply_policy was put on. If this "
-            f"is not on purpose, cast both operands to {half}, or put jaxmp.autocast "
+            "It is outside the module that jaxmp.apply_policy was put on. If this is "
+            f"not on purpose, cast both operands to {half}, or put jaxmp.autocast "
             "around the whole function."
         )
     return (
@@ -44,13 +46,13 @@ def _under_a_policy(matmul: Matmul, half: str) -> str:
     if matmul.library == "flax":
         how = f": rules=[{rule}]" if path else ""
         return (
-            "A rule of jaxmp.apply_policy, or a dtype= of the layer's own, keeps it "
-            "so; jaxmp.describe(model, policy, *args) says which. If this is not on "
+            "A rule of jaxmp.apply_policy, or the layer's own dtype=, keeps it as it "
+            "is; jaxmp.describe(model, policy, *args) says which. If this is not on "
             f"purpose, give apply_policy a rule for it{how}."
         )
     return (
-        "jaxmp.apply_policy has cast what this module was given, and the code here "
-        "computes in float32 nevertheless: a cast, or a float32 constant, in front of "
+        "jaxmp.apply_policy has cast the inputs of this module, and the code here "
+        "computes in float32 nevertheless: a cast or a float32 constant comes before "
         f"it. If this is not on purpose, cast both operands to {half}."
     )
 
@@ -73,14 +75,14 @@ def _wide_sum(found: Accumulation) -> str:
             "float32 and cast what is made of it, as in table[rows].astype(x.dtype); "
             "jaxmp.autocast sums the gradients of float32 weights in float32."
         )
-    if found.operation in ("scan", "while"):
+    if found.operation in LOOPS:
         return (
             "Carry it in float32: start with jnp.zeros(shape, jnp.float32), and cast "
             "the result."
         )
     if found.operation == "add":
         return "Add in float32, and cast the result."
-    if found.operation == "scatter-add":
+    if found.operation == SCATTER:
         return (
             "Add to a float32 array: jnp.zeros(shape, jnp.float32).at[i].add(x), or "
             "jax.ops.segment_sum(x.astype(jnp.float32), ids), and cast the result."

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from jaxmp._jaxpr import sources as _sources
 from jaxmp._jaxpr.flops import MatmulShape
+from jaxmp._jaxpr.sources import Source
 from jaxmp.report.audit.records import Matmul
 
 GPU_MULTIPLE = 8
@@ -13,7 +13,7 @@ TPU_LANES = 128
 
 
 class Misalignment(NamedTuple):
-    """A matmul of which some dimension is not a multiple of 8 or of 128.
+    """A matmul with a dimension that is not a multiple of 8 or of 128.
 
     Attributes:
       operation: name of the primitive.
@@ -34,7 +34,7 @@ class Misalignment(NamedTuple):
     gpu_waste: float
     tpu_waste: float
     flops: int
-    source: _sources.Source | None
+    source: Source | None
     path: str
 
     def __str__(self) -> str:
@@ -54,25 +54,23 @@ def misalignments(matmuls: Iterable[Matmul]) -> tuple[Misalignment, ...]:
     """
     matmuls = list(matmuls)
     forward = [m for m in matmuls if not m.is_backward]
-    groups: dict[tuple[MatmulShape, _sources.Source | None], list[Matmul]] = {}
+    groups: dict[tuple[MatmulShape, Source | None], list[Matmul]] = {}
     for matmul in forward or matmuls:
         groups.setdefault((matmul.shape, matmul.source), []).append(matmul)
-    found = []
-    for (shape, source), members in groups.items():
-        dimensions = _misaligned(shape)
-        if dimensions:
-            found.append(
-                Misalignment(
-                    members[0].operation,
-                    shape,
-                    dimensions,
-                    waste(shape, GPU_MULTIPLE, GPU_MULTIPLE, GPU_MULTIPLE),
-                    waste(shape, GPU_MULTIPLE, TPU_LANES, TPU_LANES),
-                    sum(m.flops for m in members),
-                    source,
-                    members[0].path,
-                )
-            )
+    found = [
+        Misalignment(
+            operation=members[0].operation,
+            shape=shape,
+            dimensions=dimensions,
+            gpu_waste=waste(shape, GPU_MULTIPLE, GPU_MULTIPLE, GPU_MULTIPLE),
+            tpu_waste=waste(shape, GPU_MULTIPLE, TPU_LANES, TPU_LANES),
+            flops=sum(m.flops for m in members),
+            source=source,
+            path=members[0].path,
+        )
+        for (shape, source), members in groups.items()
+        if (dimensions := _misaligned(shape))
+    ]
     return tuple(sorted(found, key=_wasted, reverse=True))
 
 
@@ -81,7 +79,7 @@ def _wasted(found: Misalignment) -> float:
 
 
 def waste(shape: MatmulShape, m: int, n: int, k: int) -> float:
-    """Share of a padded matmul that is padding, between 0 and 1."""
+    """Share of a matmul, padded to multiples of `m`, `n` and `k`, that is padding."""
     padded = math.prod(
         -(-size // multiple) * multiple
         for size, multiple in ((shape.m, m), (shape.n, n), (shape.k, k))

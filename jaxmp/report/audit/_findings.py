@@ -1,13 +1,13 @@
-"""What an audit tells its user to mend, in plain words."""
+"""What an audit asks its user to mend, in plain words."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from jaxmp._jaxpr import sources as _sources
+from jaxmp._jaxpr.sources import Source
 from jaxmp._views.numbers import counted, mib
+from jaxmp.report.audit._accumulations import Accumulation
 from jaxmp.report.audit._advice import matmul_repair, sum_repair
 from jaxmp.report.audit._alignment import Misalignment
-from jaxmp.report.audit._sums import Accumulation
 from jaxmp.report.audit._widenings import Widening
 from jaxmp.report.audit.records import Collective, Matmul, at
 
@@ -27,7 +27,7 @@ class Finding(NamedTuple):
     """
 
     kind: str
-    source: _sources.Source | None
+    source: Source | None
     path: str
     message: str
     repair: str
@@ -44,7 +44,7 @@ def find(
     misalignments: Sequence[Misalignment],
     accumulations: Iterable[Accumulation],
 ) -> tuple[Finding, ...]:
-    """Makes findings of what was recorded, what costs most first.
+    """Makes findings of what was recorded, the costliest first.
 
     Args:
       half: the half dtype that the program is meant for; None if it is float32.
@@ -90,7 +90,7 @@ def _upcast(widening: Widening, flops: int) -> Finding:
 
 
 def _wide_matmuls(half: str, matmuls: Sequence[Matmul]) -> list[tuple[int, Finding]]:
-    """Matmuls that are not in the half dtype, for no reason that a widening gives."""
+    """Matmuls that are not in the half dtype, for another reason than a widening."""
     groups: dict[Any, list[Matmul]] = {}
     total = max(sum(m.flops for m in matmuls), 1)
     has_policy = any(matmul.under == "apply_policy" for matmul in matmuls)
@@ -122,13 +122,13 @@ def _wide_collectives(half: str, collectives: Iterable[Collective]) -> list[Find
     ]
     return [
         Finding(
-            "collective",
-            c.source,
-            c.path,
-            f"{c.operation} sends {c.dtype}{list(c.shape)} "
+            kind="collective",
+            source=c.source,
+            path=c.path,
+            message=f"{c.operation} sends {c.dtype}{list(c.shape)} "
             f"({_times(c.times)}, {mib(c.bytes)} on each device) in a program meant "
             f"for {half}",
-            f"Cast before and after: {c.operation}(x.astype(jnp.{half})) moves "
+            repair=f"Cast before and after: {c.operation}(x.astype(jnp.{half})) moves "
             "half the bytes. Over many devices a sum is better kept in float32.",
         )
         for c in sorted(sent, key=lambda c: -c.bytes)
@@ -138,9 +138,9 @@ def _wide_collectives(half: str, collectives: Iterable[Collective]) -> list[Find
 def _alignments(found: Sequence[Misalignment]) -> list[Finding]:
     """One finding for each shape that is padded, and one for all that are tiny."""
     tiny = [m for m in found if m.shape.flops < _TINY]
-    told = [_alignment(m) for m in found if m.shape.flops >= _TINY]
+    large = [_alignment(m) for m in found if m.shape.flops >= _TINY]
     if not tiny:
-        return told
+        return large
     first = tiny[0]
     largest = max(m.shape.flops for m in tiny) / 1e6
     shapes = counted(len(tiny), "shape")
@@ -151,7 +151,7 @@ def _alignments(found: Sequence[Misalignment]) -> list[Finding]:
     repair = (
         "At this size padding costs next to nothing: starting a kernel takes longer."
     )
-    return [*told, Finding("alignment", first.source, first.path, message, repair)]
+    return [*large, Finding("alignment", first.source, first.path, message, repair)]
 
 
 def _alignment(found: Misalignment) -> Finding:

@@ -10,10 +10,10 @@ from jaxmp._jaxpr import sources as _sources
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
 from jaxmp._views.numbers import counted, mib
+from jaxmp.report.audit._accumulations import Accumulation
 from jaxmp.report.audit._alignment import Misalignment
 from jaxmp.report.audit._findings import Finding, find
 from jaxmp.report.audit._residuals import Residual
-from jaxmp.report.audit._sums import Accumulation
 from jaxmp.report.audit._widenings import Widening
 from jaxmp.report.audit.records import Collective, Matmul, at
 

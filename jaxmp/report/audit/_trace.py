@@ -1,17 +1,19 @@
 """Traces what is audited, and names its arguments as its author did."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxmp import _tree
 from jaxmp._jaxpr.arguments import flatten_arguments, named_leaves
+from jaxmp._jaxpr.types import Jaxpr
 from jaxmp.errors import NotAnArray, StepDoesNotTrace
-
-_SCALARS = (bool, int, float, complex)
-_STATIC = (*_SCALARS, str)
+from jaxmp.report.audit._origins import array_name
 
 
-def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[str]]:
+def trace(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Jaxpr, list[str]]:
     """Traces a function without computing anything.
 
     Args:
@@ -24,17 +26,17 @@ def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[str
       Its jaxpr, and the name of each of the jaxpr's inputs.
 
     Raises:
-      NotAnArray: for an argument that is none.
-      StepDoesNotTrace: if `fn` raises while it is traced, or is no function.
+      NotAnArray: for an argument that is not an array.
+      StepDoesNotTrace: if `fn` raises while it is traced, or is not a function.
     """
     if not callable(fn):
         raise StepDoesNotTrace(
-            f"audit() takes a function and its arguments, and {fn!r} is no function. "
-            "Write audit(loss_fn, params, batch)."
+            f"audit() takes a function and its arguments, and {fn!r} is not a "
+            "function. Write audit(loss_fn, params, batch)."
         )
-    called = _name(fn)
+    name = getattr(fn, "__name__", None) or repr(fn)
     fn, args = _open_module(fn, args)
-    named = [leaf[:2] for leaf in named_leaves(fn, args, kwargs)[0]]
+    named = [(leaf.name, leaf.value) for leaf in named_leaves(fn, args, kwargs)[0]]
     _check(named)
     try:
         arguments, arrays = flatten_arguments(fn, args, kwargs)
@@ -43,7 +45,7 @@ def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[str
         shown = ", ".join(f"{name}: {_shown(leaf)}" for name, leaf in named[:8])
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
         raise StepDoesNotTrace(
-            f"{called!r} does not trace with {shown or 'no arguments'}{more}. "
+            f"{name!r} does not trace with {shown or 'no arguments'}{more}. "
             f"{type(error).__name__}: {error}\n"
             "Call it with these shapes and dtypes under jax.make_jaxpr to see the "
             "whole traceback."
@@ -51,7 +53,7 @@ def trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[str
     return jaxpr, [name for name, leaf in named if _is_array(leaf)]
 
 
-def _open_module(fn: Any, args: Any) -> tuple[Any, Any]:
+def _open_module(fn: Any, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     """Makes an nnx module that is called, or whose method is, the first argument.
 
     Its variables are then inputs of the program, and may be written to.
@@ -65,14 +67,15 @@ def _open_module(fn: Any, args: Any) -> tuple[Any, Any]:
     return fn, args
 
 
-def _check(named: list[tuple[str, Any]]) -> None:
+def _check(named: Sequence[tuple[str, Any]]) -> None:
+    static = (*_tree.SCALARS, str)
     for name, leaf in named:
         is_option = callable(leaf) and name.isidentifier()
-        if not _is_array(leaf) and not is_option and not isinstance(leaf, _STATIC):
+        if not _is_array(leaf) and not is_option and not isinstance(leaf, static):
             raise NotAnArray(
-                f"The argument {name} of audit() is no array but {leaf!r}. Arguments "
-                "are arrays, jax.ShapeDtypeStructs, numbers, strings, nnx modules, and "
-                "trees of these; close over anything else: "
+                f"The argument {name} of audit() is not an array but {leaf!r}. "
+                "Arguments are arrays, jax.ShapeDtypeStructs, numbers, strings, nnx "
+                "modules, and trees of these; close over anything else: "
                 "audit(lambda x: f(x, option), x)."
             )
 
@@ -82,10 +85,4 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _shown(leaf: Any) -> str:
-    if _is_array(leaf):
-        return f"{leaf.dtype}{list(leaf.shape)}"
-    return repr(leaf)
-
-
-def _name(fn: Any) -> str:
-    return getattr(fn, "__name__", None) or repr(fn)
+    return array_name(leaf) if _is_array(leaf) else repr(leaf)

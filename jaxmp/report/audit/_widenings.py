@@ -1,17 +1,16 @@
 """Silent widenings: half values that one float32 operand made float32."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from jaxmp._jaxpr import sources as _sources
+from jaxmp._jaxpr import flax_internals, jax_functions
 from jaxmp._jaxpr.site import Site
-from jaxmp.report.audit._values import Origin, Promotion, Value
-
-# JAX functions whose casts are asked for; every other cast inside JAX is promotion.
-_CASTS = frozenset(("astype", "_astype", "asarray", "array", "convert_element_type"))
+from jaxmp._jaxpr.sources import Source
+from jaxmp.report.audit._dataflow import Context
+from jaxmp.report.audit._origins import Promotion, Value
+from jaxmp.report.audit.records import Matmul
 
 
 class Widening(NamedTuple):
@@ -26,13 +25,13 @@ class Widening(NamedTuple):
       kind: `"scalar"`, `"constant"`, `"argument"`, `"computed"`, `"cast"`, `"layer"` or
         `"mixed"`: what kind of operand that is.
       times: how often the line does so, loops included.
-      bytes: by how much all those values grow, those that follow from them included.
+      bytes: by how much all those values grow, and those that follow from them.
       matmuls: how many matmuls run in float32 because of it.
       flops: what these matmuls compute.
       repair: what to write instead.
     """
 
-    source: _sources.Source | None
+    source: Source | None
     path: str
     dtype: str
     shape: tuple[int, ...]
@@ -75,13 +74,13 @@ class Group:
 
     @property
     def is_silent(self) -> bool:
-        """Whether this is worth telling; most of what is not is cast back at once.
+        """Whether this is worth reporting; most of what is not is cast back at once.
 
-        Told is what reaches a matmul, or leaves the program in float32, and a scalar or
-        constant in the user's own code whose effect outlasts its line. A loss ends in a
-        scalar: there, an argument of the same shape is a target.
+        Reported is what reaches a matmul, or leaves the program in float32, and a
+        scalar or constant in the user's own code whose effect outlasts its line. A
+        loss ends in a scalar: there, an argument of the same shape is a target.
         """
-        kind = _origin(self.reason).kind
+        kind = self.reason.blame.kind
         if self.matmuls:
             return True
         if self.library is None and kind in ("scalar", "constant"):
@@ -91,26 +90,26 @@ class Group:
         is_scale = kind == "argument" and self.meets_smaller and self.library is None
         return self.reaches_output or (is_scale and self.reaches_scalar)
 
-    def told(self) -> Widening:
+    def widening(self) -> Widening:
         """The group as users see it."""
         kind, culprit = _culprit(self)
-        repair = _REPAIRS[kind].format(
-            half=self.promotion.half,
-            name=_origin(self.reason).name,
-            argument=self.argument or _origin(self.reason).argument or "x",
-        )
+        half, blame = self.promotion.half, self.reason.blame
         return Widening(
-            self.promotion.site.source,
-            self.path,
-            str(self.promotion.half),
-            self.promotion.shape,
-            culprit,
-            kind,
-            self.times,
-            self.growth,
-            self.matmuls,
-            self.flops,
-            repair,
+            source=self.promotion.site.source,
+            path=self.path,
+            dtype=str(half),
+            shape=self.promotion.shape,
+            culprit=culprit,
+            kind=kind,
+            times=self.times,
+            bytes=self.growth,
+            matmuls=self.matmuls,
+            flops=self.flops,
+            repair=_REPAIRS[kind].format(
+                half=half,
+                name=blame.name,
+                argument=self.argument or blame.argument or "x",
+            ),
         )
 
 
@@ -135,7 +134,8 @@ _REPAIRS = {
 
 
 def _culprit(group: Group) -> tuple[str, str]:
-    origin = _origin(group.reason)
+    """The kind of operand that widens, and the operand in words."""
+    origin = group.reason.blame
     argument = group.argument or origin.argument
     if group.library == "flax":
         which = f", such as {argument}" if argument else ""
@@ -156,55 +156,40 @@ def _culprit(group: Group) -> tuple[str, str]:
     return origin.kind, f"a float32 value computed{where}{source}"
 
 
-def _origin(value: Value) -> Origin:
-    return value.origin or Origin("computed")
-
-
-def is_promotion(site: Site) -> bool:
-    """Whether a cast from half to float32 is one that nobody wrote down."""
+def is_silent_cast(site: Site) -> bool:
+    """Whether nobody wrote down this cast from half to float32."""
     written = site.written
-    if any(name.startswith("promote_") for name in written.inside_jax):
-        return True
-    if written.library == "flax" and written.caller.startswith("promote_dtype"):
-        return True
-    return not _CASTS.intersection(written.inside_jax)
+    promotes = jax_functions.promotes(written) or flax_internals.promotes(written)
+    return promotes or not jax_functions.asks_for_cast(written)
 
 
 class Widenings:
-    """The groups that have been found so far."""
+    """The groups that have been found so far, by a key for each line and reason."""
 
     def __init__(self):
         self.groups: dict[Any, Group] = {}
 
     def add(
-        self, promotion: Promotion, reason: Value, context: Any, is_gradient: bool
-    ) -> frozenset[Any]:
-        """Adds a promotion, and gives the keys of what has made its result wide."""
+        self, promotion: Promotion, reason: Value, context: Context, is_gradient: bool
+    ) -> None:
+        """Adds a promotion to the groups that have made its result wide."""
         promotion.is_explained = context.is_settled
         if context.in_autocast or _is_by_policy(promotion.site):
-            return frozenset()
+            return
         if reason.groups:
-            keys = reason.groups
+            promotion.groups = reason.groups
+            key = min(reason.groups, key=str)
         else:
-            origin = _origin(reason)
-            source = promotion.site.source
-            name = origin.name if origin.kind in ("scalar", "argument") else ""
-            half = None if origin.kind == "mixed" else promotion.half
-            keys = frozenset([(source, origin.kind, name, half)])
-        promotion.groups = keys
-        key = min(keys, key=str) if reason.groups else next(iter(keys))
+            key = _key(promotion, reason)
+            promotion.groups = frozenset([key])
         if key not in self.groups:
-            path = "/".join(context.path)
-            self.groups[key] = Group(promotion, reason, path, is_gradient)
+            self.groups[key] = Group(promotion, reason, context.site.path, is_gradient)
         group = self.groups[key]
-        size = int(np.prod(promotion.shape))
         if not reason.groups:
-            group.meets_smaller |= reason.size < size
+            group.meets_smaller |= reason.size < math.prod(promotion.shape)
         if context.is_settled:
-            times = context.times * context.devices
-            group.times += times * (not reason.groups)
-            group.growth += times * promotion.growth
-        return keys
+            group.times += context.runs * (not reason.groups)
+            group.growth += context.runs * promotion.growth
 
     def used(self, keys: Iterable[Any], site: Site) -> None:
         """Notes that what the groups made wide is read at a site."""
@@ -212,14 +197,28 @@ class Widenings:
             group = self.groups[key]
             group.leaves_line |= site.source != group.promotion.site.source
 
+    def slowed(self, keys: Iterable[Any], matmul: Matmul) -> None:
+        """Notes that the groups made a matmul float32."""
+        for key in keys:
+            self.groups[key].matmuls += matmul.times
+            self.groups[key].flops += matmul.flops
+
     def silent_keys(self) -> frozenset[Any]:
-        """The keys of the groups that are told."""
+        """The keys of the groups that are reported."""
         return frozenset(k for k, group in self.groups.items() if group.is_silent)
 
-    def told(self) -> tuple[Widening, ...]:
+    def found(self) -> tuple[Widening, ...]:
         """Those that are silent, the costliest first."""
-        silent = [group.told() for group in self.groups.values() if group.is_silent]
-        return tuple(sorted(silent, key=lambda w: (-w.flops, -w.bytes)))
+        groups = [group for group in self.groups.values() if group.is_silent]
+        found = [group.widening() for group in groups]
+        return tuple(sorted(found, key=lambda w: (-w.flops, -w.bytes)))
+
+
+def _key(promotion: Promotion, reason: Value) -> Any:
+    origin = reason.blame
+    name = origin.name if origin.kind in ("scalar", "argument") else ""
+    half = None if origin.kind == "mixed" else promotion.half
+    return promotion.site.source, origin.kind, name, half
 
 
 def _is_by_policy(site: Site) -> bool:

@@ -1,9 +1,9 @@
-"""What a program consists of, as the audit lists it."""
+"""The matmuls and collectives of a program, as the audit lists them."""
 
 from typing import NamedTuple
 
-from jaxmp._jaxpr import sources as _sources
 from jaxmp._jaxpr.flops import MatmulShape
+from jaxmp._jaxpr.sources import Source
 
 
 class Matmul(NamedTuple):
@@ -20,8 +20,7 @@ class Matmul(NamedTuple):
       path: name scopes and modules around it.
       is_backward: whether it is part of a backward pass.
       is_widened: whether it runs in float32 because of a silent widening.
-      under: `"autocast"`, `"full_precision"` or `"apply_policy"` if it is inside of
-        one.
+      under: `"autocast"`, `"full_precision"` or `"apply_policy"` if it is inside one.
       library: the package whose code it is, such as `"flax"`; empty for the user's
         own.
     """
@@ -32,7 +31,7 @@ class Matmul(NamedTuple):
     shape: MatmulShape
     times: int
     flops: int
-    source: _sources.Source | None
+    source: Source | None
     path: str
     is_backward: bool
     is_widened: bool
@@ -68,10 +67,10 @@ class Collective(NamedTuple):
     shape: tuple[int, ...]
     bytes: int
     times: int
-    source: _sources.Source | None
+    source: Source | None
     path: str
 
 
-def at(source: _sources.Source | None) -> str:
+def at(source: Source | None) -> str:
     """Writes a line, known or not."""
     return "an unknown line" if source is None else str(source)
