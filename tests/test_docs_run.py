@@ -113,6 +113,15 @@ def test_links_to_files_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+NAMED = re.compile(r"`((?:tests|examples|docs)/[\w./]+|jaxmp/[\w./]+\.py)")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_files_that_a_page_names_exist(path):
+    for name in NAMED.findall(path.read_text()):
+        assert (ROOT / name).exists(), name
+
+
 def test_readme_has_two_set_up_commands_of_one_line():
     commands = [code for _, code in blocks((ROOT / "README.md").read_text(), "bash")]
     assert [command.count("\n") for command in commands] == [1, 1]
