@@ -16,9 +16,9 @@ from benchmarks.page import write_section
 
 import jaxmp
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp.casting._autocast import plan_jaxpr, read_settings
 from jaxmp.casting.islands._islands import Island
 from jaxmp.casting.plan.plan import Context
+from jaxmp.casting.planner._whole_function import plan_jaxpr, read_settings
 
 LENGTH, WIDTH = 16, 64
 SHORT = {"float32": "f32", "bfloat16": "bf16"}
@@ -49,7 +49,7 @@ class Block:
         self.jaxpr = self.closed.jaxpr
         settings = read_settings("mixed_bfloat16", (), True)
         self.plan, planner = plan_jaxpr(self.closed, settings)
-        self.wanted = planner.wanted(self.jaxpr, (False,), Context())
+        self.wanted = planner.wants(self.jaxpr, (False,), Context()).values
         self.names = names(self.jaxpr)
 
 
