@@ -14,7 +14,7 @@ from jaxmp.casting.planner._forward import ForwardPass
 from jaxmp.casting.planner._interface import Wants
 from jaxmp.casting.planner._user_decisions import UserDecisions
 from jaxmp.casting.planner._wants import find_wants
-from jaxmp.casting.sums._carries import is_sum, updates
+from jaxmp.casting.sums._sums import is_sum, updates
 
 
 class JaxprPlanner:

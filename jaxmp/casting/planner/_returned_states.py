@@ -16,8 +16,7 @@ from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import Context
 from jaxmp.casting.plan.states import KEPT, NEUTRAL, State, traced_state
 from jaxmp.casting.planner._interface import Planner
-from jaxmp.casting.sums import _carries as _sums
-from jaxmp.casting.sums import _updates
+from jaxmp.casting.sums import _sums, _updates
 
 _UPDATES = ADDS | SUMS_INTO | SCALES
 
