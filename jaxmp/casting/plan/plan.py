@@ -1,22 +1,22 @@
 """The plan: which value of a jaxpr gets which dtype, and why.
 
 A plan is a pure function of a jaxpr, the states of its inputs, what its outputs are
-wanted for, and the rules. It is made in two passes over the equations.
+wanted for, and the rules. `jaxmp.casting.planner` makes it in two passes over the
+equations.
 
-1. **Backward**, `Planner.wants`: a value is *wanted low* if it reaches a matmul through
+1. **Backward**, `find_wants`: a value is *wanted low* if it reaches a matmul through
    operations that follow their operands, without a float32 operation between. The
    residual stream is; attention scores, which only a softmax reads, are not; nor is
    anything after the last matmul.
-2. **Forward**, `Planner.plan`: every equation gets one dtype for its floating operands.
+2. **Forward**, `ForwardPass`: every equation gets one dtype for its floating operands.
    Matmuls take the compute dtype, the operations of the float32 list take float32. The
-   others follow:
+   others follow their neighbours, by the table in `planner/_following.py`:
 
    - only float32 from outside (parameters, constants, random draws): float32;
-   - low operands: low if the result is wanted low, else float32, at no cost, since the
-     next reader is float32 or there is none;
-   - the result of a float32 island: float32, and part of the island, unless it meets a
-     low value that did not feed that island. `x - mean(x)` stays in the island of the
-     mean; the sum with a residual stream does not, and takes the result in half.
+   - low operands: low if the result is wanted low, else float32, which costs nothing
+     there: its readers are float32 too;
+   - the result of a float32 island: float32. `x - mean(x)` and a norm's scale stay in
+     the island; adding to a residual stream leaves it.
 
 Calls (`jit`, `scan`, `cond`, ...) are planned by `jaxmp.casting.rules`, by planning
 their bodies in the same two passes.
