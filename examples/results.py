@@ -15,6 +15,7 @@ import numpy as np
 
 import jaxmp
 from jaxmp import report as compilers
+from jaxmp.report.compile.targets import TARGET_ENVIRONMENT
 
 HISTORY = ("loss", "loss_scale", "applied", "seconds")
 
@@ -101,7 +102,7 @@ def h100_memory(experiment: Any, args: argparse.Namespace) -> dict[str, int]:
     steps = [f"--steps={args.steps}", f"--growth-interval={args.growth_interval}"]
     child = subprocess.run(
         [sys.executable, experiment.script, "--h100-memory", *policies, *steps],
-        env={**os.environ, **compilers.TARGET_ENVIRONMENT},
+        env={**os.environ, **TARGET_ENVIRONMENT},
         capture_output=True,
         text=True,
         check=False,

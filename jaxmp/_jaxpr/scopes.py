@@ -7,6 +7,10 @@ from typing import Any
 
 from jaxmp._jaxpr.types import Eqn
 
+
+EXPORT_SCOPE = "jit(call)/call_exported/"
+"""What a program that `jax.export` wrote has in front of its own scopes."""
+
 _CLASS = re.compile(r"[A-Z]\w*?(?<!_\d)(?<!_\d\d)")
 
 

@@ -6,7 +6,10 @@ import memory_page
 import memory_table
 import pytest
 
-from jaxmp.report import LiveBuffers, Roofline, Row, StepReport
+from jaxmp.report import StepReport
+from jaxmp.report._rows import Row
+from jaxmp.report.hlo._liveness import LiveBuffers
+from jaxmp.report.hlo._roofline import Roofline
 
 GIB = 2**30
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmp import errors, report
-from jaxmp.report import compile_step, compile_step_of, max_batch_size
+from jaxmp.report import _max_batch_size, compile_step, compile_step_of, max_batch_size
+from jaxmp.report._rows import Row
 
 from .programs import CASES, MLP_PARAMS, array, mlp_step
 
@@ -169,7 +170,7 @@ def test_the_text_says_what_is_an_estimate(told):
 
 def test_a_row_that_is_not_there_is_told_what_is(told):
     with pytest.raises(
-        KeyError, match="no row of bfloat16 on h100, but float32 on cpu"
+        KeyError, match=r"no row for bfloat16 on h100\. Its rows: float32 on cpu"
     ):
         told.row("bfloat16", "h100")
 
@@ -269,6 +270,24 @@ def test_a_batch_search_needs_batches_and_a_memory():
         max_batch_size(step_of_batch, target="h100", multiple_of=64, limit=32)
     with pytest.raises(errors.BatchSearchError, match="memory of 'cpu' is unknown"):
         max_batch_size(step_of_batch, target="cpu")
+
+
+@pytest.mark.parametrize("tolerance", [0, 0.01, 0.3])
+def test_a_batch_search_ends_within_its_tolerance(tolerance, monkeypatch):
+    def compile_step_of(step_of_policy, *, targets, **options):
+        batch = step_of_policy(None)
+        # A line that bends, so that the search has to close the gap step by step.
+        peak = int(1e6 * batch + 300 * batch**1.5)
+        return report.StepReport(
+            (Row("as it is", *targets, peak <= 2**30, 2**30, peak=peak),)
+        )
+
+    monkeypatch.setattr(_max_batch_size, "compile_step_of", compile_step_of)
+    found = max_batch_size(lambda n: n, target="h100", tolerance=tolerance)
+    (refused,) = sorted(n for n, fits in found.tried.items() if not fits)[:1]
+    assert found.tried[found.batch]
+    assert refused - found.batch <= max(1, tolerance * found.batch)
+    assert found.memory == 2**30
 
 
 def test_a_missing_compiler_names_the_command_that_mends_it(monkeypatch):

@@ -2,7 +2,8 @@
 
 import jax
 
-from jaxmp.report._step import StepReport, read_answer
+from jaxmp.report import StepReport
+from jaxmp.report._rows import read_answer
 from jaxmp.report.compile._programs import Program
 from jaxmp.report.compile._worker import Answer, program_text
 from jaxmp.report.compile.targets import read_target

@@ -1,15 +1,15 @@
-"""What an audit found, as text, rows, JSON and a page."""
+"""`Audit`: what an audit found, as text, rows, JSON and a page."""
 
 import collections
 import dataclasses
 import functools
-import json
 from typing import Any
 
-from jaxmp._jaxpr import sources as _sources
+from jaxmp._jaxpr.sources import Source
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
-from jaxmp._views.numbers import counted, mib
+from jaxmp._views.numbers import MIB, counted, mib
+from jaxmp._views.result import Result
 from jaxmp.report.audit._accumulations import Accumulation
 from jaxmp.report.audit._alignment import Misalignment
 from jaxmp.report.audit._findings import Finding, find
@@ -18,7 +18,7 @@ from jaxmp.report.audit._widenings import Widening
 from jaxmp.report.audit.records import Collective, Matmul, at
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
-_MARKS = {
+_STYLES = {
     "upcast": "bad",
     "matmul": "bad",
     "accumulation": "bad",
@@ -34,7 +34,7 @@ _MOST_RESIDUALS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Audit:
+class Audit(Result):
     """What `audit` found in a program.
 
     Attributes:
@@ -44,7 +44,7 @@ class Audit:
       widenings: every silent widening, the costliest first.
       residuals: what is kept for the backward pass, the largest first; None if the
         program has no derivative.
-      collectives: every communication inside of `jax.shard_map`.
+      collectives: every communication inside `jax.shard_map`.
       misalignments: shapes that do not fit the hardware, the most wasteful first.
       accumulations: sums that are too long for their half accumulator, the longest
         first.
@@ -79,7 +79,7 @@ class Audit:
 
     @functools.cached_property
     def findings(self) -> tuple[Finding, ...]:
-        """What to mend, what costs most first.
+        """What to mend, the costliest first.
 
         Sums that lose their terms come before what is only slow: upcasts and matmuls by
         their FLOPs, collectives by their bytes, and alignments.
@@ -102,14 +102,14 @@ class Audit:
     def summary(self) -> str:
         """The figures in one line."""
         counts = collections.Counter(finding.kind for finding in self.findings)
-        told = ", ".join(counted(counts[k], k) for k in _MARKS if counts[k])
+        kinds = ", ".join(counted(counts[k], k) for k in _STYLES if counts[k])
         kept = ", ".join(
             f"{mib(size)} {dtype}" for dtype, size in self.residual_bytes.items()
         )
         return (
             f"meant for {self.half or 'float32'} | {self.flops / 1e9:.4g} GFLOPs in "
             f"matmuls, {self.half_flops:.1%} in half | kept for the backward pass: "
-            f"{kept or 'nothing'} | findings: {told or 'none'}"
+            f"{kept or 'nothing'} | findings: {kinds or 'none'}"
         )
 
     def __str__(self) -> str:
@@ -119,25 +119,15 @@ class Audit:
                 parts.append(_table.text_table(columns, rows))
         return "\n\n".join(parts)
 
-    def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[Any, ...]]]]:
-        kept = [
-            (f"{r.bytes / 2**20:.1f}", r.dtype, list(r.shape), at(r.source), r.path)
-            for r in (self.residuals or ())[:_MOST_RESIDUALS]
-        ]
-        return [
-            (_MATMUL_COLUMNS, _matmul_rows(self)),
-            (_RESIDUAL_COLUMNS, kept),
-        ]
-
     def to_rows(self) -> list[dict[str, Any]]:
         """Gives everything that was found as one list of flat dictionaries.
 
         Returns:
-          A row for each finding, matmul, residual and collective; `"table"` tells which
-          of these it is. All values are strings, numbers, booleans and lists.
+          A row for each finding, matmul, residual and so on; `"table"` says which of
+          these it is. All values are strings, numbers, booleans and lists.
         """
         return [
-            {"table": table, **{k: _plain(v) for k, v in row._asdict().items()}}
+            {"table": table, **{k: _cell(v) for k, v in row._asdict().items()}}
             for table, rows in (
                 ("finding", self.findings),
                 ("widening", self.widenings),
@@ -150,42 +140,40 @@ class Audit:
             for row in rows
         ]
 
-    def to_json(self) -> str:
-        """Gives the figures and all rows as JSON."""
-        figures = {
+    def _contents(self) -> dict[str, Any]:
+        return {
             "half": self.half,
             "flops": self.flops,
             "half_flops": self.half_flops,
             "residual_bytes": self.residual_bytes,
             "kinds": sorted(self.kinds),
+            "rows": self.to_rows(),
         }
-        return json.dumps({**figures, "rows": self.to_rows()}, indent=1)
 
-    def to_html(self, path: Any) -> None:
-        """Writes one self-contained page.
-
-        Args:
-          path: file to write.
-        """
+    def _page(self) -> str:
         kinds = [finding.kind for finding in self.findings]
         rows = [
             (f.kind, at(f.source), f.path, f.message, f.repair) for f in self.findings
         ]
-        shown = [kind for kind in _MARKS if kind in kinds]
-        page = _html.page(
+        return _html.page(
             "Audit of dtypes",
             _html.paragraph(self.summary),
-            _html.checkboxes(shown),
+            _html.checkboxes(kind for kind in _STYLES if kind in kinds),
             _html.table(
                 _FINDING_COLUMNS,
                 rows,
-                styles=[_MARKS[kind] for kind in kinds],
+                styles=[_STYLES[kind] for kind in kinds],
                 kinds=kinds,
             ),
             *(_html.table(columns, rows) for columns, rows in self._tables() if rows),
         )
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
+
+    def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[Any, ...]]]]:
+        kept = [
+            (f"{r.bytes / MIB:.1f}", r.dtype, list(r.shape), at(r.source), r.path)
+            for r in (self.residuals or ())[:_MOST_RESIDUALS]
+        ]
+        return [(_MATMUL_COLUMNS, _matmul_rows(self)), (_RESIDUAL_COLUMNS, kept)]
 
 
 def _paragraph(finding: Finding) -> str:
@@ -222,7 +210,8 @@ def _matmul_rows(audit: Audit) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, _sources.Source):
+def _cell(value: Any) -> Any:
+    """A field of a record for a row: a line as a string, a shape as a list."""
+    if isinstance(value, Source):
         return str(value)
     return list(value) if isinstance(value, tuple) else value

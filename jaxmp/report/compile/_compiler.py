@@ -1,9 +1,6 @@
-"""Compiles programs in a process of their own, and remembers what was said."""
+"""Compiles programs in a process of its own."""
 
 import contextlib
-import gzip
-import importlib.metadata
-import json
 import os
 import pickle
 import subprocess
@@ -14,25 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-import jax
-
 from jaxmp.errors import CompilerFailed
+from jaxmp.report.compile import _cache
 from jaxmp.report.compile._programs import Program
 from jaxmp.report.compile._worker import Answer, Request, compile_request
 from jaxmp.report.compile.progress import Progress
 from jaxmp.report.compile.targets import TARGET_ENVIRONMENT, check_packages
 
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _TAIL_LINES = 15
 _COMPILE = "from jaxmp.report.compile._worker import main; main()"
-
-
-def cache_directory() -> Path:
-    """Where answers of compilers are kept: `$JAXMP_CACHE_DIR`, or `~/.cache/jaxmp`."""
-    if chosen := os.environ.get("JAXMP_CACHE_DIR"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "jaxmp" / "programs"
 
 
 def compile_programs(
@@ -42,61 +29,58 @@ def compile_programs(
     cache: bool = True,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """Compiles programs, one after the other, and keeps what the compilers said.
+    """Compiles programs one after the other, and keeps the compilers' answers.
 
     Args:
       programs: what to compile.
-      names: what to call each; by default by its target.
-      cache: whether answers of earlier runs are used and those of this one kept.
-      progress: what says how far it has come; by default in a terminal.
+      names: what to call each in messages; by default by its target.
+      cache: whether to use answers of earlier runs and keep those of this one.
+      progress: reports how far it has come; by default in a terminal.
 
     Returns:
       An answer for each program. One that does not fit into the memory of its target
-      is an answer, too: its `error` says so.
+      has an answer, too: its `error` says so.
 
     Raises:
       MissingTargetPackage: if a compiler is not installed.
       CompilerFailed: if a compiler fails for another reason than memory.
     """
-    answers = [_load(program) if cache else None for program in programs]
-    for program, answer in zip(programs, answers, strict=True):
+    known = [_cache.load(program) if cache else None for program in programs]
+    for program, answer in zip(programs, known, strict=True):
         if answer is None:
             check_packages(program.target)
     progress = progress or Progress()
-    progress.expect(answers.count(None))
+    progress.expect(known.count(None))
     names = names or [str(program.target) for program in programs]
+    answers = []
     with _Worker() as worker:
-        for i, (program, name) in enumerate(zip(programs, names, strict=True)):
-            what = f"{i + 1} of {len(programs)}: {name}"
-            if answers[i] is not None:
+        for i, (program, answer) in enumerate(zip(programs, known, strict=True)):
+            what = f"{i + 1} of {len(programs)}: {names[i]}"
+            if answer is None:
+                progress.say(f"{what}: compiling")
+                start = time.monotonic()
+                answer = _compile(program, worker)
+                progress.compiled(what, time.monotonic() - start)
+                if cache:
+                    _cache.save(program, answer)
+            else:
                 progress.say(f"{what}: known from an earlier run")
-                continue
-            progress.say(f"{what}: compiling")
-            start = time.monotonic()
-            answers[i] = _compile(program, worker)
-            progress.compiled(what, time.monotonic() - start)
-            if cache:
-                _save(program, answers[i])
-    return [answer for answer in answers if answer is not None]
-
-
-def is_out_of_memory(answer: Answer) -> bool:
-    """Whether a program was refused because it does not fit into memory."""
-    return _OUT_OF_MEMORY in answer.error
+            answers.append(answer)
+    return answers
 
 
 def _compile(program: Program, worker: "_Worker") -> Answer:
     request = Request(
-        str(program.target),
-        program.written,
-        program.is_exported,
-        program.donated,
-        program.mesh,
-        program.options,
+        target=str(program.target),
+        written=program.written,
+        is_exported=program.is_exported,
+        donated=program.donated,
+        mesh=program.mesh,
+        options=program.options,
     )
     is_local = program.target.is_local
     answer = compile_request(request) if is_local else worker.ask(request)
-    if answer.error and not is_out_of_memory(answer):
+    if answer.error and not answer.is_out_of_memory:
         raise CompilerFailed(
             f"The compiler for {str(program.target)!r} was given a program of "
             f"{len(program.written) / 2**20:.1f} MiB with {len(program.arguments)} "
@@ -106,7 +90,7 @@ def _compile(program: Program, worker: "_Worker") -> Answer:
 
 
 class _Worker:
-    """The compiling process; started when it is first needed."""
+    """The compiling process, started when it is first needed."""
 
     def __init__(self):
         self.process: subprocess.Popen[str] | None = None
@@ -138,18 +122,18 @@ class _Worker:
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             print(path, file=self.process.stdin, flush=True)
-        told = self.process.stdout.readline()
-        if not told:
+        if not self.process.stdout.readline():
             self.process.communicate()
             status, self.process = self.process.returncode, None
             last = "\n".join(log.read_text(errors="replace").split("\n")[-_TAIL_LINES:])
-            error = f"The process ended with status {status}. Its last words:\n{last}"
-            return Answer({}, {}, "", 0.0, error)
+            return Answer.failure(
+                f"The process ended with status {status}. Its last words:\n{last}"
+            )
         return Answer(*pickle.loads(path.with_suffix(".answer").read_bytes()))
 
 
 def _start(log: Path) -> subprocess.Popen[str]:
-    # Two libtpus do no harm to each other where there is no TPU.
+    # Two libtpus do not harm each other where there is no TPU.
     environment = {
         **os.environ,
         **TARGET_ENVIRONMENT,
@@ -160,46 +144,10 @@ def _start(log: Path) -> subprocess.Popen[str]:
     environment.pop("XLA_FLAGS", None)
     with log.open("w") as file:
         return subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                _COMPILE,
-            ],
+            [sys.executable, "-c", _COMPILE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
             env=environment,
         )
-
-
-def _entry(program: Program) -> Path:
-    versions = f"jax-{jax.__version__}-{_compiler_version(program)}"
-    return cache_directory() / versions / f"{program.key}.json.gz"
-
-
-def _compiler_version(program: Program) -> str:
-    name = "libtpu" if program.target.platform == "tpu" else "jax-cuda12-pjrt"
-    try:
-        return f"{name}-{importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def _load(program: Program) -> Answer | None:
-    try:
-        with gzip.open(_entry(program), "rt", encoding="utf-8") as file:
-            return Answer(**json.load(file))
-    except (OSError, EOFError, ValueError, TypeError):
-        return None
-
-
-def _save(program: Program, answer: Answer | None) -> None:
-    if answer is None:
-        return
-    path = _entry(program)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(gzip.compress(json.dumps(answer._asdict()).encode()))
-    # A reader sees the whole answer or none.
-    Path(file.name).replace(path)

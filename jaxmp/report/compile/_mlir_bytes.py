@@ -1,8 +1,8 @@
 """A lowered program as bytes, for another process that compiles it.
 
-A program that `jax.export` wrote is called by the one that is compiled, and some of
-its operations are spelt out for the sake of other versions. The TPU's compiler may then
-plan otherwise, so that its figures would not be those of the step under `jax.jit`.
+Why not `jax.export`: the program that is compiled would call the exported one, with
+some operations spelt out for the sake of other versions. The TPU's compiler may plan
+that differently, and its figures would not be those of the step under `jax.jit`.
 """
 
 import functools
@@ -54,7 +54,7 @@ def lower_module(module: bytes, donated: Sequence[bool], device: Any) -> Any:
 
     Args:
       module: what `write_module` wrote.
-      donated: whether each argument is.
+      donated: whether each argument is donated.
       device: what it will be compiled for.
 
     Returns:
@@ -83,7 +83,7 @@ def _main(module: Any) -> Any:
     for operation in module.body.operations:
         if _name(operation) == "main":
             return operation
-    raise ValueError("The module has no function that is called main.")
+    raise ValueError("The module has no function named main.")
 
 
 def _name(operation: Any) -> str:
@@ -91,7 +91,7 @@ def _name(operation: Any) -> str:
 
 
 def _types(main: Any) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
-    """Shapes and dtypes of what a function takes and returns."""
+    """Shapes and dtypes of a function's arguments and results."""
     kind = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value)
     return list(map(_shaped, kind.inputs)), list(map(_shaped, kind.results))
 

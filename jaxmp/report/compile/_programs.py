@@ -26,10 +26,10 @@ class Program(NamedTuple):
     Attributes:
       target: what for.
       written: its operations, with their source lines.
-      is_exported: whether `jax.export` wrote them, as for several devices.
-      arguments: what its arguments are called, such as `"params/dense/kernel"`; those
-        that it does not use are left out, as `jax.jit` does.
-      donated: whether each of them is.
+      is_exported: whether `jax.export` wrote them, as it does for several devices.
+      arguments: names of its arguments, such as `"params/dense/kernel"`; those that it
+        does not use are left out, as by `jax.jit`.
+      donated: whether each of them is donated.
       mesh: names, sizes and types of the axes that it is sharded over.
       options: of the compiler, by name.
     """
@@ -53,8 +53,8 @@ def under_policy(step: Callable[..., Any], policy: Any) -> Callable[..., Any]:
     """A step under a policy.
 
     Args:
-      step: given the policy if it has an argument named `policy`; else it runs under
-        `autocast`, or as it is for a policy that computes in float32.
+      step: given the policy if it has an argument named `policy`. Any other step runs
+        under `autocast`, or as it is if the policy computes in float32.
       policy: anything `jaxmp.get_policy` takes.
     """
     if _takes_policy(step):
@@ -75,15 +75,17 @@ def donated_arguments(step: Callable[..., Any], args: Sequence[Any]) -> tuple[in
     """Positions of the arguments that a jitted step donates as a whole."""
     if not hasattr(step, "trace"):
         return ()
-    told = [jax.tree.leaves(x) for x in trace(step, args).args_info[0]]
-    return tuple(i for i, x in enumerate(told) if x and all(y.donated for y in x))
+    infos = [jax.tree.leaves(info) for info in trace(step, args).args_info[0]]
+    return tuple(
+        i for i, info in enumerate(infos) if info and all(x.donated for x in info)
+    )
 
 
 def trace(jitted: Any, args: Sequence[Any]) -> Any:
     """Traces a jitted step.
 
     Raises:
-      NotAnArray: for an argument that is no array.
+      NotAnArray: for an argument that is not an array.
       StepDoesNotTrace: for whatever the step raises while it is traced.
     """
     try:
@@ -102,8 +104,8 @@ def check_arrays(args: Sequence[Any]) -> None:
         if not hasattr(leaf, "dtype") and not isinstance(leaf, _tree.SCALARS):
             raise NotAnArray(
                 f"Argument {_tree.path_string(path)} of the step is {leaf!r}, which is "
-                "no array. Pass arrays or jax.ShapeDtypeStructs, and bind everything "
-                "else before, as functools.partial(step, config=...) does."
+                "not an array. Pass arrays or jax.ShapeDtypeStructs, and bind "
+                "everything else first: functools.partial(step, config=...)."
             )
 
 
@@ -129,7 +131,7 @@ def export_program(
         check_arrays(args)
         jitted = jax.jit(step, donate_argnums=tuple(donate_argnums))
     traced = trace(jitted, args)
-    told = jax.tree_util.tree_leaves_with_path(traced.args_info[0])
+    infos = jax.tree_util.tree_leaves_with_path(traced.args_info[0])
     mesh = _mesh_of(args)
     try:
         platforms = (target.platform,)
@@ -142,16 +144,16 @@ def export_program(
             f"{type(error).__name__}: {error}"
         ) from error
     if module is not None:
-        told = [told[i] for i in kept_arguments(lowered)]
+        infos = [infos[i] for i in kept_arguments(lowered)]
     names = argument_names(step, len(args))
     return Program(
-        _with_devices(target, devices),
-        written,
-        module is None,
-        tuple(_argument_path(names, path) for path, _ in told),
-        tuple(info.donated for _, info in told),
-        mesh,
-        tuple(sorted((compiler_options or {}).items())),
+        target=_with_devices(target, devices),
+        written=written,
+        is_exported=module is None,
+        arguments=tuple(_argument_path(names, path) for path, _ in infos),
+        donated=tuple(info.donated for _, info in infos),
+        mesh=mesh,
+        options=tuple(sorted((compiler_options or {}).items())),
     )
 
 
@@ -168,10 +170,11 @@ def _export(jitted: Any, args: Sequence[Any], target: Target) -> tuple[bytes, in
 
 
 def _with_devices(target: Target, written_for: int) -> Target:
+    """The target with as many devices as the step is written for."""
     if target.devices not in (None, written_for):
         raise ShardingMismatch(
             f"The target {str(target)!r} has {target.devices} devices, and the step is "
-            f"written for {written_for}. Say how its arguments are divided: give each "
+            f"written for {written_for}. Divide its arguments: give each "
             "jax.ShapeDtypeStruct a sharding=NamedSharding(AbstractMesh("
             f"({target.devices},), ('data',)), PartitionSpec('data'))."
         )
@@ -181,6 +184,7 @@ def _with_devices(target: Target, written_for: int) -> Target:
 
 
 def _mesh_of(args: Sequence[Any]) -> tuple[tuple[str, int, str], ...]:
+    """The first mesh of several devices among the shardings of the arguments."""
     for leaf in jax.tree.leaves(args):
         mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
         if mesh is not None and mesh.size > 1:

@@ -1,7 +1,7 @@
 """The process that compiles.
 
-It reads names of files from its input, one per line. Each holds a pickled `Request`;
-the answer, a pickled `Answer`, is written beside it, and the name is printed.
+It reads names of files from its input, one per line. Each holds a pickled `Request`.
+The process writes a pickled `Answer` beside it, and prints the name.
 """
 
 import os
@@ -20,7 +20,7 @@ from jax import export
 from jaxmp.report.compile._mlir_bytes import lower_module
 from jaxmp.report.compile.targets import target_devices
 
-MEMORY = ("argument", "output", "alias", "temp", "generated_code")
+_MEMORY = ("argument", "output", "alias", "temp", "generated_code")
 
 
 class Request(NamedTuple):
@@ -48,10 +48,10 @@ class Answer(NamedTuple):
 
     Attributes:
       memory: bytes by kind: `argument`, `output`, `alias`, `temp`, `generated_code`.
-      costs: `flops` and `bytes accessed`, if the compiler tells them.
+      costs: `flops` and `bytes accessed`, if the compiler counts them.
       text: the compiled program; empty if its compiler cannot write it down.
       seconds: how long the compiler took.
-      error: what it said where it failed; else empty.
+      error: what it said if it failed; otherwise empty.
     """
 
     memory: dict[str, int]
@@ -59,6 +59,16 @@ class Answer(NamedTuple):
     text: str
     seconds: float
     error: str = ""
+
+    @classmethod
+    def failure(cls, error: str, seconds: float = 0.0) -> "Answer":
+        """The answer of a compiler that failed."""
+        return cls(memory={}, costs={}, text="", seconds=seconds, error=error)
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Whether the program was refused because it does not fit into memory."""
+        return "RESOURCE_EXHAUSTED" in self.error
 
 
 def compile_request(request: Request) -> Answer:
@@ -69,12 +79,13 @@ def compile_request(request: Request) -> Answer:
     try:
         compiled = lowered.compile(compiler_options=dict(request.options))
     except jax.errors.JaxRuntimeError as error:
-        return Answer({}, {}, "", time.perf_counter() - start, str(error))
+        return Answer.failure(str(error), time.perf_counter() - start)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
-    memory = {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in MEMORY}
-    told = compiled.cost_analysis() or {}
-    costs = {k: told[k] for k in ("flops", "bytes accessed") if told.get(k, -1) > 0}
+    memory = {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in _MEMORY}
+    counted = compiled.cost_analysis() or {}
+    names = ("flops", "bytes accessed")
+    costs = {name: counted[name] for name in names if counted.get(name, -1) > 0}
     return Answer(memory, costs, program_text(compiled), seconds)
 
 
@@ -121,6 +132,6 @@ def main() -> None:
         try:
             answer = compile_request(Request(*pickle.loads(path.read_bytes())))
         except Exception:
-            answer = Answer({}, {}, "", 0.0, traceback.format_exc())
+            answer = Answer.failure(traceback.format_exc())
         path.with_suffix(".answer").write_bytes(pickle.dumps(tuple(answer)))
         print(path, file=answers, flush=True)

@@ -1,6 +1,6 @@
 """What each chip can do at most: published peaks, in one table, with their sources.
 
-JAX shows one chip of a TPU v4 or TPU7x as two devices; the figures are per device.
+JAX shows one chip of a TPU v4 or TPU7x as two devices; figures are per device.
 """
 
 import re
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-GIB = 2**30
+from jaxmp._views.numbers import GIB
+
 _HALF = ("bfloat16", "float16")
 
 
@@ -20,8 +21,8 @@ class Chip(NamedTuple):
       memory: bytes of memory that its compiler lets a program use.
       bandwidth: bytes per second between that memory and the device.
       flops: FLOPs per second of a dense matmul, by dtype of the operands.
-      default: what `float32` operands are multiplied in where no precision is asked
-        for: `"tensorfloat32"` on NVIDIA GPUs, `"bfloat16"` on TPUs.
+      default: the format in which `float32` operands are multiplied by default:
+        `"tensorfloat32"` on NVIDIA GPUs, `"bfloat16"` on TPUs.
       source: where the figures were published.
     """
 
@@ -36,8 +37,8 @@ class Chip(NamedTuple):
         """FLOPs per second of a matmul.
 
         Args:
-          dtype: of its operands. One that the chip has no units for counts as the
-            next wider one.
+          dtype: of its operands. If the chip has no units for it, the next wider one
+            counts.
           precision: `"default"`, `"high"` or `"highest"`, as XLA writes it. A TPU
             multiplies float32 in 1, 3 or 6 passes of bfloat16; an NVIDIA GPU uses
             TensorFloat-32 for the first, and its float32 units for the last.

@@ -1,19 +1,19 @@
-"""What a report is doing, line by line on the standard error, and how long it takes."""
+"""Reports on standard error what is being done, and how long it will take."""
 
 import sys
 import time
 
 
 class Progress:
-    """Says what is being done; compiling for one machine may take minutes.
+    """Reports what is being done; compiling for one machine may take minutes.
 
-    Lines are plain, for logs and notebooks show them as a terminal does.
+    Lines are plain, so that logs and notebooks show them as a terminal does.
 
     Args:
-      shown: whether to say anything; None does in a terminal.
+      shown: whether to report anything; by default only in a terminal.
 
     Attributes:
-      shown: whether anything is said.
+      shown: whether anything is reported.
     """
 
     def __init__(self, shown: bool | None = None):
@@ -29,11 +29,11 @@ class Progress:
             print(f"[{passed:4.0f} s] {what}", file=sys.stderr, flush=True)
 
     def expect(self, count: int) -> None:
-        """Takes note of how many programs have to be compiled."""
+        """Notes how many programs have to be compiled."""
         self._left = count
 
     def compiled(self, what: str, seconds: float) -> None:
-        """Says that a program is compiled, and how long the others will take."""
+        """Reports that a program is compiled, and how long the others will take."""
         self._seconds.append(seconds)
         self._left -= 1
         mean = sum(self._seconds) / len(self._seconds)

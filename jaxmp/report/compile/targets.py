@@ -1,8 +1,8 @@
 """Compile targets: the TPU and H100 compilers of XLA, on a machine without either.
 
 Both compilers come from PyPI (`pip install 'jaxmp[targets]'`) and need a process that
-was started with `TARGET_ENVIRONMENT`. What they compile cannot run here; its memory,
-traffic and dtypes can be read.
+was started with `TARGET_ENVIRONMENT`. What they compile does not run here, but its
+memory, traffic and dtypes can be read.
 """
 
 import difflib
@@ -84,7 +84,7 @@ class Target(NamedTuple):
 
     @property
     def is_local(self) -> bool:
-        """Whether its devices are those of this machine."""
+        """Whether its devices are this machine's."""
         return self.name in ("cpu", "gpu", "tpu")
 
 
@@ -108,7 +108,7 @@ def read_target(target: str | Target) -> Target:
     """Reads the name of a target, with or without a count.
 
     Raises:
-      UnknownTarget: for a name or count that is none.
+      UnknownTarget: for a name or count that does not exist.
     """
     if isinstance(target, Target):
         return target
@@ -125,13 +125,13 @@ def read_target(target: str | Target) -> Target:
     if not count.isdigit() or not _has_count(name, int(count)):
         raise UnknownTarget(
             f"There is no target {target!r}: {name} has {_counts(name)} devices. "
-            f"Write one of these after the colon, or no number for one device."
+            "Write one of these after the colon, or no number for one device."
         )
     return Target(name, int(count))
 
 
 def has_target(target: str) -> bool:
-    """Tells whether the packages that compile for a target are installed.
+    """Returns whether the packages that compile for a target are installed.
 
     Args:
       target: a name of `targets()`, with or without a count.
@@ -140,7 +140,7 @@ def has_target(target: str) -> bool:
       A boolean; nothing is imported.
 
     Raises:
-      UnknownTarget: for a name that is none.
+      UnknownTarget: for a name that does not exist.
 
     Example:
       >>> from jaxmp.report import has_target
@@ -160,7 +160,7 @@ def target_devices(target: str) -> list[Any]:
       Devices without a machine; put them into a sharding and compile for that.
 
     Raises:
-      UnknownTarget: for a name that is none.
+      UnknownTarget: for a name that does not exist.
       MissingTargetPackage: if the packages of the `targets` extra are missing, or the
         process was started without `TARGET_ENVIRONMENT`.
 
@@ -177,24 +177,27 @@ def target_devices(target: str) -> list[Any]:
     if unset:
         raise MissingTargetPackage(
             f"Compiling for {target!r} in this process needs an environment that sets "
-            f"{dict(TARGET_ENVIRONMENT)} before JAX is imported, and {unset} are not "
-            "set so. Set them, or use jaxmp.report.compile_step, which starts a "
-            "process of its own."
+            f"{dict(TARGET_ENVIRONMENT)} before JAX is imported. This one sets "
+            f"{unset} otherwise. Set them, or use jaxmp.report.compile_step, which "
+            "starts a process of its own."
         )
     if read.name == "h100":
-        description = importlib.resources.files("jaxmp.report") / "_h100.txtpb"
-        hosts, rest = divmod(read.devices or 1, _H100S_PER_HOST)
-        shape = f"1x1x{rest}" if rest else f"1x{hosts}x{_H100S_PER_HOST}"
-        return topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="",
-            target_config=description.read_text(),
-            topology=shape,
-        ).devices
+        return _h100s(read.devices or 1)
     names = _TPUS[read.name].topologies()
     name = names.get(read.devices or 0, next(iter(names.values())))
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     return devices[: read.devices]
+
+
+def _h100s(count: int) -> list[Any]:
+    description = importlib.resources.files("jaxmp.report") / "_h100.txtpb"
+    hosts, rest = divmod(count, _H100S_PER_HOST)
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=description.read_text(),
+        topology=f"1x1x{rest}" if rest else f"1x{hosts}x{_H100S_PER_HOST}",
+    ).devices
 
 
 def compile_for(
@@ -213,8 +216,8 @@ def compile_for(
       H100) and `as_text()` are read from it.
 
     Raises:
-      UnknownTarget: for a name that is none.
-      MissingTargetPackage: as `target_devices`.
+      UnknownTarget: for a name that does not exist.
+      MissingTargetPackage: as for `target_devices`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -231,7 +234,7 @@ def compile_for(
 
 
 def check_packages(target: Target) -> None:
-    """Raises `MissingTargetPackage` unless what compiles for a target is installed."""
+    """Raises `MissingTargetPackage` unless a target's compiler is installed."""
     missing = missing_packages(target)
     if missing:
         raise MissingTargetPackage(

@@ -1,11 +1,10 @@
 """What a compiled program consists of: matmuls, converts and collectives by dtype."""
 
-import collections
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxmp.report.hlo._hlo import HloProgram, walk
 from jaxmp.report.hlo._matmuls import read_matmul
+from jaxmp.report.hlo._program import HloProgram, walk
 
 COLLECTIVES = (
     "all-gather",
@@ -31,7 +30,7 @@ class Total(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a program runs in a step, loops counted as often as they run.
+    """What a program runs in a step; a loop counts as often as it runs.
 
     Attributes:
       matmuls: FLOPs by dtype of the operands.
@@ -46,31 +45,34 @@ class Contents(NamedTuple):
 
 def read_contents(program: HloProgram) -> Contents:
     """Counts what a program runs."""
-    matmuls: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
-    converts: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
-    collectives: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
+    matmuls: dict[str, Total] = {}
+    converts: dict[str, Total] = {}
+    collectives: dict[str, Total] = {}
     for step in walk(program):
         instruction, times = step.instruction, step.times
         if matmul := read_matmul(instruction, step.computation):
-            matmuls[matmul.dtype].append((times, times * matmul.flops))
+            _add(matmuls, matmul.dtype, times, matmul.flops)
         elif instruction.opcode == "convert":
             operands = step.computation.operands(instruction)
             if operands and operands[0].arrays:
                 old, new = operands[0].arrays[0], instruction.arrays[0]
                 elements = new.size * 8 // new.bits if new.bits else 0
                 name = f"{old.dtype_name} -> {new.dtype_name}"
-                converts[name].append((times, times * elements))
-        elif instruction.opcode.removesuffix("-start") in COLLECTIVES:
-            kind = instruction.opcode.removesuffix("-start")
+                _add(converts, name, times, elements)
+        elif (kind := instruction.opcode.removesuffix("-start")) in COLLECTIVES:
             for array in step.computation.results(instruction):
-                name = f"{kind} {array.dtype_name}"
-                collectives[name].append((times, times * array.size))
-    return Contents(*map(_totals, (matmuls, converts, collectives)))
+                _add(collectives, f"{kind} {array.dtype_name}", times, array.size)
+    return Contents(
+        matmuls=_sorted(matmuls),
+        converts=_sorted(converts),
+        collectives=_sorted(collectives),
+    )
 
 
-def _totals(found: Mapping[str, list[tuple[int, float]]]) -> dict[str, Total]:
-    totals = {
-        name: Total(sum(n for n, _ in seen), sum(amount for _, amount in seen))
-        for name, seen in found.items()
-    }
+def _add(totals: dict[str, Total], name: str, times: int, amount: float) -> None:
+    before = totals.get(name, Total(0, 0))
+    totals[name] = Total(before.times + times, before.amount + times * amount)
+
+
+def _sorted(totals: Mapping[str, Total]) -> dict[str, Total]:
     return dict(sorted(totals.items(), key=lambda item: -item[1].amount))

@@ -1,11 +1,10 @@
 """Which buffers of a compiled program are alive when it needs the most memory.
 
 The compilers say how much memory a program needs, not what lies in it. They also say in
-which order it runs, so a buffer lives from the instruction that writes it to the last
-that reads it. That donated arguments, loops and updates write in place is known.
-Whether an elementwise fusion writes over an operand that is not read again is not: of
-three assumptions, the one counts that comes closest to the memory that the compiler
-told.
+which order it runs: a buffer lives from the instruction that writes it to the last one
+that reads it. Donated arguments, loops and updates are known to write in place. Whether
+an elementwise fusion overwrites an operand that is not read again is unknown: of three
+assumptions, the one that comes closest to the compiler's figure counts.
 """
 
 import collections
@@ -14,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from jaxmp.report.hlo._hlo import Computation, HloArray, HloProgram, Instruction
+from jaxmp.report.hlo._program import Computation, HloArray, HloProgram, Instruction
 
 _ALIASES = ("bitcast", "optimization-barrier", "while")
 _UNSTORED = ("constant", "parameter", "after-all")
@@ -52,7 +51,7 @@ class Peak(NamedTuple):
 
 
 class Reuse(enum.Enum):
-    """Which operand that is not read again an elementwise fusion writes over."""
+    """Which operand an elementwise fusion overwrites, if it is not read again."""
 
     NONE = "none"
     SAME_SHAPE = "of the same shape"
@@ -62,17 +61,17 @@ class Reuse(enum.Enum):
 Source = Callable[[Instruction, Computation], str]
 
 
-def peak(program: HloProgram, source: Source, told: int) -> Peak:
+def find_peak(program: HloProgram, source: Source, expected: int) -> Peak:
     """Finds the moment at which a program needs the most memory.
 
     Args:
       program: what is compiled.
-      source: the line of the user's code that an instruction comes from, by the
-        instruction and the computation that it stands in.
-      told: bytes that the program needs in all, as its compiler says.
+      source: returns the user's line that an instruction comes from, given the
+        instruction and the computation in which it stands.
+      expected: bytes that the program needs in all, as its compiler says.
     """
     found = (_peak(_State(program, source, reuse)) for reuse in Reuse)
-    return min(found, key=lambda peak: abs(peak.size - told))
+    return min(found, key=lambda peak: abs(peak.size - expected))
 
 
 def _peak(state: "_State") -> Peak:
@@ -182,10 +181,10 @@ def _kept(
     computation: Computation,
     operands: list[list[int]],
 ) -> list[int] | None:
-    """The buffers of what moves no data; None for what writes its result."""
+    """The buffers of what moves no data; None for what writes its own result."""
     opcode = instruction.opcode
     if opcode == "tuple":
-        # Nested tuples do not occur in compiled programs but in loops, flattened.
+        # The only nested tuples of compiled programs are those of loops, flattened.
         return [key for keys in operands for key in keys]
     if opcode == "get-tuple-element":
         index = int(instruction.attribute("index") or 0)
@@ -238,7 +237,7 @@ def _writes_in_place(state: _State, instruction: Instruction) -> bool:
 def _inner_peak(
     state: _State, instruction: Instruction, values: dict[str, list[int]]
 ) -> tuple[int, list[int]]:
-    """What the body of a loop, branch or call needs beside its arguments."""
+    """What the body of a loop, branch or call needs besides its arguments."""
     if instruction.opcode not in ("while", "conditional", "call"):
         return 0, []
     best: tuple[int, list[int]] = (0, [])
@@ -340,12 +339,12 @@ class LiveBuffers(NamedTuple):
 def largest(
     buffers: Iterable[Buffer], arguments: Sequence[str], count: int = 10
 ) -> tuple[LiveBuffers, ...]:
-    """The buffers that take the most memory; equal ones of a line are one entry.
+    """The buffers that take the most memory; equal ones from one line are one entry.
 
     Args:
       buffers: those of a `Peak`.
-      arguments: what the arguments of the program are called.
-      count: how many entries.
+      arguments: names of the program's arguments.
+      count: how many entries to return.
     """
     groups: dict[tuple[str, str, str], list[Buffer]] = collections.defaultdict(list)
     for buffer in buffers:
@@ -355,11 +354,11 @@ def largest(
             groups[str(buffer.array), buffer.source, name].append(buffer)
     found = [
         LiveBuffers(
-            sum(buffer.size for buffer in group),
-            len(group),
-            array,
-            name or max((buffer.scope for buffer in group), key=len),
-            source,
+            bytes=sum(buffer.size for buffer in group),
+            copies=len(group),
+            array=array,
+            name=name or max((buffer.scope for buffer in group), key=len),
+            source=source,
         )
         for (array, source, name), group in groups.items()
     ]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxmp.report.hlo._hlo import Computation, Instruction
+from jaxmp.report.hlo._program import Computation, Instruction
 
 
 class HloMatmul(NamedTuple):
@@ -23,11 +23,11 @@ class HloMatmul(NamedTuple):
 
 
 def read_matmul(instruction: Instruction, computation: Computation) -> HloMatmul | None:
-    """Reads an instruction; None if it is no matrix multiplication.
+    """Reads an instruction; None if it is not a matrix multiplication.
 
     Args:
-      instruction: any.
-      computation: that it stands in.
+      instruction: of any kind.
+      computation: where it stands.
     """
     target = instruction.attribute("custom_call_target")
     if instruction.opcode in ("dot", "ragged-dot"):
@@ -57,11 +57,11 @@ def _dot_flops(instruction: Instruction, operands: Sequence[Instruction]) -> flo
 
 
 def _gemm_flops(instruction: Instruction, operands: Sequence[Instruction]) -> float:
-    told = re.search(
+    match = re.search(
         r'lhs_contracting_dimensions\\?":\[([^\]]*)\]', instruction.attributes
     )
     dims = operands[0].arrays[0].dims
-    axes = re.findall(r"\d+", told[1]) if told else [str(len(dims) - 1)]
+    axes = re.findall(r"\d+", match[1]) if match else [str(len(dims) - 1)]
     depth = math.prod(dims[int(i)] for i in axes)
     return 2.0 * math.prod(instruction.arrays[0].dims) * depth
 
@@ -69,9 +69,9 @@ def _gemm_flops(instruction: Instruction, operands: Sequence[Instruction]) -> fl
 def _convolution_flops(
     instruction: Instruction, operands: Sequence[Instruction]
 ) -> float:
-    """Only taps that meet a value of the input, not padding or a dilation's zeros.
+    """Counts only taps that meet an input value, not padding or a dilation's zeros.
 
-    XLA writes batched matmuls as convolutions that are almost all padding.
+    XLA writes batched matmuls as convolutions that are mostly padding.
     """
     match = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if match is None:
@@ -97,16 +97,16 @@ def _convolution_flops(
 
 def _window(instruction: Instruction, axis: int) -> tuple[int, int, int, int]:
     """Stride, padding below, dilation of the input and of the kernel, of one axis."""
-    told = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    fields = dict(f.split("=") for f in told[1].split()) if told else {}
+    match = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    fields = dict(f.split("=") for f in match[1].split()) if match else {}
 
-    def value(name, default):
+    def value(name: str, default: str) -> str:
         parts = fields.get(name, "").split("x")
         return parts[axis] if axis < len(parts) and parts[axis] else default
 
-    below = int(str(value("pad", "0_0")).split("_")[0])
+    below = int(value("pad", "0_0").split("_")[0])
     stride, base, dilation = (
-        int(value(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate")
+        int(value(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate")
     )
     return stride, below, base, dilation
 

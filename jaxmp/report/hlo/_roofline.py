@@ -2,17 +2,17 @@
 
 Every operation that a chip runs on its own, most of them fusions, takes at least the
 larger of two times: its matmul FLOPs over the chip's peak for their dtype, and the
-bytes that it moves from and to memory over the bandwidth (Williams, Waterman and
-Patterson, "Roofline", CACM 2009). Communication between chips and everything that is
-neither a matmul nor memory counts as free.
+bytes that it moves to and from memory over the bandwidth (Williams, Waterman and
+Patterson, "Roofline", CACM 2009). Communication between chips, and everything that is
+neither a matmul nor memory traffic, counts as free.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxmp.report.compile.chips import Chip
-from jaxmp.report.hlo._hlo import Computation, HloArray, HloProgram, Instruction
 from jaxmp.report.hlo._matmuls import read_matmul
+from jaxmp.report.hlo._program import Computation, HloArray, HloProgram, Instruction
 
 _FREE = (
     "after-all",
@@ -33,12 +33,12 @@ class Roofline(NamedTuple):
     """An estimate of a step's time.
 
     Attributes:
-      seconds: at least so long.
+      seconds: how long the step takes at least.
       matmul_seconds: the part in which matmuls take longer than memory.
       flops: of matmuls.
-      bytes: moved from and to memory.
+      bytes: moved to and from memory.
       half_seconds: the same if every float32 array were half as large and every
-        float32 matmul as fast as a half one: what half precision could bring at most.
+        float32 matmul as fast as a half one: the most that half precision could bring.
     """
 
     seconds: float
@@ -54,8 +54,11 @@ class Roofline(NamedTuple):
 
     @property
     def largest_gain(self) -> float:
-        """How many times as fast the step could be in half precision, at most."""
+        """How many times as fast half precision could make the step, at most."""
         return self.seconds / self.half_seconds if self.half_seconds else 1.0
+
+
+_NOTHING = Roofline(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def roofline(program: HloProgram, chip: Chip) -> Roofline:
@@ -69,7 +72,7 @@ def roofline(program: HloProgram, chip: Chip) -> Roofline:
 
 
 def _computation(program: HloProgram, computation: Computation, chip: Chip) -> Roofline:
-    total = Roofline(0.0, 0.0, 0.0, 0.0, 0.0)
+    total = _NOTHING
     for instruction in computation.instructions:
         is_free = instruction.opcode in _FREE or instruction.opcode.endswith("-done")
         if not is_free:
@@ -86,7 +89,7 @@ def _operation(
             _computation(program, program.computations[name], chip)
             for name in instruction.called
         ]
-        longest = max(inner, default=Roofline(*[0.0] * 5), key=lambda r: r.seconds)
+        longest = max(inner, default=_NOTHING, key=lambda r: r.seconds)
         trips = 1
         if instruction.opcode == "while":
             trips = program.trips(instruction, computation)
@@ -100,18 +103,18 @@ def _operation(
     memory, half_memory = size / chip.bandwidth, half_size / chip.bandwidth
     seconds = max(matmul, memory)
     return Roofline(
-        seconds,
-        matmul if matmul > memory else 0.0,
-        flops,
-        size,
-        max(half_matmul, half_memory),
+        seconds=seconds,
+        matmul_seconds=matmul if matmul > memory else 0.0,
+        flops=flops,
+        bytes=size,
+        half_seconds=max(half_matmul, half_memory),
     )
 
 
 def _matmul_seconds(
     program: HloProgram, computation: Computation, instruction: Instruction, chip: Chip
 ) -> tuple[float, float, float]:
-    """FLOPs of all matmuls in an operation; their seconds; those in half precision."""
+    """FLOPs of all matmuls in an operation, their seconds, and those in half."""
     flops, seconds, half_seconds = 0.0, 0.0, 0.0
     half = max(chip.matmul_rate("bfloat16"), chip.matmul_rate("float16"))
     if matmul := read_matmul(instruction, computation):
@@ -133,7 +136,7 @@ def _matmul_seconds(
 def _moved(
     program: HloProgram, computation: Computation, instruction: Instruction
 ) -> list[tuple[HloArray, float]]:
-    """What an operation reads from and writes to memory, in bytes."""
+    """The arrays that an operation reads and writes in memory, with bytes of each."""
     if instruction.opcode in _SLICES:
         results = [(array, 2.0 * array.size) for array in instruction.arrays]
         return [(array, size) for array, size in results if not array.is_on_chip]

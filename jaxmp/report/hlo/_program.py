@@ -1,18 +1,12 @@
-"""Reads the text of a compiled program: what XLA will run, in the order it will run it.
-
-The format is that of `jax.stages.Compiled.as_text()`.
-"""
+"""A compiled program: what XLA will run, in the order in which it will run it."""
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
-_TABLE_ROW = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
-_ALIAS = re.compile(r"\{([\d, ]*)\}: \((\d+), \{[\d, ]*\}")
 _KNOWN_TRIPS = re.compile(r'known_trip_count\\?"?:\s*\{\\?"n\\?":\\?"?(\d+)')
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _KINDS = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
@@ -24,7 +18,7 @@ class HloArray(NamedTuple):
     Attributes:
       dtype: as XLA writes it, such as `"bf16"`.
       dims: its shape.
-      layout: as XLA writes it; tiles and the memory it lives in.
+      layout: as XLA writes it, with its tiles and the memory that it lives in.
     """
 
     dtype: str
@@ -93,7 +87,7 @@ class Instruction(NamedTuple):
         return tuple(re.findall(r"%([\w.-]+)", self.arguments))
 
     def attribute(self, name: str) -> str:
-        """The value of an attribute; empty if it has none of that name."""
+        """The value of an attribute; empty if it is not there."""
         match = re.search(
             rf"\b{name}=(\{{[^}}]*\}}|\"[^\"]*\"|[^,\s]+)", self.attributes
         )
@@ -101,7 +95,9 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it runs, but those of a reduction."""
+        """Names of the computations that it runs, except those of a reduction."""
+        if self.opcode not in ("fusion", "while", "conditional", "call", "async-start"):
+            return ()
         found = re.findall(
             r"\b(?:calls|body|true_computation|false_computation|to_apply)=%?([\w.-]+)",
             self.attributes,
@@ -109,8 +105,6 @@ class Instruction(NamedTuple):
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         if branches:
             found += [name.strip(" %") for name in branches[1].split(",")]
-        if self.opcode not in ("fusion", "while", "conditional", "call", "async-start"):
-            return ()
         return tuple(found)
 
     @property
@@ -144,13 +138,13 @@ class Computation:
         return self.by_name[self.root]
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions whose results one of its own reads."""
+        """The instructions whose results an instruction of its own reads."""
         return [self.by_name[x] for x in instruction.operands if x in self.by_name]
 
     def results(self, instruction: Instruction) -> tuple[HloArray, ...]:
         """What an instruction writes.
 
-        The start of an asynchronous operation returns what it was given beside it.
+        The start of an asynchronous operation returns its operands as well.
         """
         if instruction.opcode == "copy-start":
             return instruction.arrays[:1]
@@ -183,12 +177,12 @@ class HloProgram(NamedTuple):
         """Lines of code that an instruction comes from, the innermost last.
 
         Args:
-          instruction: what the compiler made itself, such as a copy, has the lines of
-            what it is made of.
+          instruction: one that the compiler made itself, such as a copy, has the lines
+            of its operands.
           computation: where it stands, to look for those.
 
         Returns:
-          Lines; none where nothing is known.
+          Lines; empty where nothing is known.
         """
         frame = int(instruction.attribute("stack_frame_id") or 0)
         if frame in self.sources:
@@ -208,16 +202,16 @@ class HloProgram(NamedTuple):
         """How often a `while` runs.
 
         Args:
-          loop: the loop.
+          loop: its instruction.
           computation: where it stands.
 
         Returns:
-          What the compiler found out; else what its condition says, if that compares a
-          counter with a constant, as a scan's does; else 1.
+          What the compiler found out. Failing that, what the condition says, if it
+          compares a counter with a constant, as a scan's does. Failing both, 1.
         """
-        told = re.search(_KNOWN_TRIPS, loop.attributes)
-        if told:
-            return int(told[1])
+        known = _KNOWN_TRIPS.search(loop.attributes)
+        if known:
+            return int(known[1])
         condition = self.computations.get(loop.attribute("condition").lstrip("%"))
         if condition is None or "direction=LT" not in condition.result.attributes:
             return 1
@@ -269,115 +263,3 @@ def _walk(program: HloProgram, name: str, times: int, is_fused: bool) -> Iterato
             trips = program.trips(instruction, computation)
         for called in instruction.called:
             yield from _walk(program, called, times * trips, is_fusion)
-
-
-@functools.lru_cache(maxsize=8)
-def read_hlo(text: str) -> HloProgram:
-    """Reads a program.
-
-    Args:
-      text: what `compiled.as_text()` returned.
-    """
-    tables: dict[str, dict[int, str]] = {}
-    table: dict[int, str] = {}
-    computations: dict[str, Computation] = {}
-    entry, name, instructions, root = "", "", [], ""
-    for line in text.splitlines():
-        if line.startswith("  "):
-            instruction, is_root = _read_instruction(line)
-            if instruction is not None:
-                instructions.append(instruction)
-                root = instruction.name if is_root else root
-        elif line == "}":
-            computations[name] = Computation(name, tuple(instructions), root)
-        elif line.endswith("{") and not line.startswith("HloModule"):
-            is_entry = line.startswith("ENTRY ")
-            name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
-            entry = name if is_entry else entry
-            instructions = []
-        elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
-            table = tables.setdefault(line, {})
-        elif match := _TABLE_ROW.match(line):
-            table[int(match[1])] = match[2] if match[2] is not None else match[3]
-    return HloProgram(computations, entry, _aliases(text), _sources(tables))
-
-
-def _read_instruction(line: str) -> tuple[Instruction | None, bool]:
-    line = line.strip()
-    is_root = line.startswith("ROOT ")
-    name, equals, rest = line.removeprefix("ROOT ").partition(" = ")
-    if not equals:
-        return None, False
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opening = rest.find("(")
-    closing = _closing(rest, opening)
-    return (
-        Instruction(
-            name.lstrip("%"),
-            rest[:opening],
-            tuple(_read_arrays(shape)),
-            rest[opening + 1 : closing],
-            rest[closing + 1 :],
-        ),
-        is_root,
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for match in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return match.start()
-    return len(text)
-
-
-def _read_arrays(shape: str) -> Iterator[HloArray]:
-    for dtype, dims, layout in _ARRAY.findall(shape):
-        sizes = tuple(int(n.strip("<=")) for n in dims.split(",") if n)
-        yield HloArray(dtype, sizes, layout)
-
-
-def _aliases(text: str) -> dict[int, int]:
-    head = text.partition("\n")[0]
-    start = head.find("input_output_alias={")
-    if start < 0:
-        return {}
-    # Up to the next attribute of the module, which is the layout of the entry.
-    told = head[start:].partition("entry_computation_layout")[0]
-    return {
-        int(output.split(",")[0] or 0): int(argument)
-        for output, argument in _ALIAS.findall(told)
-    }
-
-
-def _sources(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str, ...]]:
-    files, functions = tables.get("FileNames", {}), tables.get("FunctionNames", {})
-    locations = {}
-    for key, row in tables.get("FileLocations", {}).items():
-        told = _fields(row)
-        file = files.get(told.get("file_name_id", 0), "?")
-        function = functions.get(told.get("function_name_id", 0), "?")
-        locations[key] = f"{file}:{told.get('line', 0)} ({function})"
-    frames = {key: _fields(row) for key, row in tables.get("StackFrames", {}).items()}
-    return {key: tuple(_stack(frames, locations, key)) for key in frames}
-
-
-def _stack(
-    frames: Mapping[int, Mapping[str, int]], locations: Mapping[int, str], key: int
-) -> Sequence[str]:
-    found: list[str] = []
-    while key in frames:
-        frame = frames[key]
-        found.append(locations.get(frame.get("file_location_id", 0), "?"))
-        # The number of the parent is written one too high.
-        parent = frame.get("parent_frame_id", 0) - 1
-        if parent >= key:
-            break
-        key = parent
-    return found[::-1]
-
-
-def _fields(row: str) -> dict[str, int]:
-    return {name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", row)}

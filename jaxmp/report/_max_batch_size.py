@@ -1,10 +1,11 @@
 """`max_batch_size`: the largest batch that fits into a target's memory, by search."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxmp.errors import BatchSearchError
-from jaxmp.report._step import Row, compile_step_of
+from jaxmp.report._compile_step import compile_step_of
+from jaxmp.report._rows import Row
 
 
 class BatchSearch(NamedTuple):
@@ -30,23 +31,24 @@ def max_batch_size(
     multiple_of: int = 1,
     limit: int = 2**20,
     tolerance: float = 0.01,
-    donate_argnums: Any = None,
-    compiler_options: Any = None,
+    donate_argnums: Sequence[int] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
     cache: bool = True,
 ) -> BatchSearch:
     """Finds the largest batch with which a step fits into a target's memory.
 
-    Memory grows with the batch almost in a straight line: after two batches the third
-    is put where the line meets the limit, and the gap is closed from there. The memory
-    is that of the compiled program; a framework's own reserve comes on top.
+    Memory grows with the batch almost in a straight line. The search compiles two
+    batches, tries the third where the line through them meets the memory, and closes
+    the gap from there. The memory is that of the compiled program; a framework's own
+    reserve comes on top.
 
     Args:
       step_of_batch: takes a batch size and returns `(step, *args)`.
       target: a name of `targets()` whose memory is known.
       multiple_of: the batch is a multiple of it.
       limit: the largest batch that is tried.
-      tolerance: the search ends where the smallest batch that does not fit is at most
-        this share larger; 0 for the last one.
+      tolerance: the search ends once the smallest batch that does not fit is at most
+        this share larger than the largest that does; with 0 it finds the exact batch.
       donate_argnums: as for `compile_step`.
       compiler_options: as for `compile_step`.
       cache: as for `compile_step`.
@@ -69,14 +71,15 @@ def max_batch_size(
     """
     if not 1 <= multiple_of <= limit:
         raise BatchSearchError(
-            f"There is no batch that is a multiple of multiple_of={multiple_of} and at "
-            f"most limit={limit}. Both are at least 1, and the limit is the larger."
+            f"No batch is a multiple of multiple_of={multiple_of} and at most "
+            f"limit={limit}. Choose multiple_of of at least 1, and a limit that is not "
+            "smaller."
         )
     rows: dict[int, Row] = {}
 
     def fits(count: int) -> bool:
         if count not in rows:
-            told = compile_step_of(
+            report = compile_step_of(
                 lambda _: step_of_batch(count * multiple_of),
                 policies=["as it is"],
                 targets=[target],
@@ -84,7 +87,7 @@ def max_batch_size(
                 compiler_options=compiler_options,
                 cache=cache,
             )
-            rows[count] = told.rows[0]
+            rows[count] = report.rows[0]
         return bool(rows[count].fits)
 
     good, bad, last = 0, None, limit // multiple_of
@@ -102,12 +105,11 @@ def max_batch_size(
         if good >= last:
             break
         guess = _next_guess(rows, good, bad, last)
-    memory = rows[guess].memory or 0
     return BatchSearch(
-        good * multiple_of,
-        rows[good].peak if good else None,
-        memory,
-        {count * multiple_of: bool(row.fits) for count, row in sorted(rows.items())},
+        batch=good * multiple_of,
+        peak=rows[good].peak if good else None,
+        memory=rows[1].memory or 0,
+        tried={n * multiple_of: bool(row.fits) for n, row in sorted(rows.items())},
     )
 
 
@@ -119,7 +121,7 @@ def _next_guess(rows: dict[int, Row], good: int, bad: int | None, last: int) -> 
         return min(max(2 * good, 1), most) if bad is None else max((good + bad) // 2, 1)
     (n0, peak0), (n1, peak1) = known[-2:]
     slope = (peak1 - peak0) / (n1 - n0)
-    memory = next(iter(rows.values())).memory or 0
+    memory = rows[1].memory or 0
     if slope <= 0:
         return most if bad is None else (good + bad) // 2
     met = int(n0 + (memory - peak0) / slope)
