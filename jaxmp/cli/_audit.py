@@ -26,5 +26,10 @@ def run(options: argparse.Namespace) -> Output:
     function = load_function(options.step)
     given = (options.policy,) if takes_policy(function) else ()
     step, *args = make_step(function, *given)
-    told = audit(step, *args, policy=options.policy)
-    return Output(str(told), json.loads(told.to_json()), told.to_html, told.kinds)
+    found = audit(step, *args, policy=options.policy)
+    return Output(
+        text=str(found),
+        data=json.loads(found.to_json()),
+        to_html=found.to_html,
+        kinds=found.kinds,
+    )

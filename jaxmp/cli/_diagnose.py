@@ -1,7 +1,7 @@
 """What a policy does to the numbers of a loss function, and what to do about it.
 
-The function is run on its arguments, operation by operation, in float32 and under the
-policy, as autocast applies it.
+The function runs on its arguments, operation by operation, in float32 and under the
+policy as autocast applies it.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import jax
 
 from jaxmp._views import html as _html
 from jaxmp._views.numbers import power
+from jaxmp._views.result import plain
 from jaxmp.cli._load import load_function, make_step, takes_policy
 from jaxmp.cli._output import Output
 from jaxmp.errors import InvalidStep
@@ -72,20 +73,21 @@ def run(options: argparse.Namespace) -> Output:
         "policy": options.policy,
         "kinds": sorted(kinds),
         "advice": advice,
-        "nonfinite": _plain(dataclasses.asdict(found)) if found else None,
+        "nonfinite": _lists(dataclasses.asdict(found)) if found else None,
         "comparison": json.loads(compared.to_json()),
-        "trace": _plain(traced.to_rows()),
+        "trace": plain(traced.to_rows()),
     }
-    return Output("\n\n".join([*advice, *tables]), data, page, kinds)
+    text = "\n\n".join([*advice, *tables])
+    return Output(text=text, data=data, to_html=page, kinds=kinds)
 
 
 def _look(
     loss_fn: Any, policy: str, args: Sequence[Any]
 ) -> tuple[Comparison, NonfiniteReport]:
-    """Compares and runs the function at a loss scale that it stands.
+    """Compares and runs the function at a loss scale at which it does not overflow.
 
-    The scale is worked out from numbers that were rounded in bfloat16, and may be a
-    little too high. What a lower one mends is nothing to tell.
+    The scale that is worked out comes from numbers that were rounded in bfloat16, and
+    may be a little too high. What a lower one mends is not worth reporting.
     """
     compared = compare(loss_fn, policy, *args)
     scale = compared.policies[0].loss_scale
@@ -101,7 +103,7 @@ def _look(
     return compared, NonfiniteReport(loss_scale=lower)
 
 
-def _check_concrete(step: str, args: Any) -> None:
+def _check_concrete(step: str, args: Sequence[Any]) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(args):
         if isinstance(x, jax.ShapeDtypeStruct):
             name = jax.tree_util.keystr(path[1:])
@@ -127,7 +129,7 @@ def _kinds(found: NonfiniteReport, compared: Comparison) -> frozenset[str]:
 def _advise(
     found: NonfiniteReport, traced: Trace, compared: Comparison, kinds: frozenset[str]
 ) -> list[str]:
-    """What a person should do, in sentences."""
+    """What to do, in sentences."""
     row = compared.policies[0]
     advice = []
     if found:
@@ -207,12 +209,10 @@ def _in(path: str) -> str:
     return f" in {path}" if path else ""
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are not finite are null."""
+def _lists(value: Any) -> Any:
+    """As `plain`, with named tuples as lists."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {name: _lists(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(x) for x in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return [_lists(x) for x in value]
+    return plain(value)

@@ -41,7 +41,7 @@ WHEN_HALF_DOES_NOT_HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command: it has none of its own."""
+    """Adds nothing: the command has no options of its own."""
 
 
 def run(options: argparse.Namespace) -> Output:
@@ -59,7 +59,9 @@ def run(options: argparse.Namespace) -> Output:
     kinds = {"emulated"} if all(device["emulated"] for device in devices) else set()
     if not all(installed.values()):
         kinds.add("no-targets")
-    return Output(_text(data), data, _page(data), frozenset(kinds))
+    return Output(
+        text=_text(data), data=data, to_html=_page(data), kinds=frozenset(kinds)
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -132,8 +134,8 @@ def _text(data: dict[str, Any]) -> str:
     lines = [versions, "", _table.text_table(*_device_table(data))]
     lines += ["", f"Compile targets installed: {', '.join(installed) or 'none'}"]
     if missing:
-        told = f"{', '.join(missing)} (pip install 'jaxmp[targets]')"
-        lines.append(f"Compile targets not installed: {told}")
+        repair = "(pip install 'jaxmp[targets]')"
+        lines.append(f"Compile targets not installed: {', '.join(missing)} {repair}")
     return "\n".join([*lines, *(f"\n{note}" for note in data["notes"])])
 
 

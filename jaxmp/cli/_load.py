@@ -29,17 +29,17 @@ def load_function(spec: str) -> Callable[..., Any]:
       spec: such as `"examples.train:make_step"` or `"examples/train.py:make_step"`.
 
     Raises:
-      InvalidStep: if there is no such module or function.
+      InvalidStep: if the module or the function does not exist.
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise InvalidStep(
-            f"{spec!r} names no function. Write MODULE:FUNCTION, such as "
+            f"{spec!r} does not name a function. Write MODULE:FUNCTION, such as "
             "train:make_step, or FILE.py:FUNCTION."
         )
     check_source(module_name, name)
     module = _import(module_name)
-    function = module
+    function: Any = module
     for part in name.split("."):
         if not hasattr(function, part):
             names = [n for n in vars(module) if callable(getattr(module, n))]
@@ -53,7 +53,7 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 
 def takes_policy(function: Callable[..., Any]) -> bool:
-    """Whether a function that makes a step is to be given a policy."""
+    """Whether a function that makes a step takes a policy."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -84,13 +84,13 @@ def make_step(function: Callable[..., Any], *policy: Any) -> tuple[Any, ...]:
 
 
 def stay_on_cpu() -> None:
-    """Keeps accelerators free where nothing is run; a user's choice comes first."""
+    """Leaves accelerators alone where nothing is run, unless the user chose one."""
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
 
 
 def _import(name: str) -> ModuleType:
-    # What lies in the folder that the command is called in can be imported.
+    # The folder in which the command is called can be imported from.
     sys.path.insert(0, os.getcwd())
     try:
         if name.endswith(".py"):

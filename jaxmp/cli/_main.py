@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         this process.
 
     Returns:
-      The exit status: 0, 1 if something was found that `--fail-on` names, 2 if the
+      The exit status: 0; 1 if something that `--fail-on` names was found; 2 if the
       command could not run.
 
     Example:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="jaxmp", description="Mixed precision for JAX, looked at."
+        prog="jaxmp", description="Looks at mixed precision in JAX."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in _COMMANDS.items():

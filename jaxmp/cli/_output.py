@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 
 class Output(NamedTuple):
-    """The result of a command, in every form that it can be asked for.
+    """The result of a command, in every form.
 
     Attributes:
       text: for a terminal.
-      data: for `--json`: dicts, lists, strings and numbers.
-      to_html: for `--html`: writes a self-contained page into a file.
-      kinds: of what was found, for `--fail-on`.
+      data: for `--json`; dicts, lists, strings and numbers.
+      to_html: for `--html`; writes a self-contained page into a file.
+      kinds: the kinds of what was found, for `--fail-on`.
     """
 
     text: str

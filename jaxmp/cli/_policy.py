@@ -1,9 +1,10 @@
-"""What a policy means: its dtypes, its loss scale, and what is spelled the same."""
+"""What a policy means: its dtypes, its range and rounding, and its loss scale."""
 
 import argparse
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
@@ -31,16 +32,17 @@ def run(options: argparse.Namespace) -> Output:
         kinds.add("loss-scaling")
     if _is_half(policy.param_dtype):
         kinds.add("half-params")
+    page = _html.writer(f"Policy {options.policy}", _html.table(("", "policy"), rows))
     return Output(
-        _table.text_table(("", "policy"), rows),
-        data,
-        _html.writer(f"Policy {options.policy}", _html.table(("", "policy"), rows)),
-        frozenset(kinds),
+        text=_table.text_table(("", "policy"), rows),
+        data=data,
+        to_html=page,
+        kinds=frozenset(kinds),
     )
 
 
 def describe(policy: Policy) -> dict[str, Any]:
-    """What a policy means, by what is asked of it."""
+    """What a policy means: an answer for each question."""
     compute = jnp.finfo(policy.compute_dtype)
     half = _is_half(policy.param_dtype)
     return {
@@ -74,5 +76,5 @@ def _loss_scale(policy: Policy) -> str:
     return f"dynamic: starts at {first:g}, doubles after {interval} good steps"
 
 
-def _is_half(dtype: Any) -> bool:
+def _is_half(dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype).itemsize < 4

@@ -5,7 +5,6 @@ with: pip install 'jaxmp[targets]'.
 """
 
 import argparse
-from pathlib import Path
 
 from jaxmp.cli._load import HELP, load_function, make_step, stay_on_cpu, takes_policy
 from jaxmp.cli._output import Output
@@ -38,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--png", metavar="FILE", help="write a bar chart, too")
     parser.add_argument("--no-cache", action="store_true", help="compile everything")
-    parser.add_argument(
-        "--quiet", action="store_true", help="do not say what is done meanwhile"
-    )
+    parser.add_argument("--quiet", action="store_true", help="do not report progress")
 
 
 def run(options: argparse.Namespace) -> Output:
@@ -52,12 +49,16 @@ def run(options: argparse.Namespace) -> Output:
     if not any(target.partition(":")[0] in _LOCAL for target in chosen):
         stay_on_cpu()
     Progress(progress).say(f"loading {options.step}")
-    told = _compile(options, chosen, progress)
+    report = _compile(options, chosen, progress)
     if options.png:
-        told.to_png(Path(options.png))
-    too_large = any(row.fits is False for row in told.rows)
-    kinds = frozenset(KINDS if too_large else ())
-    return Output(str(told), told.to_rows(), told.to_html, kinds)
+        report.to_png(options.png)
+    too_large = any(row.fits is False for row in report.rows)
+    return Output(
+        text=str(report),
+        data=report.to_rows(),
+        to_html=report.to_html,
+        kinds=frozenset(KINDS if too_large else ()),
+    )
 
 
 def _compile(

@@ -1,4 +1,4 @@
-"""Reads what a module defines from its source, before a line of it is run."""
+"""Reads from a module's source what it defines, before a line of it is run."""
 
 import ast
 import difflib
@@ -15,15 +15,16 @@ _MOST = 12
 def check_source(module: str, name: str) -> None:
     """Refuses a name that a module does not define.
 
-    A training script may train when it is imported, so its source is asked first.
+    A training script may train when it is imported, so its source is read first.
 
     Args:
       module: such as `"examples.train"` or `"examples/train.py"`.
       name: such as `"make_step"`.
 
     Raises:
-      InvalidStep: with the functions that are there; also if there is no such file.
-        A module whose source is not found, or which makes names while it runs, passes.
+      InvalidStep: listing the functions that are there; also for a file that does not
+        exist. A module passes if its source is not found, or if it makes names while it
+        runs.
     """
     path = _path(module)
     if path is None:
@@ -71,7 +72,7 @@ def _path(module: str) -> Path | None:
 
 
 def _defined(body: list[ast.stmt]) -> Iterator[str]:
-    """The names that statements bind, those in `if`, `try` and `with` included."""
+    """The names that statements bind, also in `if`, `try` and `with`."""
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name

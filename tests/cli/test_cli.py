@@ -158,7 +158,7 @@ def test_audit_fails_on_a_widening_and_names_its_line(capsys):
         (["report", "steps.py:make_stp"], "Its functions: step, make_step, make_half"),
         (["audit", "steps.py:make_stp"], "Did you mean make_step"),
         (["diagnose", "steps:make_stp"], "Nothing was run."),
-        (["report", "steps"], "'steps' names no function"),
+        (["report", "steps"], "'steps' does not name a function"),
         (["report", "stepps:make_step"], "'stepps' cannot be imported"),
         (["report", "nofile.py:make_step"], "There is no file 'nofile.py'"),
         (["audit", "nofile.py:make_step"], "end in .py: steps.py."),
