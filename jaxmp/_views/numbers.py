@@ -28,8 +28,3 @@ def mib(size: int) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things, as `"2 casts"`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def unit_of(size: float) -> tuple[str, float]:
-    """The unit to write sizes up to this one in: its name, and its bytes."""
-    return ("GiB", GIB) if size >= GIB else ("MiB", MIB)

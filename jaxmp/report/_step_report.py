@@ -1,7 +1,8 @@
-"""`StepReport`: what the compilers said about a step, as text, rows and a page."""
+"""`StepReport`: what the compilers said about a step, as text, page and chart."""
 
 import dataclasses
 import importlib.util
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
-from jaxmp._views.numbers import GIB, MIB, unit_of
+from jaxmp._views.figures import new_figure
+from jaxmp._views.numbers import GIB, MIB
 from jaxmp._views.result import Result, plain
-from jaxmp.report._chart import bar_chart
 from jaxmp.report._rows import Row
 
 _COLUMNS = (
@@ -37,6 +38,7 @@ _NOTE = (
     "TPU's own memory is free, so compare policies on a target, not targets. Sizes in "
 )
 _BUFFER_COLUMNS = ("MiB", "count", "array", "made at", "name")
+_COLORS = {"arguments": "#9aa5b1", "temp": "#2a6fba", "results": "#e0a030"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ class StepReport(Result):
         Raises:
           MissingPackage: if Matplotlib is not installed.
         """
-        Path(path).write_bytes(bar_chart(self.rows))
+        Path(path).write_bytes(_bar_chart(self.rows))
 
     def __str__(self) -> str:
         parts = [_table.text_table(_COLUMNS, _cells(self.rows)), "", _note(self.rows)]
@@ -97,7 +99,7 @@ class StepReport(Result):
             _html.paragraph(_note(self.rows)),
         ]
         if importlib.util.find_spec("matplotlib") is not None:
-            chart = bar_chart(self.rows)
+            chart = _bar_chart(self.rows)
             parts.insert(0, _html.image(chart, "memory and estimated time"))
         for row in self.rows:
             parts += [
@@ -125,7 +127,9 @@ def _note(rows: Iterable[Row]) -> str:
 
 
 def _unit(rows: Iterable[Row]) -> tuple[str, float]:
-    return unit_of(max((row.peak or 0 for row in rows), default=0))
+    """The unit in which to write the sizes of these rows: its name, and its bytes."""
+    largest = max((row.peak or 0 for row in rows), default=0)
+    return ("GiB", GIB) if largest >= GIB else ("MiB", MIB)
 
 
 def _cells(rows: Sequence[Row]) -> Iterator[list[str]]:
@@ -198,3 +202,50 @@ def _collectives(row: Row) -> list[str]:
         f"{name}: {total.times} a step, {total.amount / MIB:.2f} MiB on each device"
         for name, total in found.items()
     ]
+
+
+def _bar_chart(rows: Sequence[Row]) -> bytes:
+    """Draws the rows whose memory is known; returns a PNG."""
+    shown = [row for row in rows if row.peak is not None]
+    figure = new_figure(11, 0.9 + 0.5 * max(len(shown), 2))
+    memory, time = figure.subplots(1, 2)
+    _draw_memory(memory, shown)
+    _draw_time(time, shown)
+    for axes in (memory, time):
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
+
+
+def _draw_memory(axes: Any, rows: Sequence[Row]) -> None:
+    places = range(len(rows))[::-1]
+    unit, unit_bytes = _unit(rows)
+    left = [0.0] * len(rows)
+    for kind, color in _COLORS.items():
+        sizes = [_bytes(row, kind) / unit_bytes for row in rows]
+        axes.barh(places, sizes, left=left, label=kind, color=color)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    for place, row, end in zip(places, rows, left, strict=True):
+        axes.text(end, place, f" {(row.peak or 0) / unit_bytes:.2f}", va="center")
+    axes.set_yticks(places, [f"{row.policy}\n{row.target}" for row in rows])
+    axes.set_xlabel(f"{unit} at the peak")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+
+
+def _draw_time(axes: Any, rows: Sequence[Row]) -> None:
+    places = range(len(rows))[::-1]
+    times = [1e3 * row.roofline.seconds if row.roofline else 0.0 for row in rows]
+    axes.barh(places, times, color="#2a8a3e")
+    for place, time in zip(places, times, strict=True):
+        axes.text(time, place, f" {time:.3g}", va="center")
+    axes.set_yticks(places, [""] * len(rows))
+    axes.set_xlabel("ms per step at least (roofline estimate, not a measurement)")
+
+
+def _bytes(row: Row, kind: str) -> int:
+    """Bytes of a part of the peak, without results that reuse an argument."""
+    if kind == "results":
+        return (row.peak or 0) - (row.arguments or 0) - (row.temp or 0)
+    return getattr(row, kind) or 0

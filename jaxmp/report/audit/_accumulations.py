@@ -12,7 +12,7 @@ in float32.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 from jaxmp._jaxpr.atoms import is_half
 from jaxmp._jaxpr.calls import LOOPS
 from jaxmp._jaxpr.site import Site
-from jaxmp._jaxpr.sources import Source
 from jaxmp._jaxpr.sums import (
     REDUCTIONS,
     SCATTER,
@@ -32,56 +31,7 @@ from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.report.audit._dataflow import Context
 from jaxmp.report.audit._origins import Value, array_name
 from jaxmp.report.audit._running_sums import additions_in_a_row, carried_sums
-
-
-class Accumulation(NamedTuple):
-    """A sum whose accumulator has too few bits for its number of terms.
-
-    Attributes:
-      operation: the primitive: `"scan"` and `"while"` for what a loop carries, `"add"`
-        for additions in a row.
-      dtype: of the accumulator.
-      shape: of the accumulator.
-      terms: how many terms an element has; None in a `while`, whose number of
-        iterations is unknown.
-      largest_safe: how many equal positive terms the dtype can add up: 2^p for p bits.
-      times: how often the sum is made.
-      source: the user's line.
-      path: name scopes and modules around it.
-      is_backward: whether it is part of a backward pass.
-      under: `"autocast"`, `"full_precision"` or `"apply_policy"` if it is inside one.
-    """
-
-    operation: str
-    dtype: str
-    shape: tuple[int, ...]
-    terms: int | None
-    largest_safe: int
-    times: int
-    source: Source | None
-    path: str
-    is_backward: bool
-    under: str
-
-    @property
-    def is_sequential(self) -> bool:
-        """Whether the terms are added one after the other, whatever compiles it."""
-        return self.operation in (*LOOPS, "add", SCATTER)
-
-    def __str__(self) -> str:
-        what = _WRITTEN.get(self.operation, f"{self.operation} of")
-        terms = "an unknown number of" if self.terms is None else f"{self.terms}"
-        many = "up to " if self.operation == SCATTER else ""
-        return (
-            f"accumulates in half: {what} {many}{terms} terms in {self.dtype}"
-            f"{list(self.shape)}, which holds {self.largest_safe} equal ones"
-        )
-
-
-_WRITTEN = {
-    **dict.fromkeys(LOOPS, "a loop that carries the sum of"),
-    "add": "additions in a row, of",
-}
+from jaxmp.report.audit.records import Accumulation
 
 
 def largest_safe(dtype: DTypeLike) -> int:

@@ -3,8 +3,7 @@
 from jaxmp._jaxpr.calls import LOOPS
 from jaxmp._jaxpr.scopes import layer_path
 from jaxmp._jaxpr.sums import SCATTER
-from jaxmp.report.audit._accumulations import Accumulation
-from jaxmp.report.audit.records import Matmul
+from jaxmp.report.audit.records import Accumulation, Matmul
 
 
 def matmul_repair(matmul: Matmul, half: str, has_policy: bool) -> str:

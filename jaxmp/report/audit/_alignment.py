@@ -2,47 +2,13 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from jaxmp._jaxpr.flops import MatmulShape
 from jaxmp._jaxpr.sources import Source
-from jaxmp.report.audit.records import Matmul
+from jaxmp.report.audit.records import Matmul, Misalignment
 
 GPU_MULTIPLE = 8
 TPU_LANES = 128
-
-
-class Misalignment(NamedTuple):
-    """A matmul with a dimension that is not a multiple of 8 or of 128.
-
-    Attributes:
-      operation: name of the primitive.
-      shape: its `m`, `n` and `k`.
-      dimensions: those that are not a multiple of 8, or, of `n` and `k`, of 128.
-      gpu_waste: share of the work that is padding if `m`, `n` and `k` are padded to
-        multiples of 8, which half-precision tensor cores need to run at full rate.
-      tpu_waste: the same if `n` and `k` are padded to the 128 lanes of a TPU's matrix
-        unit, and `m` to 8.
-      flops: of all matmuls of this shape on this line.
-      source: the user's line.
-      path: name scopes and modules around it, where it was first seen.
-    """
-
-    operation: str
-    shape: MatmulShape
-    dimensions: tuple[str, ...]
-    gpu_waste: float
-    tpu_waste: float
-    flops: int
-    source: Source | None
-    path: str
-
-    def __str__(self) -> str:
-        sizes = " x ".join(f"{d}={getattr(self.shape, d)}" for d in ("m", "n", "k"))
-        return (
-            f"{self.operation} {sizes}: {_percent(self.gpu_waste)} of the work is "
-            f"padding to multiples of 8, {_percent(self.tpu_waste)} to 128"
-        )
 
 
 def misalignments(matmuls: Iterable[Matmul]) -> tuple[Misalignment, ...]:
@@ -90,7 +56,3 @@ def waste(shape: MatmulShape, m: int, n: int, k: int) -> float:
 def _misaligned(shape: MatmulShape) -> tuple[str, ...]:
     multiples = {"m": GPU_MULTIPLE, "n": TPU_LANES, "k": TPU_LANES}
     return tuple(d for d, unit in multiples.items() if getattr(shape, d) % unit)
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"

@@ -1,39 +1,21 @@
 """What an audit asks its user to mend, in plain words."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxmp._jaxpr.sources import Source
 from jaxmp._views.numbers import counted, mib
-from jaxmp.report.audit._accumulations import Accumulation
 from jaxmp.report.audit._advice import matmul_repair, sum_repair
-from jaxmp.report.audit._alignment import Misalignment
-from jaxmp.report.audit._widenings import Widening
-from jaxmp.report.audit.records import Collective, Matmul, at
+from jaxmp.report.audit.records import (
+    Accumulation,
+    Collective,
+    Finding,
+    Matmul,
+    Misalignment,
+    Widening,
+)
 
 # A matmul of fewer FLOPs takes no longer on an accelerator than it takes to start one.
 _TINY = 10**8
-
-
-class Finding(NamedTuple):
-    """One thing to mend.
-
-    Attributes:
-      kind: `"accumulation"`, `"upcast"`, `"matmul"`, `"collective"` or `"alignment"`.
-      source: the user's line.
-      path: name scopes and modules around it.
-      message: what was found.
-      repair: what to write instead.
-    """
-
-    kind: str
-    source: Source | None
-    path: str
-    message: str
-    repair: str
-
-    def __str__(self) -> str:
-        return f"{at(self.source)}: {self.message}. {self.repair}"
 
 
 def find(

@@ -1,7 +1,6 @@
 """What a program keeps from its forward pass for its backward pass."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.extend.core
@@ -12,28 +11,10 @@ from jaxmp._jaxpr.primitives import CAST
 from jaxmp._jaxpr.residuals import residual_jaxpr
 from jaxmp._jaxpr.scopes import is_backward
 from jaxmp._jaxpr.site import Site
-from jaxmp._jaxpr.sources import Source
 from jaxmp._jaxpr.types import Atom, Eqn, Jaxpr, Var
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp._jaxpr.walk import makers, walk
-
-
-class Residual(NamedTuple):
-    """An array that the forward pass computes and the backward pass reads.
-
-    Attributes:
-      dtype: its dtype.
-      shape: its shape; of a loop, that of all iterations together.
-      bytes: its size.
-      source: the user's line that computes it.
-      path: name scopes and modules around it.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    source: Source | None
-    path: str
+from jaxmp.report.audit.records import Residual
 
 
 def residuals(jaxpr: Jaxpr) -> tuple[Residual, ...] | None:

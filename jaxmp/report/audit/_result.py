@@ -10,12 +10,17 @@ from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
 from jaxmp._views.numbers import MIB, counted, mib
 from jaxmp._views.result import Result
-from jaxmp.report.audit._accumulations import Accumulation
-from jaxmp.report.audit._alignment import Misalignment
-from jaxmp.report.audit._findings import Finding, find
-from jaxmp.report.audit._residuals import Residual
-from jaxmp.report.audit._widenings import Widening
-from jaxmp.report.audit.records import Collective, Matmul, at
+from jaxmp.report.audit._findings import find
+from jaxmp.report.audit.records import (
+    Accumulation,
+    Collective,
+    Finding,
+    Matmul,
+    Misalignment,
+    Residual,
+    Widening,
+    at,
+)
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 _STYLES = {

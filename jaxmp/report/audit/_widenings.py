@@ -3,50 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxmp._jaxpr import flax_internals, jax_functions
 from jaxmp._jaxpr.site import Site
-from jaxmp._jaxpr.sources import Source
 from jaxmp.report.audit._dataflow import Context
 from jaxmp.report.audit._origins import Promotion, Value
-from jaxmp.report.audit.records import Matmul
-
-
-class Widening(NamedTuple):
-    """A half value that becomes float32 because of another operand.
-
-    Attributes:
-      source: the user's line.
-      path: name scopes and modules around it, where it was first seen.
-      dtype: the half dtype that was lost.
-      shape: of the value, where it was first seen.
-      culprit: the operand that did it, in words.
-      kind: `"scalar"`, `"constant"`, `"argument"`, `"computed"`, `"cast"`, `"layer"` or
-        `"mixed"`: what kind of operand that is.
-      times: how often the line does so, loops included.
-      bytes: by how much all those values grow, and those that follow from them.
-      matmuls: how many matmuls run in float32 because of it.
-      flops: what these matmuls compute.
-      repair: what to write instead.
-    """
-
-    source: Source | None
-    path: str
-    dtype: str
-    shape: tuple[int, ...]
-    culprit: str
-    kind: str
-    times: int
-    bytes: int
-    matmuls: int
-    flops: int
-    repair: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.dtype}{list(self.shape)} becomes float32 because of {self.culprit}"
-        )
+from jaxmp.report.audit.records import Matmul, Widening
 
 
 @dataclasses.dataclass(eq=False)
