@@ -8,7 +8,7 @@ from jaxmp.testing._assertions import (
     assert_no_upcast,
     assert_precision_close,
 )
-from jaxmp.testing._jaxpr import Matmul, equations, matmuls
+from jaxmp.testing._equations import Matmul, equations, matmuls
 
 if TYPE_CHECKING:
     from jaxmp.testing._zoo import ZooModel, zoo

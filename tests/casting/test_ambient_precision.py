@@ -12,7 +12,7 @@ from jax import lax
 import jaxmp
 from jaxmp._jaxpr.rewrite import map_held
 from jaxmp.testing import equations
-from jaxmp.testing._functions import example_arguments
+from tests.support.functions import example_arguments
 
 W, X = example_arguments()
 HIGHEST = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)

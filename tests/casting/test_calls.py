@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxmp
 from jaxmp.errors import AutocastError
 from jaxmp.testing import equations, matmuls
-from jaxmp.testing._functions import example_arguments
+from tests.support.functions import example_arguments
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 W, X = example_arguments()

@@ -7,7 +7,7 @@ import pytest
 
 import jaxmp
 from jaxmp.testing import matmuls
-from jaxmp.testing._functions import FUNCTIONS, example_arguments
+from tests.support.functions import FUNCTIONS, example_arguments
 
 HALF = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 # A few roundings of the unit in the last place, relative to the largest element.

@@ -13,9 +13,7 @@ from jaxmp._jaxpr.atoms import is_literal
 from jaxmp.casting.explanation.shares import shares_of
 from jaxmp.casting.plan.plan import JaxprPlan
 from jaxmp.casting.planner._whole_function import plan_jaxpr, read_settings
-from jaxmp.testing._program_whole import FLOAT64, WHOLE
-from jaxmp.testing._programs import run_step
-from jaxmp.testing._random_programs import (
+from tests.support.programs.random_programs import (
     HALF,
     PROGRAMS,
     arguments,
@@ -23,6 +21,8 @@ from jaxmp.testing._random_programs import (
     gradient,
     loss_of,
 )
+from tests.support.programs.run import run_step
+from tests.support.programs.whole import FLOAT64, WHOLE
 
 POLICIES = pytest.mark.parametrize("policy", HALF)
 

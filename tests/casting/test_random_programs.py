@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 import jaxmp
-from jaxmp.testing._random_programs import (
+from tests.support.programs.random_programs import (
     HALF,
     PROGRAMS,
     arguments,

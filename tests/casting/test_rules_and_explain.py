@@ -23,7 +23,7 @@ from jaxmp.errors import (
     RuleAlreadyRegistered,
 )
 from jaxmp.testing import equations, matmuls
-from jaxmp.testing._functions import example_arguments
+from tests.support.functions import example_arguments
 
 W, X = example_arguments()
 F32, BF16 = "float32", "bfloat16"

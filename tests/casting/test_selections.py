@@ -12,7 +12,7 @@ from jax import lax
 
 import jaxmp
 from jaxmp.casting import OpRule
-from jaxmp.testing._jaxpr import equations
+from jaxmp.testing import equations
 
 W = jax.random.normal(jax.random.key(0), (8, 8)) / 2
 X = 3 * jax.random.normal(jax.random.key(1), (4, 8))

@@ -8,8 +8,8 @@ from flax import nnx
 
 import jaxmp
 from jaxmp.testing import zoo
-from jaxmp.testing._converts import Program
 from jaxmp.testing._functional import path_of
+from tests.support.stablehlo import Program
 
 NAMES = ("mlp", "cnn", "lstm", "encoder", "decoder", "transformer_xl")
 WITHOUT_LOOPS = ("mlp", "cnn", "decoder", "transformer_xl")

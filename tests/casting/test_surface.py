@@ -15,7 +15,7 @@ import pytest
 
 import jaxmp
 from jaxmp.testing import matmuls
-from jaxmp.testing._surface import (
+from tests.support.surface import (
     KINDS,
     ONE,
     between_matmuls,
@@ -23,7 +23,7 @@ from jaxmp.testing._surface import (
     public_functions,
     surface,
 )
-from jaxmp.testing._surface_arguments import ARGUMENTS, EXCLUDED
+from tests.support.surface_arguments import ARGUMENTS, EXCLUDED
 
 DOC = pathlib.Path(__file__).parents[2] / "docs" / "surface.md"
 COMPLETE_FOR = "0.10.2"  # the JAX that the list was written for

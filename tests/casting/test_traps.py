@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxmp
 from jaxmp.testing import equations, matmuls
-from jaxmp.testing._functions import example_arguments
+from tests.support.functions import example_arguments
 
 BF16 = jnp.dtype(jnp.bfloat16)
 F32 = jnp.dtype(jnp.float32)

@@ -12,8 +12,8 @@ from flax import nnx
 
 import jaxmp
 from jaxmp.testing import equations, matmuls, zoo
-from jaxmp.testing._distance import distance, norm
 from jaxmp.testing._functional import path_of
+from tests.support.distance import distance, norm
 
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 # Compiling is most of the time, and most of that is LLVM's optimisation.

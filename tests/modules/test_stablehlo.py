@@ -6,8 +6,8 @@ from flax import nnx
 
 import jaxmp
 from jaxmp.testing import zoo
-from jaxmp.testing._converts import Program
 from jaxmp.testing._functional import path_of
+from tests.support.stablehlo import Program
 
 WITH_LOOPS = ("lstm", "gru", "encoder", "speech")
 policies = pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 import jaxmp
 from jaxmp.testing import equations, matmuls, zoo
-from jaxmp.testing._distance import distance, norm
 from jaxmp.testing._functional import path_of
+from tests.support.distance import distance, norm
 
 POLICIES = ("mixed_bfloat16", "mixed_float16", "bf16-true")
 every_model = pytest.mark.parametrize("model", zoo(), ids=str)

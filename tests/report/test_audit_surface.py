@@ -7,7 +7,7 @@ import pytest
 
 from jaxmp import errors
 from jaxmp.report import audit
-from jaxmp.testing._surface import surface
+from tests.support.surface import surface
 
 pytestmark = pytest.mark.slow
 

@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmp.testing._program_blocks import BLOCKS, DECIDED, Smaller
-from jaxmp.testing._program_operations import IN_FLOAT32, MATMULS, OPERATIONS
-from jaxmp.testing._program_sums import SUMS
-from jaxmp.testing._program_values import fit
-from jaxmp.testing._program_whole import FLOAT64, WHOLE, moved
+from tests.support.programs.blocks import BLOCKS, DECIDED, Smaller
+from tests.support.programs.operations import IN_FLOAT32, MATMULS, OPERATIONS
+from tests.support.programs.sums import SUMS
+from tests.support.programs.values import fit
+from tests.support.programs.whole import FLOAT64, WHOLE, moved
 
 UNARY = {**WHOLE, **FLOAT64, "moved": moved}
 

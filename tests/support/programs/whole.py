@@ -14,7 +14,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.scipy import special
 
 import jaxmp
-from jaxmp.testing._program_values import rows
+from tests.support.programs.values import rows
 
 _unknown_p = core.Primitive("jaxmp_test_unknown")
 _unknown_p.def_impl(lambda x: x)

@@ -1,6 +1,6 @@
 """The public functions of JAX, each with arguments, and where autocast runs them.
 
-`python -m jaxmp.testing._surface` prints the table of `docs/surface.md`.
+`python -m tests.support.surface` prints the table of `docs/surface.md`.
 """
 
 import collections
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
-from jaxmp._jaxpr.primitives import CAST, LAYOUT
+from jaxmp._jaxpr.calls import held
+from jaxmp._jaxpr.primitives import CAST, LAYOUT, MATMULS
 from jaxmp.casting import autocast
-from jaxmp.testing._jaxpr import MATMULS, equations
-from jaxmp.testing._surface_arguments import ARGUMENTS, DEFAULTS, EXCLUDED, VARIANTS
+from jaxmp.testing import equations
+from tests.support.surface_arguments import ARGUMENTS, DEFAULTS, EXCLUDED, VARIANTS
 
 MODULES = (
     "jax.nn",
@@ -167,10 +168,9 @@ def _is_float(x: Any) -> bool:
 
 def _computes(equation: Any) -> bool:
     """False for casts, for movement of data, and for calls, whose bodies count."""
-    name = equation.primitive.name
-    is_call = any(hasattr(value, "eqns") for value in equation.params.values())
-    moves = name in (CAST, *LAYOUT)
-    return not (is_call or moves) and any(_is_float(v.aval) for v in equation.outvars)
+    moves = equation.primitive.name in (CAST, *LAYOUT)
+    is_float = any(_is_float(v.aval) for v in equation.outvars)
+    return is_float and not moves and not held(equation)
 
 
 def kinds() -> dict[str, str]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmp.testing._program_values import added, mask, rows, weight_for
+from tests.support.programs.values import added, mask, rows, weight_for
 
 
 def _normed(x: jax.Array, center: bool) -> jax.Array:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from hypothesis import strategies as st
 
-from jaxmp.testing._program_blocks import BLOCKS
-from jaxmp.testing._program_operations import MATMULS, OPERATIONS
-from jaxmp.testing._program_sums import SUMS
-from jaxmp.testing._program_whole import WHOLE
-from jaxmp.testing._programs import run_program
+from tests.support.programs.blocks import BLOCKS
+from tests.support.programs.operations import MATMULS, OPERATIONS
+from tests.support.programs.run import run_program
+from tests.support.programs.sums import SUMS
+from tests.support.programs.whole import WHOLE
 
 HALF = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 LONG = sorted(name for name in SUMS if name.endswith("long"))

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmp.testing._program_blocks import Smaller
-from jaxmp.testing._program_values import added, fit, rows, weight_for
+from tests.support.programs.blocks import Smaller
+from tests.support.programs.values import added, fit, rows, weight_for
 
 SHORT, LONG = 8, 512
 """Steps: as few as layers, and so many that a sum in half would lose most of them."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import jaxmp
-from jaxmp.testing._program_values import fit
+from tests.support.programs.values import fit
 
 Smaller = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
