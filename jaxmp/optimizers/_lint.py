@@ -7,7 +7,6 @@ still decay.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,10 @@ import numpy as np
 import optax
 
 from jaxmp import _tree
+from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.sources import written
+from jaxmp._jaxpr.types import Eqn
+from jaxmp._jaxpr.walk import walk
 from jaxmp._transformations import composition as _composition
 from jaxmp._transformations.rounding import round_to_nearest
 from jaxmp._transformations.wrapping import strong_state, with_extra_args
@@ -197,33 +200,18 @@ def _literals(
         return tx.update(params, tx.init(params), params, **extra_args)
 
     found: dict[tuple[str, str], list[np.ndarray]] = {}
-    for equation in _equations(jax.make_jaxpr(update)(params)):
-        for atom in equation.invars:
-            value: Any = getattr(atom, "val", None)
+    for equation in walk(jax.make_jaxpr(update)(params)):
+        for value in (atom.val for atom in equation.invars if is_literal(atom)):
             if _tree.is_inexact(value) and np.ndim(value) == 0:
                 place = _source(equation), equation.primitive.name
                 found.setdefault(place, []).append(np.asarray(value))
     return found
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
-
-
-def _source(equation: Any) -> str:
-    """The innermost line outside of JAX."""
-    jax_folder = os.path.dirname(jax.__file__)
-    traceback = equation.source_info.traceback
-    for frame in traceback.frames if traceback else ():
-        if not frame.file_name.startswith(jax_folder):
-            return f"{frame.file_name}:{frame.line_num}"
-    return "unknown"
+def _source(equation: Eqn) -> str:
+    """The innermost line outside JAX."""
+    nearest = written(equation.source_info.traceback).nearest
+    return "unknown" if nearest is None else f"{nearest.file}:{nearest.line}"
 
 
 def _is_lost(x: Any, wanted: Any) -> bool:
