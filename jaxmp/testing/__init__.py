@@ -1,4 +1,4 @@
-"""What tests of mixed precision need: assertions, networks, a look into jaxprs."""
+"""For tests of mixed precision: assertions, small networks, and readers of jaxprs."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -19,17 +19,14 @@ def assert_matmuls_in(
     """Checks that every floating matmul and convolution of a program is in one dtype.
 
     Args:
-      dtype: that of both operands of each; in what dtype they accumulate is free.
+      dtype: the dtype of both operands; they may accumulate in any other.
       fn: a loss, a training step, or any other function that can be jitted.
-      *args: what it is called with; as for `assert_no_upcast`.
+      *args: the arguments of `fn`, as for `assert_no_upcast`.
       **kwargs: as `args`.
 
-    Returns:
-      None.
-
     Raises:
-      AssertionError: with the lines of those in another dtype, or if there are no
-        matmuls at all.
+      AssertionError: if a matmul is in another dtype, with its line; or if there is no
+        matmul at all.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp
@@ -63,26 +60,26 @@ def assert_matmuls_in_half(
 ) -> Callable[..., None]:
     """Checks that most of a program's matmul FLOPs are computed in half.
 
-    A matmul is in half if both its operands are float16 or bfloat16, or narrower.
-    Convolutions count as matmuls; so does what is inside of jitted functions,
-    rematerialised ones, those with derivative rules of their own, loops (as often as
-    they run; a `while` counts once) and every branch of a `cond`. Pallas kernels and
-    matmuls of integers do not count.
+    A matmul is in half if both its operands are float16, bfloat16 or narrower.
+    Convolutions count as matmuls. So do the matmuls in jitted and rematerialised
+    functions, in functions with their own derivative rules, in loops (as often as they
+    run; a `while` counts once) and in every branch of a `cond`. Pallas kernels and
+    integer matmuls do not count.
 
     Args:
-      fn: a function that can be jitted: a loss, a whole training step, one under
+      fn: a function that can be jitted: a loss, a whole training step, a function under
         `jaxmp.autocast`, `model.apply` of a module under `jaxmp.apply_policy`, an nnx
-        module. The backward pass counts if it is part of it: give a gradient function.
-      share: what part of the FLOPs has to be in half, above 0 and up to 1.
+        module. To count the backward pass, give a gradient function.
+      share: the part of the FLOPs that has to be in half, above 0 and up to 1.
 
     Returns:
       A function of the arguments of `fn`: trees of arrays, `jax.ShapeDtypeStruct`s,
       Python numbers, strings and nnx modules. Nothing is computed or compiled.
 
     Raises:
-      InvalidAssertion: if `fn` is no function or `share` is no such number.
-      AssertionError: when called: with the share that was found, and the largest
-        matmuls that are not in half, their lines and FLOPs; or if there are no matmuls.
+      InvalidAssertion: if `fn` cannot be called, or `share` is out of range.
+      AssertionError: when called, if too few FLOPs are in half, with the share found
+        and the largest wide matmuls, their lines and FLOPs; or if there is no matmul.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxmp
@@ -97,19 +94,21 @@ def assert_matmuls_in_half(
     """
     if not callable(fn):
         raise InvalidAssertion(
-            f"assert_matmuls_in_half() takes a function, and {fn!r} is none. Write "
+            f"assert_matmuls_in_half() takes a function, and {fn!r} is not one. Write "
             "assert_matmuls_in_half(loss_fn)(params, batch)."
         )
     is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
     if not is_number or not 0 < share <= 1:
         raise InvalidAssertion(
-            f"share={share!r} is no share of the FLOPs. Write a number above 0 and up "
-            "to 1: assert_matmuls_in_half(fn, share=0.9)(*args)."
+            f"share={share!r} is not a share of the FLOPs. Write a number above 0 and "
+            "up to 1: assert_matmuls_in_half(fn, share=0.9)(*args)."
         )
     return functools.partial(_check_share, fn, share)
 
 
-def _check_share(fn: Any, share: float, /, *args: Any, **kwargs: Any) -> None:
+def _check_share(
+    fn: Callable[..., Any], share: float, /, *args: Any, **kwargs: Any
+) -> None:
     name = "assert_matmuls_in_half"
     matmuls = [
         m
@@ -125,7 +124,7 @@ def _check_share(fn: Any, share: float, /, *args: Any, **kwargs: Any) -> None:
         fail(
             name,
             f"{_percent(found)} of the matmul FLOPs are in half, and "
-            f"{_percent(share)} are asked for. The largest that are not:"
+            f"{_percent(share)} are asked for. The largest matmuls that are not:"
             f"{listed(_largest(wide, total))}\n{_advice(wide)}",
         )
 
@@ -135,7 +134,7 @@ def _is_half(matmul: Matmul) -> bool:
 
 
 def _largest(matmuls: Iterable[Matmul], total: int) -> list[str]:
-    """Those of one line, shape and dtype in one row, the costliest first."""
+    """One row for each line, shape and dtype, the costliest first."""
     groups: dict[Any, list[Matmul]] = {}
     for m in matmuls:
         key = m.source, m.operation, m.operands, m.shape, m.is_backward
@@ -156,12 +155,12 @@ def _largest(matmuls: Iterable[Matmul], total: int) -> list[str]:
 def _advice(wide: Iterable[Matmul]) -> str:
     if any(m.is_widened for m in wide):
         return (
-            "assert_no_upcast(fn, *args) names what made them float32, and what to "
-            "write instead."
+            "assert_no_upcast(fn, *args) names what made them float32 and how to "
+            "write it instead."
         )
     return (
         "Put jaxmp.autocast around the function or jaxmp.apply_policy around the "
-        "model; where that is done, jaxmp.explain or jaxmp.describe says why they stay."
+        "model. If one is there, jaxmp.explain or jaxmp.describe says why they stay."
     )
 
 
@@ -174,7 +173,7 @@ def _inside(matmul: Matmul) -> str:
 
 
 def _percent(share: float) -> str:
-    """Rounds down, so that what falls just short does not look as if it held."""
+    """Rounds down: a share that falls just short must not look sufficient."""
     return f"{int(share * 1000 + 1e-9) / 10:g}%"
 
 

@@ -1,4 +1,4 @@
-"""Assertions about precision, for people's own tests, in the manner of chex."""
+"""Assertions about precision for users' own tests, in the style of chex."""
 
 import functools
 from collections.abc import Callable
@@ -20,20 +20,17 @@ def assert_no_upcast(
 ) -> None:
     """Checks that no half value of a program silently becomes float32.
 
-    Casts that are written down are none of these; `jaxmp.report.audit` tells more.
+    Casts written in the program are allowed; `jaxmp.report.audit` has the details.
 
     Args:
       fn: a loss, a training step, or any other function that can be jitted.
-      *args: what it is called with: trees of arrays, `jax.ShapeDtypeStruct`s, Python
-        numbers and nnx modules. Nothing is computed.
-      policy: what the program is meant to compute in; as for `audit`.
+      *args: its arguments: trees of arrays, `jax.ShapeDtypeStruct`s, Python numbers and
+        nnx modules. Nothing is computed.
+      policy: the policy that the program is meant to follow, as for `audit`.
       **kwargs: as `args`.
 
-    Returns:
-      None.
-
     Raises:
-      AssertionError: with every upcast, its line, its culprit and its repair.
+      AssertionError: if there is an upcast, with its line, its culprit and its repair.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
@@ -56,19 +53,20 @@ def assert_max_traces(
 ) -> Callable[..., Any]:
     """Makes a function fail when JAX traces it more than `n` times.
 
-    It goes inside of `jax.jit`, around the function itself. Calls without tracers, as
-    with `jax.disable_jit()`, do not count.
+    It goes inside `jax.jit`, around the function itself. Calls without tracers, such as
+    those under `jax.disable_jit()`, do not count.
 
     Args:
       fn: the function; left out in a decorator, `@assert_max_traces(n=1)`.
       n: how many traces are allowed.
 
     Returns:
-      The function, which counts its traces; or a decorator.
+      The function, which now counts its traces; or a decorator.
 
     Raises:
-      InvalidAssertion: if `n` is no count, or `fn` is jitted already.
-      AssertionError: when called: with the shapes and dtypes of the trace too many.
+      InvalidAssertion: if `n` is not a count, or `fn` is already jitted.
+      AssertionError: when traced once too often, with the shapes and dtypes of every
+        trace.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,15 +82,15 @@ def assert_max_traces(
         fn, n = None, fn
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise InvalidAssertion(
-            f"assert_max_traces() takes a count of traces, and n={n!r} is none. "
+            f"assert_max_traces() takes a count of traces, and n={n!r} is not one. "
             "Write assert_max_traces(fn, n=1)."
         )
     if fn is None:
         return functools.partial(assert_max_traces, n=n)
     if not callable(fn) or hasattr(fn, "lower"):
         raise InvalidAssertion(
-            f"assert_max_traces() goes inside of jax.jit, and {fn!r} is "
-            f"{'jitted already' if callable(fn) else 'no function'}. "
+            f"assert_max_traces() goes inside jax.jit, and {fn!r} is "
+            f"{'already jitted' if callable(fn) else 'not a function'}. "
             "Write jax.jit(assert_max_traces(fn, n=1))."
         )
     return _counting(fn, n)
@@ -102,7 +100,7 @@ def _counting(fn: Callable[..., Any], n: int) -> Callable[..., Any]:
     traces: list[str] = []
 
     @functools.wraps(fn)
-    def counted(*args, **kwargs):
+    def counted(*args: Any, **kwargs: Any) -> Any:
         leaves = jax.tree.leaves((args, kwargs))
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
             traces.append(", ".join(map(_typed, leaves)))
@@ -110,8 +108,8 @@ def _counting(fn: Callable[..., Any], n: int) -> Callable[..., Any]:
             name = getattr(fn, "__name__", repr(fn))
             fail(
                 "assert_max_traces",
-                f"{name!r} is traced {len(traces)} times, and {n} allowed. What "
-                f"differs from one line to the next causes it:{listed(traces)}",
+                f"{name!r} is traced {len(traces)} times, and {n} allowed. Whatever "
+                f"changes from one line to the next is the cause:{listed(traces)}",
             )
         return fn(*args, **kwargs)
 
@@ -126,28 +124,25 @@ def assert_precision_close(
     roundings: float = 4.0,
     atol: float = 0.0,
 ) -> None:
-    """Checks that two trees are equal but for the rounding of a half dtype.
+    """Checks that two trees are equal up to the rounding of a half dtype.
 
-    The Euclidean distance of each floating leaf is compared with the norm of what is
-    expected, for single elements that are close to zero have no digits in common. Other
-    leaves have to be equal.
+    For each floating leaf, the Euclidean distance is compared with the norm of the
+    expected leaf: single elements close to zero may share no digit. Other leaves have
+    to be equal.
 
     Args:
       actual: a tree of arrays, computed in `dtype`; stored in any floating dtype.
       expected: the same tree, computed in float32.
-      dtype: the dtype whose rounding is allowed for.
-      roundings: how many times the distance from 1 to the next number in `dtype` is
-        allowed, relative to the norm of each leaf: 0.8 % in bfloat16, 0.1 % in float16.
-        An operation rounds by half of that at most; a network of some layers needs
-        about four.
-      atol: what is allowed to each element besides.
-
-    Returns:
-      None.
+      dtype: the half dtype.
+      roundings: the tolerance, in units of the distance from 1 to the next number in
+        `dtype`, relative to the norm of each leaf. The unit is 0.8 % in bfloat16 and
+        0.1 % in float16. One operation rounds by at most half a unit; a network of a
+        few layers needs about four.
+      atol: a tolerance for each element, added to the relative one.
 
     Raises:
-      InvalidAssertion: if `dtype` is no floating dtype.
-      AssertionError: with the path of each leaf that is too far off, and by how much.
+      InvalidAssertion: if `dtype` is not a floating dtype.
+      AssertionError: if a leaf is too far off, with its path and its distance.
 
     Example:
       >>> import jax.numpy as jnp
@@ -170,9 +165,9 @@ def assert_precision_close(
         strict=True,
     )
     off = [
-        f"{_tree.path_string(path) or 'the array'} {told}"
+        f"{_tree.path_string(path) or 'the array'} {difference}"
         for (path, x), y in pairs
-        if (told := _difference(np.asarray(x), np.asarray(y), allowed, atol))
+        if (difference := _difference(np.asarray(x), np.asarray(y), allowed, atol))
     ]
     if off:
         limit = f"{roundings:g} roundings of {dtype}, {allowed:.2%} of the norm"
@@ -181,11 +176,11 @@ def assert_precision_close(
 
 
 def _difference(x: Any, y: Any, allowed: float, atol: float) -> str:
-    """How a leaf differs by more than is allowed; empty if it does not."""
+    """How a leaf differs by more than is allowed; empty if it is close enough."""
     if x.shape != y.shape:
         return f"has the shape {x.shape}, and {y.shape} is expected"
     if not all(jnp.issubdtype(z.dtype, jnp.inexact) for z in (x, y)):
-        return "" if np.array_equal(x, y) else "differs, and is no floating array"
+        return "" if np.array_equal(x, y) else "differs, and is not a floating array"
     kind = complex if jnp.issubdtype(x.dtype, jnp.complexfloating) else float
     x, y = x.astype(kind), y.astype(kind)
     finite = np.isfinite(y)

@@ -1,4 +1,4 @@
-"""One functional interface for linen and nnx modules, with the same values in both."""
+"""One functional interface to linen and nnx modules, with the same values in both."""
 
 import zlib
 from collections.abc import Callable
@@ -19,13 +19,13 @@ _ZEROS = ("mean", "cached_key", "cached_value")
 def split_linen(
     module: nn.Module, inputs: tuple[Any, ...], record: Record
 ) -> tuple[Callable[..., Any], Any, Any]:
-    """Returns `apply(params, state, *inputs)`, parameters and state of a module."""
+    """Returns `apply(params, state, *inputs)` and a module's parameters and state."""
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     variables = dict(_filled(jax.eval_shape(module.init, keys, *inputs)))
     params = variables.pop("params")
     variables.pop("intermediates", None)
 
-    def apply(params, state, *inputs):
+    def apply(params: Any, state: Any, *inputs: Any) -> tuple[Any, Any]:
         variables, key = state
         key, dropout = jax.random.split(key)
         output, variables = module.apply(
@@ -47,13 +47,13 @@ def split_linen(
 def split_nnx(
     module: nnx.Module, record: Record
 ) -> tuple[Callable[..., Any], Any, Any]:
-    """Returns `apply(params, state, *inputs)`, parameters and state of a module."""
+    """Returns `apply(params, state, *inputs)` and a module's parameters and state."""
     module = nnx.clone(module)
     for path, layer in nnx.iter_modules(module):
         layer.__class__ = _recording(type(layer), path_of(path), record)
     graph, params, state = nnx.split(module, nnx.Param, ...)
 
-    def apply(params, state, *inputs):
+    def apply(params: Any, state: Any, *inputs: Any) -> tuple[Any, Any]:
         module = nnx.merge(graph, params, state, copy=True)
         output = module(*inputs)
         _, _, state = nnx.split(module, nnx.Param, ...)
@@ -62,8 +62,10 @@ def split_nnx(
     return apply, _filled(params), _filled(state)
 
 
-def _recording(cls, path, record):
-    def call(self, *args, **kwargs):
+def _recording(cls: type, path: str, record: Record) -> type:
+    """A class like `cls` that records the types of its outputs under `path`."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.__call__(self, *args, **kwargs)
         record.setdefault(path, []).extend(map(jax.typeof, jax.tree.leaves(output)))
         return output
@@ -72,12 +74,12 @@ def _recording(cls, path, record):
 
 
 def _filled(tree: Any) -> Any:
-    """Values for an abstract tree that linen and nnx agree about.
+    """Values for an abstract tree, the same for linen and nnx.
 
-    Filling takes no compilation, where initialisers take more of it than the network.
+    Initialisers would take longer to compile than the network; this compiles nothing.
     """
 
-    def fill(path, x):
+    def fill(path: tuple[Any, ...], x: Any) -> jax.Array:
         name = path_of(path)
         last = name.rpartition("/")[2]
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -102,7 +104,7 @@ def _filled(tree: Any) -> Any:
 
 
 def path_of(path: tuple[Any, ...]) -> str:
-    """Writes a path the same way for linen and for nnx: `"blocks_0/conv/kernel"`."""
+    """Writes a path the same way for linen and nnx: `"blocks_0/conv/kernel"`."""
     if path and isinstance(path[0], (str, int)):
         parts = [str(part) for part in path]
     else:

@@ -1,13 +1,13 @@
-"""The zoo: one list of small networks of every sort, to cross with properties.
+"""The zoo: small networks of every sort, a list to cross with properties under test.
 
-Each has a linen and an nnx form under the same names, so that the same rules serve
-both, inputs, a loss, and the rules that its users would add. `functional` gives the two
-forms one interface.
+Each network has inputs, a loss, the rules that its users would add, and two forms:
+linen and nnx, with the same paths, so that the same rules serve both. `functional`
+gives the two forms one interface.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,14 +34,14 @@ class ZooModel:
     """A network of the zoo.
 
     Attributes:
-      name: what it is, the same for both forms.
+      name: the same for both forms, such as `"mlp"`.
       kind: `"linen"` or `"nnx"`.
       make: returns a new module.
       inputs: the arguments of a call.
       target: what `loss` compares the output with.
       loss: a function `(output, target)` that returns a float32 scalar.
-      rules: a function of the policy that returns the rules to apply it with.
-      frozen: regular expression for the parameters that are not trained.
+      rules: a function from a policy to the rules to apply it with.
+      frozen: a regular expression for the paths of parameters that are not trained.
     """
 
     name: str
@@ -59,17 +59,18 @@ class ZooModel:
     def functional(
         self, module: Any, record: Record | None = None
     ) -> tuple[Callable[..., Any], Any, Any]:
-        """Takes a module of this kind apart, with the same values for both kinds.
+        """Splits a module into a function, parameters and state.
 
         Args:
-          module: what `make` returned, abstract or not, also with a policy applied.
+          module: from `make`, abstract or not, with or without a policy applied.
           record: a dictionary to which every trace adds the outputs of every layer, as
             `jax.ShapeDtypeStruct`, under the layer's path.
 
         Returns:
           A function `(params, state, *inputs)` that returns the output and the new
-          state; parameters; and the state, which holds statistics, caches and keys.
-          The values depend on the path alone, and the module's own are not used.
+          state; the parameters; and the state: statistics, caches and keys. Their
+          values depend on the path alone, not on the module, and so are the same for
+          linen and nnx.
         """
         record = {} if record is None else record
         if self.kind == "linen":
@@ -108,84 +109,95 @@ def zoo() -> tuple[ZooModel, ...]:
         *_both("cnn", "CNN", (images,), labels, cross_entropy),
         *_both("resnet", "ResNet", (normal(8, 16, 16, 1),), labels, cross_entropy),
         *_both(
-            *("conv3d", "Conv3D", (normal(2, 4, 8, 8, 1),)),
-            *(integers(0, 3, 2), cross_entropy),
+            "conv3d",
+            "Conv3D",
+            (normal(2, 4, 8, 8, 1),),
+            integers(0, 3, 2),
+            cross_entropy,
         ),
+        *_both("lstm", "Recurrent", (rows,), labels, cross_entropy, cell="LSTMCell"),
+        *_both("gru", "Recurrent", (rows,), labels, cross_entropy, cell="GRUCell"),
         *_both(
-            *("lstm", "Recurrent", (rows,), labels, cross_entropy),
-            arguments={"cell": "LSTMCell"},
-        ),
-        *_both(
-            *("gru", "Recurrent", (rows,), labels, cross_entropy),
-            arguments={"cell": "GRUCell"},
-        ),
-        *_both(
-            *("encoder", "Encoder", (tokens, lengths)),
-            *(integers(0, 4, 2), cross_entropy),
+            "encoder", "Encoder", (tokens, lengths), integers(0, 4, 2), cross_entropy
         ),
         *_both("decoder", "Decoder", (tokens,), tokens, next_token),
         *_both(
-            *("decoder_cached", "Decoder", (tokens[:, :1], np.int32(0))),
-            *(tokens[:, 0], cross_entropy),
-            arguments={"decode": True},
+            "decoder_cached",
+            "Decoder",
+            (tokens[:, :1], np.int32(0)),
+            tokens[:, 0],
+            cross_entropy,
+            decode=True,
         ),
         *_both("transformer_xl", "TransformerXL", (tokens,), tokens, next_token),
+        *_both("mixture_of_experts", "MixtureOfExperts", (flat,), labels, with_balance),
         *_both(
-            *("mixture_of_experts", "MixtureOfExperts", (flat,)),
-            *(labels, with_balance),
-        ),
-        *_both(
-            *("recommender", "Recommender", (integers(0, 1000, 8, 3), normal(8, 5))),
-            *(integers(0, 2, 8), clicks),
+            "recommender",
+            "Recommender",
+            (integers(0, 1000, 8, 3), normal(8, 5)),
+            integers(0, 2, 8),
+            clicks,
         ),
         *_both("speech", "Speech", (normal(2, 16, 12),), integers(1, 6, 2, 3), ctc),
         *_both("autoencoder", "Autoencoder", (images,), images, squared_error),
-        *_both(
-            *("distillation", "Distillation", (flat,), labels, soft_targets),
-            rules=_stored_in_compute_dtype("teacher(/.*)?"),
-            frozen="teacher/.*",
+        *_with_half_parameters(
+            "teacher(/.*)?",
+            "teacher/.*",
+            _both("distillation", "Distillation", (flat,), labels, soft_targets),
         ),
-        *_both(
-            *("lora", "LoRA", (flat,), labels, cross_entropy),
-            rules=_stored_in_compute_dtype(".*/base_module"),
-            frozen=".*/base_module/.*",
+        *_with_half_parameters(
+            ".*/base_module",
+            ".*/base_module/.*",
+            _both("lora", "LoRA", (flat,), labels, cross_entropy),
         ),
     )
 
 
-def _both(name, cls, inputs, target, loss, *, arguments=None, **options):
-    arguments = arguments or {}
+def _both(
+    name: str,
+    cls: str,
+    inputs: tuple[Any, ...],
+    target: Any,
+    loss: Callable[[Any, Any], jax.Array],
+    **arguments: Any,
+) -> Iterator[ZooModel]:
+    """A network in linen and in nnx, with these arguments for its class."""
 
-    def make_linen():
+    def make_linen() -> Any:
         return getattr(_zoo_linen, cls)(**arguments)
 
-    def make_nnx():
+    def make_nnx() -> Any:
         return getattr(_zoo_nnx, cls)(**arguments, rngs=nnx.Rngs(0))
 
-    for kind, make in (("linen", make_linen), ("nnx", make_nnx)):
-        yield ZooModel(name, kind, make, inputs, target, loss, **options)
+    yield ZooModel(name, "linen", make_linen, inputs, target, loss)
+    yield ZooModel(name, "nnx", make_nnx, inputs, target, loss)
 
 
-def _stored_in_compute_dtype(path: str) -> Callable[[Policy], Rules]:
-    def rules(policy):
-        return (PolicyRule(path=path, params=policy.compute_dtype), *default_rules)
+def _with_half_parameters(
+    modules: str, frozen: str, models: Iterator[ZooModel]
+) -> Iterator[ZooModel]:
+    """Networks whose frozen modules store their parameters in the compute dtype."""
 
-    return rules
+    def rules(policy: Policy) -> Rules:
+        return (PolicyRule(path=modules, params=policy.compute_dtype), *default_rules)
+
+    for model in models:
+        yield dataclasses.replace(model, rules=rules, frozen=frozen)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy, in float32."""
+    """Mean cross-entropy in float32."""
     logits = jnp.asarray(logits, jnp.float32).reshape(*labels.shape, -1)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def next_token(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy with the token after each."""
+    """Mean cross-entropy of each next token."""
     return cross_entropy(logits[:, :-1], tokens[:, 1:])
 
 
 def with_balance(output: tuple[jax.Array, jax.Array], labels: jax.Array) -> jax.Array:
-    """Cross-entropy, and the auxiliary loss of a mixture of experts."""
+    """Cross-entropy plus the balancing loss of a mixture of experts."""
     logits, balance = output
     return cross_entropy(logits, labels) + 0.01 * jnp.asarray(balance, jnp.float32)
 

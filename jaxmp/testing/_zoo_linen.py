@@ -1,4 +1,4 @@
-"""The networks of the zoo in linen; not one line is about precision."""
+"""The networks of the zoo in linen; no line of them is about precision."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The networks of the zoo in nnx, under the names that they have in linen."""
+"""The networks of the zoo in nnx, with the same paths as in linen."""
 
 import functools
 import itertools

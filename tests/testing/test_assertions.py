@@ -54,7 +54,7 @@ HOLDS = {
     "matmuls of a step": lambda: assert_matmuls_in(
         "float16", jax.grad(jaxmp.autocast(loss, "mixed_float16")), PARAMS, F32
     ),
-    "integers are no floating matmuls": lambda: assert_matmuls_in(
+    "integers are not floating matmuls": lambda: assert_matmuls_in(
         "bfloat16", lambda x, w, i: (healthy(x, w), i @ i), X, W, np.ones((2, 2), int)
     ),
 }
@@ -142,7 +142,7 @@ FAILS = {
     "integers": (
         lambda: assert_precision_close({"step": 1}, {"step": 2}),
         "assert_precision_close",
-        ("step differs, and is no floating array",),
+        ("step differs, and is not a floating array",),
     ),
 }
 
@@ -273,9 +273,9 @@ BAD_INPUT = {
     "negative": (lambda: assert_max_traces(jnp.sin, -1), ("n=-1", "n=1")),
     "jitted": (
         lambda: assert_max_traces(jax.jit(jnp.sin), 1),
-        ("jitted already", "jax.jit(assert_max_traces(fn, n=1))"),
+        ("already jitted", "jax.jit(assert_max_traces(fn, n=1))"),
     ),
-    "no function": (lambda: assert_max_traces("f", 1), ("'f'", "no function")),
+    "not a function": (lambda: assert_max_traces("f", 1), ("'f'", "not a function")),
     "dtype": (
         lambda: assert_matmuls_in("bf17", healthy, X, W),
         ("'bf17'", "'bfloat16'"),
