@@ -197,7 +197,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_invariant_11_bad_input_is_named_with_its_value_and_its_repair(case):
+def test_bad_input_is_named_with_its_value_and_its_repair(case):
     provoke, cls, words = BAD_INPUT[case]
     with pytest.raises(errors.JaxmpError) as caught:
         provoke()

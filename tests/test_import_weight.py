@@ -45,12 +45,12 @@ PUBLIC_MODULES = ["jaxmp"] + [
 
 
 @pytest.mark.parametrize("module", PUBLIC_MODULES)
-def test_invariant_10_an_import_starts_nothing_and_loads_nothing_heavy(module):
+def test_an_import_starts_nothing_and_loads_nothing_heavy(module):
     loaded = loaded_by(f"import {module}") - loaded_by("import jax, jmp, optax")
     assert loaded <= ({"flax"} if module in NEEDS_FLAX else set())
 
 
-def test_invariant_10_flax_is_imported_when_a_flax_thing_is_used():
+def test_flax_is_imported_when_a_flax_thing_is_used():
     assert "flax" not in loaded_by("import jaxmp")
     assert "flax" in loaded_by("import jaxmp; jaxmp.TrainState")
 
@@ -107,7 +107,7 @@ def test_versions_of_jax(version, supported):
         jaxmp._jaxpr.versions.check_jax_version(version)
 
 
-def test_invariant_11_an_old_jax_is_refused_with_both_versions_and_the_repair():
+def test_an_old_jax_is_refused_with_both_versions_and_the_repair():
     result = run("import jax; jax.__version__ = '0.4.30'\nimport jaxmp")
     assert result.returncode != 0
     *_, message = result.stderr.strip().splitlines()

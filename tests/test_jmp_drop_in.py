@@ -225,7 +225,7 @@ def test_min_loss_scale_below_one_is_reached_under_jit():
 @pytest.mark.parametrize(
     "scale", [jaxmp.StaticLossScale(8), jaxmp.DynamicLossScale(8.0)]
 )
-def test_trap_10_integers_pass_scale_and_unscale(scale, strict):
+def test_integers_pass_scale_and_unscale(scale, strict):
     # jmp: unscale makes a float of an integer, 3 -> 9.2e-5.
     key = jax.random.key(0)
     tree = {

@@ -24,7 +24,7 @@ FLOATING = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.float
 
 
 @pytest.mark.parametrize("name", INERT)
-def test_trap_10_inert_leaves_are_neither_floating_nor_non_finite(name, strict):
+def test_inert_leaves_are_neither_floating_nor_non_finite(name, strict):
     leaf = INERT[name]()
     assert not _tree.is_inexact(leaf)
     assert _tree.at_least_float32(leaf) is leaf
@@ -33,7 +33,7 @@ def test_trap_10_inert_leaves_are_neither_floating_nor_non_finite(name, strict):
 
 @pytest.mark.parametrize("name", INERT)
 @pytest.mark.parametrize("pred", [True, False])
-def test_trap_10_inert_leaves_pass_a_select(name, pred, strict):
+def test_inert_leaves_pass_a_select(name, pred, strict):
     leaf = INERT[name]()
     selected = _tree.select(jnp.bool_(pred), [leaf, None], [leaf, None])[0]
     if isinstance(leaf, jax.Array) or name == "numpy int":
@@ -77,7 +77,7 @@ def test_one_bad_element_anywhere_is_found(dtype, value, make, strict):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_trap_07_finite_values_whose_sum_overflows_are_finite(dtype, strict):
+def test_finite_values_whose_sum_overflows_are_finite(dtype, strict):
     values = {
         "ones": np.ones(70_000, dtype),
         "largest": np.full(100, jnp.finfo(dtype).max, dtype),
@@ -126,7 +126,7 @@ def test_all_finite_of_sharded_and_batched_arrays(strict):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATING, jnp.int32])
-def test_invariant_03_a_select_is_bit_identical_to_what_it_takes(dtype, strict):
+def test_a_select_is_bit_identical_to_what_it_takes(dtype, strict):
     # Every value there is, subnormals, infinities and -0.0 among them, but no NaN: it
     # stays one, and XLA's CPU rewrites its spare bits in bfloat16 and float8_e5m2.
     values = np.arange(2**16, dtype=np.uint16).view(dtype)
@@ -136,7 +136,7 @@ def test_invariant_03_a_select_is_bit_identical_to_what_it_takes(dtype, strict):
 
 
 @pytest.mark.parametrize("value", [True, False, complex(-0.0, jnp.inf)])
-def test_invariant_03_booleans_and_complex_numbers_are_selected(value, strict):
+def test_booleans_and_complex_numbers_are_selected(value, strict):
     check_select(np.array([value, value]).astype(jnp.result_type(value)))
 
 
@@ -149,7 +149,7 @@ def check_select(values):
         assert np.asarray(result).tobytes() == values.tobytes()
 
 
-def test_invariant_03_what_is_not_taken_cannot_leak(strict):
+def test_the_side_that_a_select_leaves_cannot_leak(strict):
     old = {"w": jnp.array([-0.0, 1.0])}
     for bad in BAD.values():
         new = {"w": jnp.full(2, bad)}
@@ -184,7 +184,7 @@ STRONG = [
 
 
 @pytest.mark.parametrize(("value", "dtype"), STRONG)
-def test_invariant_01_strong_gives_the_dtype_that_jax_would_use(value, dtype, strict):
+def test_strong_gives_the_dtype_that_jax_would_use(value, dtype, strict):
     result = _tree.strong(value)
     assert result.dtype == dtype
     assert not result.weak_type

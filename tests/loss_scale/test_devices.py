@@ -102,7 +102,7 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("bad_device", [0, 5])
-def test_trap_06_nan_on_one_device_makes_all_skip_and_keeps_one_scale(name, bad_device):
+def test_nan_on_one_device_makes_all_skip_and_keeps_one_scale(name, bad_device):
     w = jnp.linspace(0.5, 1.5, 16)
     new, state, _ = STEPS[name]()(w, batch(bad_device))
     for shard in new.addressable_shards:
@@ -191,7 +191,7 @@ pmap = getattr(jax, "pmap", None)
 @pytest.mark.skipif(pmap is None, reason="this JAX has no pmap")
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-def test_trap_06_pmap_over_an_axis_skips_on_all_and_keeps_one_scale(reduce):
+def test_pmap_over_an_axis_skips_on_all_and_keeps_one_scale(reduce):
     def step(w, state, x):
         loss, grads = jaxmp.value_and_grad(loss_fn)(w, x, loss_scale=state)
         grads = jax.lax.pmean(grads, "data") if reduce else grads

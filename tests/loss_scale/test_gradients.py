@@ -184,7 +184,7 @@ def mixed_tree():
     }
 
 
-def test_trap_10_integers_booleans_float0_keys_and_none_pass_unchanged():
+def test_integers_booleans_float0_keys_and_none_pass_unchanged():
     def loss_fn(tree):
         kept = tree["w"][tree["ids"] - 1] * tree["mask"]
         noise = jax.random.normal(tree["key"], (2,), jnp.float16)
@@ -218,7 +218,7 @@ def test_gradients_of_none_and_integers_under_a_float16_scale_are_finite(strict)
 
 
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**24])
-def test_trap_01_float16_loss_under_a_scale_above_its_range(scale):
+def test_a_float16_loss_is_scaled_by_no_more_than_float16_can_hold(scale):
     """2^16 is infinite in float16: the loss is scaled by 2^15 at most."""
     loss_fn = lambda w: jnp.sum(w * w)  # noqa: E731
     w = jnp.array([0.5, 0.25], jnp.float16)

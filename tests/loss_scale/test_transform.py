@@ -51,7 +51,7 @@ def stepper(tx):
 
 @pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
 @pytest.mark.parametrize("leaf", ["b", "w"])
-def test_trap_04_one_bad_element_in_one_leaf_moves_nothing(bad, leaf):
+def test_one_bad_element_in_one_leaf_moves_nothing(bad, leaf):
     tx = f16_scaling(scheduled_adam())
     step = stepper(tx)
     params, state = step(PARAMS, tx.init(PARAMS), poisoned(1.0))
@@ -65,7 +65,7 @@ def test_trap_04_one_bad_element_in_one_leaf_moves_nothing(bad, leaf):
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
-def test_trap_05_a_skipped_update_is_a_select_not_a_product_with_zero(bad):
+def test_a_skipped_update_is_a_select_not_a_product_with_zero(bad):
     tx = f16_scaling(optax.sgd(0.1))
     updates, _ = jax.jit(tx.update)(poisoned(bad), tx.init(PARAMS), PARAMS)
     for update in jax.tree.leaves(updates):
@@ -107,7 +107,7 @@ def test_key_in_the_inner_state_is_that_of_the_last_applied_step():
 # The finite check
 
 
-def test_trap_07_finite_gradients_whose_sum_overflows_are_applied():
+def test_finite_gradients_whose_sum_overflows_are_applied():
     grads = jnp.ones(70_000, jnp.float16)
     assert not np.isfinite(jnp.sum(grads))
     tx = f16_scaling(optax.sgd(1.0))
@@ -141,7 +141,7 @@ def test_a_bad_element_is_found_in_complex_scalars_and_empty_leaves(strict):
 # Clipping and order
 
 
-def test_trap_08_gradients_of_300_in_float16_are_clipped_by_a_float32_norm():
+def test_float16_gradients_are_clipped_by_a_float32_norm():
     grads = jnp.full(4, 300.0, jnp.float16)
     tx = f16_scaling(optax.clip_by_global_norm(1.0))
     updates, _ = tx.update(grads, tx.init(jnp.zeros(4)))
@@ -150,7 +150,7 @@ def test_trap_08_gradients_of_300_in_float16_are_clipped_by_a_float32_norm():
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**8, 2.0**15, 2.0**24])
-def test_trap_09_clipping_sees_unscaled_gradients_whatever_the_scale(scale):
+def test_clipping_sees_unscaled_gradients_whatever_the_scale(scale):
     def loss_fn(w):
         return jnp.sum(jnp.sin(w)) * 1e-3
 
@@ -171,7 +171,7 @@ def test_trap_09_clipping_sees_unscaled_gradients_whatever_the_scale(scale):
 # The scale
 
 
-def test_trap_02_a_scale_that_only_grows_stops_at_max_scale_and_stays_exact():
+def test_a_scale_that_only_grows_stops_at_max_scale_and_stays_exact():
     tx = f16_scaling(optax.identity(), growth_interval=1)
 
     def step(state, _):
@@ -187,7 +187,7 @@ def test_trap_02_a_scale_that_only_grows_stops_at_max_scale_and_stays_exact():
     assert bits(scale.unscale(scale.scale(grads))) == bits(grads)
 
 
-def test_trap_03_a_loss_that_is_always_nan_clamps_the_scale_and_says_why():
+def test_a_loss_that_is_always_nan_clamps_the_scale_and_says_why():
     tx = f16_scaling(optax.adam(0.1))
     w = jnp.ones(3)
 
@@ -214,7 +214,7 @@ def test_trap_03_a_loss_that_is_always_nan_clamps_the_scale_and_says_why():
 
 
 @pytest.mark.parametrize("every_k", [2, 4])
-def test_trap_13_a_scale_that_moves_within_a_window_of_multi_steps(every_k):
+def test_a_scale_that_moves_within_a_window_of_multi_steps_does_not_show(every_k):
     """Gradients are unscaled before they are added, each by the scale it was under."""
 
     def loss_fn(w, x):
@@ -258,7 +258,7 @@ def test_a_bad_micro_batch_of_multi_steps_is_dropped_from_its_window():
 # Types
 
 
-def test_trap_14_a_hundred_steps_compile_once_with_constant_dtypes():
+def test_a_hundred_steps_compile_once_with_constant_dtypes():
     tx = f16_scaling(scheduled_adam(), growth_interval=7, init_scale=2.0**8)
 
     def step(params, state, is_bad):
@@ -285,7 +285,9 @@ def test_trap_14_a_hundred_steps_compile_once_with_constant_dtypes():
 @pytest.mark.parametrize("param_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("grad_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.filterwarnings("ignore::jaxmp.errors.HalfParamsWarning")
-def test_trap_21_parameters_and_gradients_of_different_dtypes(param_dtype, grad_dtype):
+def test_parameters_keep_their_dtype_under_gradients_of_another(
+    param_dtype, grad_dtype
+):
     tx = f16_scaling(optax.adamw(0.1))
     params = jnp.array([1.0, -0.0, 3.0], param_dtype)
     step = stepper(tx)
@@ -526,7 +528,7 @@ def step_returning(what):
     return step(w, tx.init(w))
 
 
-def test_trap_16_jax_debug_nans_aborts_on_an_overflow_that_would_be_skipped():
+def test_jax_debug_nans_aborts_on_an_overflow_that_would_be_skipped():
     """A NaN that leaves a compiled function aborts; one that is selected away does not.
 
     So debug_nans and loss scaling do not go together: `grads_finite` tells the same.

@@ -196,7 +196,7 @@ def test_a_norm_written_by_hand_is_a_norm():
     np.testing.assert_allclose(half, exact, rtol=0.01)
 
 
-def test_trap_41_a_layer_used_300_times():
+def test_gradients_of_a_layer_used_300_times_are_summed_in_float32():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -211,7 +211,7 @@ def test_trap_41_a_layer_used_300_times():
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_trap_41_a_scan_of_5000_steps(remat):
+def test_gradients_of_a_scan_of_5000_steps_are_summed_in_float32(remat):
     class Cell(nn.RNNCellBase):
         @nn.compact
         def __call__(self, carry, x):

@@ -265,7 +265,7 @@ def test_what_is_no_module(module, words):
         apply_policy(module, HALF)
 
 
-def test_trap_41_a_layer_used_300_times():
+def test_gradients_of_a_layer_used_300_times_are_summed_in_float32():
     class Repeated(Net):
         def __call__(self, x):
             return sum(self.layer(x) for _ in range(300))
@@ -279,7 +279,7 @@ def test_trap_41_a_layer_used_300_times():
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_trap_41_a_scan_of_5000_steps(remat):
+def test_gradients_of_a_scan_of_5000_steps_are_summed_in_float32(remat):
     class Repeated(Net):
         def __call__(self, xs):
             def step(layer, x):
@@ -295,7 +295,7 @@ def test_trap_41_a_scan_of_5000_steps(remat):
     assert jax.tree.leaves(gradient)[0].item() == 1250
 
 
-def test_trap_41_an_rnn_of_5000_steps():
+def test_gradients_of_an_rnn_of_5000_steps_are_summed_in_float32():
     cell = nnx.SimpleCell(1, 1, activation_fn=lambda x: x, rngs=rngs())
     cell.dense_h.kernel[...] = jnp.zeros((1, 1))
     model = apply_policy(nnx.RNN(cell, rngs=rngs()), "mixed_bfloat16")

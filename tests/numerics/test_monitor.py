@@ -163,7 +163,7 @@ def test_parameters_and_state_are_bit_identical_to_the_unmonitored_run(place):
 
 
 @every_place
-def test_trap_14_one_trace_and_a_state_of_constant_strong_dtypes(place):
+def test_one_trace_and_a_state_of_constant_strong_dtypes(place):
     history, traces = run(place, watched=True)
     assert traces == 1
     types = [jax.tree.map(jax.typeof, state) for _, state in history]
@@ -245,7 +245,7 @@ def test_lost_updates_are_those_that_apply_updates_loses(dtype):
     assert get_statistics(state).lost_updates["w"] == still.sum()
 
 
-def test_trap_17_updates_lost_in_bfloat16_are_seen_and_master_weights_lose_none():
+def test_updates_lost_in_bfloat16_are_seen_and_master_weights_lose_none():
     params = {"w": jnp.ones(8, jnp.bfloat16)}
     grads = {"w": jnp.ones(8)}
     for wrap, lost in ((lambda tx: tx, 8), (master_weights, 0)):
@@ -403,7 +403,7 @@ def test_in_an_nnx_optimizer():
         jaxmp.raise_if_collapsed(optimizer, max_consecutive_skips=1)
 
 
-def test_trap_06_sharded_gradients_are_counted_whole():
+def test_sharded_gradients_are_counted_whole():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     params = {"w": jax.device_put(jnp.ones(16), spec)}

@@ -63,7 +63,7 @@ WINDOWS = {
 
 @every_stack
 @pytest.mark.parametrize(("grads", "mean"), WINDOWS.values(), ids=WINDOWS)
-def test_trap_12_skip_micro_takes_the_mean_of_the_rest(stack, grads, mean):
+def test_skip_micro_takes_the_mean_of_the_rest(stack, grads, mean):
     dtype = jnp.float32 if stack is not STACKS["stochastic"] else jnp.bfloat16
     params = jnp.full((2,), 16.0, dtype)
     seen, state = final(stack(optax.sgd(1.0)), params, grads)
@@ -75,7 +75,7 @@ def test_trap_12_skip_micro_takes_the_mean_of_the_rest(stack, grads, mean):
 
 @every_stack
 @pytest.mark.parametrize("name", ["second bad", "last bad", "inf", "all bad"])
-def test_trap_12_skip_window_leaves_everything(stack, name):
+def test_skip_window_changes_nothing(stack, name):
     dtype = jnp.float32 if stack is not STACKS["stochastic"] else jnp.bfloat16
     params = jnp.full((2,), -0.0, dtype)
     tx = stack(optax.adam(1.0), on_nonfinite="skip_window")
@@ -112,7 +112,7 @@ def test_many_windows_are_the_optimizer_on_the_means():
     assert metrics["skipped_windows"] == 0
 
 
-def test_trap_13_the_scale_may_change_inside_of_a_window():
+def test_the_scale_may_change_within_a_window():
     weights = jnp.asarray([0.5, -1.5], jnp.float32)
     data = jnp.asarray(np.random.default_rng(1).normal(size=(8, 2)), jnp.float32)
     tx = jaxmp.dynamic_loss_scaling(

@@ -53,7 +53,7 @@ def train(tx, params, grads):
     )
 
 
-def test_trap_17_small_steps_add_up():
+def test_small_steps_add_up():
     params = jnp.ones(4, jnp.bfloat16)
     grads = jnp.ones((100, 4), jnp.float32)
     lost, _ = train(optax.adam(1e-3), params, grads.astype(jnp.bfloat16))
@@ -64,7 +64,7 @@ def test_trap_17_small_steps_add_up():
     np.testing.assert_array_equal(kept, full.astype(jnp.bfloat16))
 
 
-def test_trap_18_weights_decay():
+def test_bfloat16_weights_decay_as_in_float32():
     params = jnp.ones(4, jnp.bfloat16)
     grads = jnp.zeros((2000, 4))
     tx = optax.adamw(1e-3, weight_decay=0.01)
@@ -86,13 +86,13 @@ NAN_ON_ZERO = {
 
 
 @pytest.mark.parametrize("tx", NAN_ON_ZERO.values(), ids=NAN_ON_ZERO)
-def test_trap_19_zero_gradients_in_float16(tx):
+def test_zero_gradients_in_float16_leave_the_weights_finite(tx):
     params = jnp.ones((2, 2), jnp.float16)
     params, _ = train(master_weights(tx), params, jnp.zeros((3, 2, 2), jnp.float16))
     np.testing.assert_allclose(params, 1, rtol=1e-2)
 
 
-def test_trap_20_injected_hyperparameters_stay_what_they_are():
+def test_injected_hyperparameters_keep_their_values():
     injected = master_weights(optax.inject_hyperparams(optax.adamw)(1e-3))
     params = jnp.ones(4, jnp.bfloat16)
     grads = jnp.ones((5, 4), jnp.bfloat16)

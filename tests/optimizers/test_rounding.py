@@ -198,7 +198,7 @@ def test_stochastic_round_takes_a_neighbour(dtype):
 @pytest.mark.parametrize(
     "value", [1 + 1e-4, -(1 + 1e-4), 3e-7, 1.7e-5, 0.3, 1000.3, 2 - 1e-4]
 )
-def test_trap_24_stochastic_round_is_unbiased_under_jit(dtype, value):
+def test_stochastic_round_is_unbiased_under_jit(dtype, value):
     draws = 10_000
     x = jnp.full(draws, value, jnp.float32)
 
@@ -213,7 +213,7 @@ def test_trap_24_stochastic_round_is_unbiased_under_jit(dtype, value):
     assert abs(np.mean(rounded == high) - share) < 3 * deviation
 
 
-def test_trap_24_same_key_same_bits():
+def test_the_same_key_gives_the_same_bits():
     x = jnp.asarray(random_bits(1000, seed=6))
     first, again, other = (
         bits(stochastic_round(x, "bfloat16", jax.random.key(seed)))

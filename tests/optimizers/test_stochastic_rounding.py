@@ -98,7 +98,7 @@ def test_without_parameters_the_error_shows_the_call():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_trap_23_the_average_is_float32_whatever_the_weights_are(dtype):
+def test_the_moving_average_is_float32_whatever_the_weights_are(dtype):
     tx = optax.chain(optax.identity(), ema(0.9999))
     params = jnp.zeros(3, dtype)
     state = tx.init(params)

@@ -163,21 +163,21 @@ def check_traced(leaf, cast):
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", [*CAST, *NAMED, *KEPT])
-def test_invariant_06_casts_touch_what_they_should(name, spec):
+def test_casts_touch_only_float16_bfloat16_and_float32(name, spec):
     with strict_promotion(x64=False):
         check(name, get_policy(spec))
 
 
 @pytest.mark.parametrize("spec", SPECS_X64)
 @pytest.mark.parametrize("name", LEAVES)
-def test_invariant_06_casts_touch_what_they_should_under_x64(name, spec):
+def test_casts_touch_only_float16_bfloat16_and_float32_under_x64(name, spec):
     with strict_promotion(x64=True):
         check(name, get_policy(spec))
 
 
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("name", [*CAST, *NAMED, *KEPT])
-def test_invariant_06_cast_to_full_and_half(name, x64):
+def test_cast_to_full_and_half_touch_only_float16_bfloat16_and_float32(name, x64):
     with strict_promotion(x64=x64):
         leaf = LEAVES[name]()
         for cast, dtype in ((cast_to_full, jnp.float32), (cast_to_half, jnp.float16)):

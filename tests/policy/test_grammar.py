@@ -208,9 +208,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("spec", "part", "problem", "allowed"), WRONG)
-def test_invariant_11_an_error_points_at_the_part_that_is_wrong(
-    spec, part, problem, allowed
-):
+def test_an_error_points_at_the_part_that_is_wrong(spec, part, problem, allowed):
     with pytest.raises(PolicyError) as caught:
         get_policy(spec)
     message = str(caught.value)
@@ -231,13 +229,13 @@ def test_an_unprintable_spec_is_quoted_without_carets():
 
 
 @pytest.mark.parametrize("field", ["param_dtype", "compute_dtype", "output_dtype"])
-def test_invariant_11_a_wrong_dtype_names_its_field(field):
+def test_a_wrong_dtype_names_its_field(field):
     fields = {"param_dtype": f32, "compute_dtype": f32, "output_dtype": f32}
     with pytest.raises(PolicyError, match=rf"'int7' as {field} .*bfloat16"):
         Policy(**{**fields, field: "int7"})
 
 
-def test_invariant_11_a_wrong_precision_lists_the_right_ones():
+def test_a_wrong_precision_lists_the_right_ones():
     with pytest.raises(PolicyError, match=r"'fast'.*tf32.*BF16_BF16_F32_X3"):
         Policy(f32, f32, f32, matmul_precision="fast")
 
@@ -247,7 +245,7 @@ def test_invariant_11_a_wrong_precision_lists_the_right_ones():
 
 @given(policies)
 @settings(max_examples=30)
-def test_invariant_05_a_policy_is_a_value(policy):
+def test_a_policy_is_a_value(policy):
     for same in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
         assert same == policy
         assert hash(same) == hash(policy)

@@ -1,4 +1,4 @@
-"""The traps of the autocast transform and of numerics, by number."""
+"""Programs that a naive cast to half breaks, and what autocast makes of them."""
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,7 @@ def scan_of(fn, *args):
     return next(e for _, e in equations(jaxpr) if e.primitive.name == "scan")
 
 
-def test_trap_25_carry_dtype_is_a_fixed_point():
+def test_a_carry_leaves_a_loop_in_the_dtype_it_entered():
     def fn(w, x):
         def body(carry, _):
             h, total = carry
@@ -46,7 +46,7 @@ def test_trap_25_carry_dtype_is_a_fixed_point():
     assert [x.dtype for x in outs] == [F32, F32]
 
 
-def test_trap_25_weights_that_a_loop_trains_stay_float32():
+def test_weights_that_a_loop_trains_stay_float32():
     def fn(w, x):
         def step(w, _):
             return w - 1e-3 * jax.grad(lambda w: ((x @ w - 1) ** 2).mean())(w), None
@@ -57,7 +57,7 @@ def test_trap_25_weights_that_a_loop_trains_stay_float32():
     np.testing.assert_allclose(jaxmp.autocast(fn)(W, X), fn(W, X), atol=1e-4)
 
 
-def test_trap_26_branches_agree():
+def test_branches_agree_in_their_dtypes():
     def fn(i, w, x):
         branches = [lambda x: x @ w, jax.nn.softmax, lambda x: x, jnp.zeros_like]
         return lax.switch(i, branches, x) @ w
@@ -67,7 +67,7 @@ def test_trap_26_branches_agree():
         np.testing.assert_allclose(cast(i, W, X), fn(i, W, X), atol=0.05)
 
 
-def test_trap_27_wrong_cotangent_is_reported_under_the_name_of_the_function():
+def test_a_wrong_cotangent_is_reported_under_the_name_of_the_function():
     @jax.custom_vjp
     def my_matmul(x, w):
         return x @ w
@@ -82,7 +82,7 @@ def test_trap_27_wrong_cotangent_is_reported_under_the_name_of_the_function():
 
 
 @pytest.mark.parametrize("name", ["dots_saveable", "save_only_these_names"])
-def test_trap_28_checkpoint_policy_stays_and_residuals_are_half(name):
+def test_a_checkpoint_keeps_its_policy_and_residuals_are_half(name):
     policy = getattr(jax.checkpoint_policies, name)
     policy = policy("h") if name.startswith("save_only") else policy
 
@@ -101,7 +101,7 @@ def test_trap_28_checkpoint_policy_stays_and_residuals_are_half(name):
     assert kept <= {BF16}
 
 
-def test_trap_30_other_dtypes_are_untouched():
+def test_int8_complex_and_float64_are_untouched():
     a = jnp.ones((4, 4), jnp.int8)
     c = jnp.ones((4, 4), jnp.complex64)
     dot = jaxmp.autocast(lambda a: lax.dot(a, a, preferred_element_type=jnp.int32))
@@ -126,15 +126,15 @@ def test_trap_30_other_dtypes_are_untouched():
     ],
     ids=["precision", "full_precision", "cast", "float32 result"],
 )
-def test_trap_31_what_the_user_asked_for_wins(fn):
+def test_float32_that_the_program_asks_for_wins(fn):
     np.testing.assert_array_equal(jaxmp.autocast(fn)(X, W), jax.jit(fn)(X, W))
 
 
-def test_trap_31_a_cast_that_changes_no_dtype_is_invisible():
+def test_a_cast_that_changes_no_dtype_is_invisible():
     assert operands(lambda x, w: x.astype(jnp.float32) @ w, X, W) == {BF16}
 
 
-def test_trap_32_opaque_calls_see_their_dtypes_once():
+def test_kernels_and_callbacks_run_once_in_their_own_dtypes():
     seen = []
 
     def double(x_ref, o_ref):
@@ -154,7 +154,7 @@ def test_trap_32_opaque_calls_see_their_dtypes_once():
     np.testing.assert_allclose(actual, fn(X, W), atol=0.2)
 
 
-def test_trap_34_sums_over_devices_are_float32():
+def test_sums_over_devices_are_float32():
     mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def fn(x, w):
@@ -167,7 +167,7 @@ def test_trap_34_sums_over_devices_are_float32():
     assert actual[0] == 160000
 
 
-def test_trap_35_two_policies_on_one_function():
+def test_two_policies_on_one_function_give_two_programs():
     results = {
         str(jaxmp.get_policy(p)): jax.jit(jaxmp.autocast(lambda x, w: x @ w, p))(X, W)
         for p in ("float32", "mixed_bfloat16", "mixed_float16")
@@ -185,11 +185,11 @@ def test_trap_35_two_policies_on_one_function():
         lambda p: jnp.where(p @ p > 0, p @ p, -1e9) * 0.0 + p @ p,
     ],
 )
-def test_trap_37_constants_that_float16_cannot_hold(fn):
+def test_constants_that_float16_cannot_hold_give_finite_results(fn):
     assert np.isfinite(jaxmp.autocast(fn, "mixed_float16")(jnp.zeros((2, 2)))).all()
 
 
-def test_trap_38_rms_norm_of_300_in_float16():
+def test_an_rms_norm_of_300_does_not_overflow_in_float16():
     def norm(x):
         return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
 
@@ -201,7 +201,7 @@ def test_trap_38_rms_norm_of_300_in_float16():
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.GroupNorm, nn.BatchNorm])
 @pytest.mark.parametrize("fast", [True, False])
-def test_trap_38_a_cancelling_variance_is_told_from_a_matter_of_precision(norm, fast):
+def test_a_cancelling_variance_is_noted_and_left_as_in_float32(norm, fast):
     options = {"use_running_average": False} if norm is nn.BatchNorm else {}
     options |= {"num_groups": 2} if norm is nn.GroupNorm else {}
     layer = norm(use_fast_variance=fast, **options)
@@ -220,7 +220,7 @@ def test_trap_38_a_cancelling_variance_is_told_from_a_matter_of_precision(norm, 
     )
 
 
-def test_trap_39_long_sums():
+def test_long_sums_lose_no_addend():
     ids = jnp.zeros(1000, int)
     grad = jax.grad(
         jaxmp.autocast(lambda table: (table[ids] @ jnp.ones((2, 1))).sum())
@@ -230,7 +230,7 @@ def test_trap_39_long_sums():
     assert total(jnp.ones(5000)) == 5000
 
 
-def test_trap_41_cotangents_of_a_weight_are_summed_in_float32():
+def test_cotangents_of_a_weight_are_summed_in_float32():
     def scanned(w):
         xs = jnp.full((5000, 1, 1), 0.25)
         return lax.scan(lambda c, x: (c + (x @ w).sum(), None), 0.0, xs)[0]
