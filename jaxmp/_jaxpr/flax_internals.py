@@ -14,6 +14,21 @@ PROMOTE_DTYPE = "promote_dtype"
 PROMOTIONS = (PROMOTE_DTYPE, "qkv_promote_dtype")
 """The attributes in which nnx layers hold it."""
 
+OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
+"""The collection of FP8 scales and histories, whose gradients are their new values
+(flax/linen/fp8_ops.py)."""
+
+
+def is_flax_layer(cls: type) -> bool:
+    """Whether Flax itself defines a layer class, in linen or nnx.
+
+    Base classes do not count, nor do the classes that a lifted transformation makes of
+    a user's class.
+    """
+    if cls.__module__ in (LINEN_MODULE, LINEN_TRANSFORMS):
+        return False
+    return cls.__module__.startswith(("flax.linen.", "flax.nnx.nn."))
+
 
 def is_lifted(cls: type) -> bool:
     """Whether linen made a class to lift a module through a transformation."""

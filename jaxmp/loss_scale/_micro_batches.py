@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.flax_internals import OVERWRITE_WITH_GRADIENT
 from jaxmp.errors import MicroBatchError
 from jaxmp.loss_scale._batch_arguments import (
     Name,
@@ -22,7 +23,6 @@ from jaxmp.loss_scale._batch_arguments import (
     is_single_key,
     leading_sizes,
 )
-from jaxmp.loss_scale.unscale import OVERWRITE_WITH_GRADIENT
 
 PyTree = Any
 

@@ -8,12 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
+from jaxmp._jaxpr.flax_internals import OVERWRITE_WITH_GRADIENT
 
 T = TypeVar("T")
-
-# A gradient of this collection is the new value of an FP8 scale or history, which Flax
-# passes in place of a gradient (flax/linen/fp8_ops.py); it never was scaled.
-OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
 
 # The cotangent of a float16 loss is the scale itself, in float16: 2^16 is infinite
 # there, and 2^15 is the largest power of two that is not.
@@ -36,6 +33,7 @@ def unscale_tree(tree: T, scale: Any) -> T:
     # product anew in everything that reads it, the rounding to float16 before it too,
     # and the step took a third longer. On TPUs and GPUs both compile to one traffic.
     def unscale(path, x):
+        # The new FP8 scale that stands for a gradient never was scaled.
         if any(getattr(key, "key", None) == OVERWRITE_WITH_GRADIENT for key in path):
             return x
         return _apply(operator.truediv, x, scale)

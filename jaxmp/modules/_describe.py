@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from jaxmp import _tree
+from jaxmp._jaxpr.flax_internals import is_lifted
 from jaxmp.errors import MissingExample
 from jaxmp.modules._layers import (
     Application,
@@ -258,7 +259,7 @@ def _rule_text(rule: PolicyRule | None) -> str:
 def _class_name(cls: type[nn.Module]) -> str:
     """The name of the class before nn.remat, nn.jit and their like renamed it."""
     for base in original_class(cls).__mro__:
-        if base.__module__ != "flax.linen.transforms":
+        if not is_lifted(base):
             return base.__name__
     return cls.__name__
 

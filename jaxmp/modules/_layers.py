@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp._jaxpr.flax_internals import is_flax_layer
 from jaxmp.errors import UnusedRule
 from jaxmp.policy import Policy, PolicyRule
 from jaxmp.policy.rule_sets import first_match, norms_in_float32
@@ -50,17 +51,6 @@ _NORM_NAME = re.compile(
 def original_class(cls: Any) -> Any:
     """Returns the class that the user wrote, of one that a policy made of it."""
     return getattr(cls, "_original_class", cls)
-
-
-def is_flax_layer(cls: type) -> bool:
-    """True for the layer classes that Flax defines, in linen or nnx.
-
-    Base classes are none, nor are the classes that a lifted transformation makes of a
-    user's class.
-    """
-    if cls.__module__ in ("flax.linen.module", "flax.linen.transforms"):
-        return False
-    return cls.__module__.startswith(("flax.linen.", "flax.nnx.nn."))
 
 
 def is_of_flax(cls: type) -> bool:

@@ -28,6 +28,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core import Scope
 
+from jaxmp._jaxpr.flax_internals import CALL_WRAPPED_METHOD, is_lifted
 from jaxmp.casting.local import region_settings, run_region
 from jaxmp.modules._casts import cast_carry
 from jaxmp.modules._effect import check_plan
@@ -72,7 +73,8 @@ def _policied(
         return Interceptor(application, self.path, inside).run(self, name, call)
 
     def call_wrapped_method(self, fun, args, kwargs):
-        call = functools.partial(cls._call_wrapped_method, self, fun, args, kwargs)
+        wrapped = getattr(cls, CALL_WRAPPED_METHOD)
+        call = functools.partial(wrapped, self, fun, args, kwargs)
         return run(self, getattr(fun, "__name__", ""), call)
 
     def call_lifted_method(name):
@@ -84,12 +86,8 @@ def _policied(
         return functools.wraps(lifted[name])(method)
 
     # nn.remat and its like make classes whose methods do not pass through the above.
-    is_lifted = cls.__module__ == "flax.linen.transforms"
-    lifted = {
-        name: fun
-        for name, fun in vars(cls).items()
-        if is_lifted and hasattr(fun, "__wrapped__")
-    }
+    methods = vars(cls).items() if is_lifted(cls) else ()
+    lifted = {name: fun for name, fun in methods if hasattr(fun, "__wrapped__")}
 
     def get_attribute(self, name):
         return _policy_children(self, name, cls.__getattribute__(self, name))
@@ -110,7 +108,7 @@ def _policied(
 
     overrides = {
         **{name: call_lifted_method(name) for name in lifted},
-        "_call_wrapped_method": call_wrapped_method,
+        CALL_WRAPPED_METHOD: call_wrapped_method,
         "__getattribute__": get_attribute,
         "__getattr__": get_missing_attribute,
         "__reduce__": reduce,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.flax_internals import is_flax_layer, is_lifted
 from jaxmp.casting.kernels.border import shown
 from jaxmp.modules._attention import dot_product_attention
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
@@ -17,7 +18,6 @@ from jaxmp.modules._layers import (
     LayerDtypes,
     Origin,
     declared_dtype,
-    is_flax_layer,
     is_of_flax,
     kind_of,
     origin_of,
@@ -40,7 +40,7 @@ def is_transparent(module: nn.Module) -> bool:
         if is_flax_layer(cls):
             has_own = cls.__name__.startswith(_WITH_THEIR_OWN_DTYPE)
             return has_own or "dtype" not in module.__dataclass_fields__
-        if cls.__module__ != "flax.linen.transforms":
+        if not is_lifted(cls):
             return False
     return False
 

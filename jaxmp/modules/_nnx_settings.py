@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmp._jaxpr.flax_internals import PROMOTIONS, is_flax_layer
 from jaxmp.modules._attention import dot_product_attention
-from jaxmp.modules._layers import LayerDtypes, is_flax_layer, kind_of
+from jaxmp.modules._layers import LayerDtypes, is_of_flax, kind_of
 
 # Their `dtype` is that of the parameters that they normalise; they hand on all else.
 WEIGHT_NORMS = (nnx.SpectralNorm, nnx.WeightNorm)
@@ -30,8 +31,8 @@ def is_transparent(cls: type) -> bool:
 
 def has_settings(layer: nnx.Module) -> bool:
     """True for layers of Flax's own that compute in a dtype they are built with."""
-    is_own = any(is_flax_layer(cls) for cls in type(layer).__mro__)
-    return is_own and hasattr(layer, "dtype") and _promotion_name(layer) is not None
+    has_dtype = hasattr(layer, "dtype") and _promotion_name(layer) is not None
+    return has_dtype and is_of_flax(type(layer))
 
 
 def author_dtype(layer: Any) -> Any:
@@ -106,5 +107,4 @@ class _Promotion:
 
 
 def _promotion_name(layer: nnx.Module) -> str | None:
-    names = ("promote_dtype", "qkv_promote_dtype")
-    return next((name for name in names if hasattr(layer, name)), None)
+    return next((name for name in PROMOTIONS if hasattr(layer, name)), None)

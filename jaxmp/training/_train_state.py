@@ -10,10 +10,10 @@ import optax
 from flax import serialization, struct
 from flax.training import train_state
 
+from jaxmp._jaxpr.flax_internals import OVERWRITE_WITH_GRADIENT
 from jaxmp._transformations import composition as _composition
 from jaxmp.errors import InvalidCheckpoint
 from jaxmp.loss_scale import select_applied, value_and_grad
-from jaxmp.loss_scale.unscale import OVERWRITE_WITH_GRADIENT
 from jaxmp.optimizers import check_master_weights
 from jaxmp.policy import Policy
 from jaxmp.training._checkpoint_policy import (
