@@ -83,30 +83,6 @@ def test_policies_are_read_without_a_backend():
     loaded_by("import jaxmp; str(jaxmp.get_policy('mixed_float16,matmul=tf32'))")
 
 
-# JAX itself
-
-VERSIONS = {
-    "0.4.30": False,
-    "0.9.2": False,
-    "0.9.99.dev20260101": False,
-    "0.10.0": True,
-    "0.10.0rc1": True,
-    "0.10.2+local": True,
-    "0.12.0.1": True,
-    "0.13.0.dev20260801": True,
-    "1.0": True,
-}
-
-
-@pytest.mark.parametrize(("version", "supported"), VERSIONS.items())
-def test_versions_of_jax(version, supported):
-    if supported:
-        jaxmp._jaxpr.versions.check_jax_version(version)
-        return
-    with pytest.raises(jaxmp.errors.UnsupportedJaxVersion, match=version):
-        jaxmp._jaxpr.versions.check_jax_version(version)
-
-
 def test_an_old_jax_is_refused_with_both_versions_and_the_repair():
     result = run("import jax; jax.__version__ = '0.4.30'\nimport jaxmp")
     assert result.returncode != 0
