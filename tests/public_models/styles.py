@@ -19,7 +19,7 @@ import jaxmp
 from . import styles_linen as linen
 from . import styles_linen_more as more
 from . import styles_nnx, styles_other
-from ._support import weights
+from .measures import weights
 
 
 class Style(NamedTuple):

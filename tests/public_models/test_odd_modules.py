@@ -12,7 +12,7 @@ from flax.nnx import bridge
 
 import jaxmp
 
-from ._support import HALF, POLICIES, matmuls
+from .measures import HALF, POLICIES, matmuls
 
 X = np.linspace(-1, 1, 4 * 16, dtype=np.float32).reshape(4, 16)
 policies = pytest.mark.parametrize("policy", POLICIES)

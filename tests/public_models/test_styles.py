@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from . import _support
-from ._support import POLICIES, SHARES, Training, matmuls, sums_in_half, types
+from . import measures
+from .measures import POLICIES, SHARES, Training, matmuls, sums_in_half, types
 from .styles import styles
 
 WAYS = ("autocast", "apply_policy")
@@ -48,13 +48,13 @@ trained = _parametrised(
 
 @functools.cache
 def trace(name: str, way: str, policy: str) -> Any:
-    return _support.trace(*styles()[name].prepare(way, policy))
+    return measures.trace(*styles()[name].prepare(way, policy))
 
 
 @functools.cache
 def training(name: str, way: str | None, policy: str) -> Training:
     loss, variables = styles()[name].prepare(way, policy)
-    return _support.train(loss, variables, policy, 5 if way else 1)
+    return measures.train(loss, variables, policy, 5 if way else 1)
 
 
 @every

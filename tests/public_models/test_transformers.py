@@ -22,9 +22,9 @@ from transformers.models.roformer import modeling_flax_roformer
 
 import jaxmp
 
-from . import _support
-from ._support import POLICIES, SHARES, Training, matmuls, sums_in_half, types, weights
+from . import measures
 from .architectures import BY_NAME, TASKS, batch_of, build
+from .measures import POLICIES, SHARES, Training, matmuls, sums_in_half, types, weights
 
 # What JAX 0.10 no longer has, and these models still use: their own tests would fail.
 # With the old spelling put back, they are like all others.
@@ -132,13 +132,13 @@ def variables(name: str) -> tuple[Any, Any]:
 @functools.cache
 def trace(name: str, way: str, policy: str) -> Any:
     """The program of a loss and its gradient."""
-    return _support.trace(loss_of(name, way, policy), variables(name))
+    return measures.trace(loss_of(name, way, policy), variables(name))
 
 
 @functools.cache
 def training(name: str, way: str | None, policy: str) -> Training:
     loss = loss_of(name, way, policy)
-    return _support.train(loss, variables(name), policy, 5 if way else 1)
+    return measures.train(loss, variables(name), policy, 5 if way else 1)
 
 
 def test_the_table_has_all_that_transformers_has_in_flax():

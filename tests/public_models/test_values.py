@@ -12,7 +12,7 @@ import pytest
 
 import jaxmp
 
-from ._support import POLICIES
+from .measures import POLICIES
 
 MANY = 3000
 # One rounding of each that a result may meet on its way: as a sum, and as a product.

@@ -1,4 +1,4 @@
-"""What a half-precision program is asked for: its matmuls, its sums, its gradients."""
+"""Measures of a half-precision program: its matmuls, its sums, its gradients."""
 
 import collections
 import functools
