@@ -7,7 +7,6 @@ from typing import Any
 
 from jaxmp._jaxpr.types import Eqn
 
-
 EXPORT_SCOPE = "jit(call)/call_exported/"
 """What a program that `jax.export` wrote has in front of its own scopes."""
 
