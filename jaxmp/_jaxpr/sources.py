@@ -99,10 +99,12 @@ def _is_standard(file: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _package(file: str) -> str | None:
-    """The library that a file belongs to; the rules of autocast are "jaxmp"."""
+    """The library that a file belongs to; of jaxmp, with the name of the package."""
     if file.startswith(_JAXMP):
         inside = file[len(_JAXMP) + 1 :].split(os.sep)[0]
-        return None if inside == "testing" else f"jaxmp.{inside}"
+        if inside == "testing":
+            return None
+        return "jaxmp" if inside.startswith("_") else f"jaxmp.{inside}"
     for name, root in _roots():
         if file.startswith(root):
             return name

@@ -55,7 +55,8 @@ class Result(abc.ABC):
 def plain(value: Any) -> Any:
     """A value as JSON writes it: records as dictionaries, tuples as lists.
 
-    Dtypes and lines of source become strings, and numbers that are not finite None.
+    Dtypes and what else JSON does not know become strings, and numbers that are not
+    finite None.
     """
     if value is None or isinstance(value, (str, bool, int)):
         return value
