@@ -2,7 +2,8 @@
 
 All of it is held by `jaxmp/_jaxpr`. A test that fails here names what the installed JAX
 does otherwise, and the title above it the file to change. Name stacks and tracebacks
-are in `test_assumptions_of_sources.py`, Flax in `test_assumptions_of_flax.py`.
+are in `test_assumptions_of_sources.py`, names of primitives in
+`test_assumptions_of_primitives.py`, and Flax in `test_assumptions_of_flax.py`.
 """
 
 import functools
@@ -14,13 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from jaxmp._jaxpr import calls, lowered, primitives, rewrite, tracers
+from jaxmp._jaxpr import calls, lowered, rewrite, tracers
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp._jaxpr.flops import matmul_shape
 from jaxmp._jaxpr.residuals import residual_jaxpr
 from jaxmp._jaxpr.sources import written
 from jaxmp._jaxpr.versions import (
@@ -111,6 +110,21 @@ def test_a_call_holds_one_jaxpr_of_its_operands(name):
     assert inside is not None, f"{eqn.primitive} now holds {sorted(eqn.params)}"
     assert calls.body(eqn) is inside
     assert [e.primitive.name for e in open_jaxpr(inside).eqns] == ["mul"]
+
+
+def closing_over(value, x):
+    @jax.custom_jvp
+    def fn(x):
+        return x * value
+
+    fn.defjvp(lambda primals, tangents: (fn(*primals), tangents[0]))
+    return fn(x)
+
+
+def test_a_custom_call_takes_what_its_function_closes_over_first():
+    eqn = equation(calls.CUSTOM_JVPS, closing_over, jnp.ones(()), X)
+    assert eqn.params["num_consts"] == 1, sorted(eqn.params)
+    assert shapes(eqn.invars) == [(), X.shape]
 
 
 @pytest.mark.parametrize("name", ["closed_call_p", "call_p"])
@@ -213,6 +227,16 @@ def test_kernels_and_reductions_hold_a_jaxpr_that_is_not_a_call(name):
     assert calls.bodies(eqn) == []
 
 
+@pytest.mark.parametrize("fn", [jnp.negative, jax.jit(double), with_jvp, with_vjp])
+def test_an_equation_can_be_carried_out_again(fn):
+    (eqn,) = open_jaxpr(jax.make_jaxpr(fn)(X)).eqns
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        outs = eqn.primitive.bind(X, **params)
+    result = outs[0] if eqn.primitive.multiple_results else outs
+    np.testing.assert_array_equal(result, fn(X))
+
+
 # Custom derivative rules (rewrite)
 
 
@@ -254,70 +278,7 @@ def test_a_rule_is_traced_under_the_line_of_its_call_or_its_own(change, function
     assert line.function.endswith(function), line
 
 
-# Names of primitives (primitives)
-
-ONES, COUNTS = jnp.ones((2, 3, 5)), jnp.array([2, 2])
-OF_THESE_NAMES = {
-    "cast": (primitives.CAST, lambda: X.astype(jnp.bfloat16)),
-    "matmul": (primitives.MATMULS, lambda: X @ X.T),
-    "ragged matmul": (primitives.MATMULS, lambda: lax.ragged_dot(X, ONES, COUNTS)),
-    "convolution": (
-        primitives.MATMULS,
-        lambda: lax.conv(ONES, jnp.ones((2, 3, 2)), (1,), "SAME"),
-    ),
-    "sum of cotangents": (
-        primitives.ADDS - {"add", "sub"},
-        lambda: jax.grad(lambda x: (jnp.sin(x) * jnp.cos(x)).sum())(X),
-    ),
-    "add into": (primitives.SUMS_INTO, lambda: X.at[0].add(1.0)),
-    "subtract from": (primitives.SUMS_INTO, lambda: X.at[0].subtract(1.0)),
-    "select": (primitives.SCALES, lambda: jnp.where(X > 0, X, X)),
-    "reduce": (primitives.REDUCES, lambda: X.sum()),
-    "clamp": (primitives.SELECTING, lambda: lax.clamp(0.0, X, 1.0)),
-    "maximum": (primitives.SELECTING, lambda: jnp.maximum(X, X)),
-    "pooling": (
-        primitives.SELECTING,
-        lambda: lax.reduce_window(X, -jnp.inf, lax.max, (1, 2), (1, 1), "SAME"),
-    ),
-    "broadcast": (primitives.LAYOUT, lambda: jnp.broadcast_to(X, (2, 4, 3))),
-    "transpose": (primitives.LAYOUT, lambda: X.T),
-    "reverse": (primitives.LAYOUT, lambda: X[::-1]),
-    "copy": (primitives.LAYOUT, lambda: jnp.copy(X)),
-    "name": (
-        primitives.LAYOUT,
-        lambda: checkpoint_name(X, "x"),
-    ),
-    "cumulative sum": (primitives.LINEAR, lambda: lax.cumsum(X)),
-    "lookup": (primitives.LINEAR, lambda: X[COUNTS]),
-}
-
-
-@pytest.mark.parametrize("name", OF_THESE_NAMES)
-def test_a_primitive_has_one_of_these_names(name):
-    names, fn = OF_THESE_NAMES[name]
-    assert equation(names, fn)
-
-
-# Shapes of matmuls, residuals, lowered programs (flops, residuals, lowered)
-
-
-def test_the_parameters_of_matmuls_and_convolutions_give_their_shape():
-    batched = equation(
-        primitives.MATMULS, jnp.matmul, jnp.ones((6, 4, 3)), jnp.ones((6, 3, 5))
-    )
-    assert matmul_shape(batched) == (6, 4, 5, 3, 1)
-    ragged = equation(primitives.MATMULS, lax.ragged_dot, X, ONES, COUNTS)
-    assert matmul_shape(ragged) == (1, 4, 5, 3, 1)
-    grouped = equation(
-        primitives.MATMULS,
-        lambda x, k: lax.conv_general_dilated(
-            x, k, (1, 1), [(1, 1)] * 2, lhs_dilation=(2, 2), feature_group_count=2
-        ),
-        jnp.ones((1, 4, 8, 8)),
-        jnp.ones((6, 2, 3, 3)),
-    )
-    params = sorted(grouped.params)
-    assert matmul_shape(grouped) == (2, 15 * 15, 3, 2, 9 // 4), params
+# Residuals and lowered programs (residuals, lowered)
 
 
 def test_a_pullback_is_a_tree_whose_leaves_are_the_residuals():
