@@ -1,9 +1,9 @@
 """Mixed-precision training for JAX, Flax and Optax.
 
-`jaxmp.get_policy("mixed_bfloat16")` names the dtypes, `jaxmp.loss_scaling(optimizer,
-policy)` skips non-finite steps and adapts the loss scale, and
-`jaxmp.value_and_grad(loss_fn)` returns true losses and true gradients whatever that
-scale is. Everything is a pure function of pytrees.
+`jaxmp.get_policy("mixed_bfloat16")` names the dtypes. `jaxmp.loss_scaling(optimizer,
+policy)` skips non-finite steps and adapts the loss scale.
+`jaxmp.value_and_grad(loss_fn)` returns true losses and true gradients at any loss
+scale. Everything is a pure function of pytrees.
 """
 
 import importlib
@@ -21,7 +21,6 @@ from jaxmp.casting import (
 from jaxmp.loss_scale import (
     DynamicLossScale,
     LossScale,
-    LossScaleState,
     NoOpLossScale,
     StaticLossScale,
     all_finite,
@@ -52,11 +51,9 @@ from jaxmp.policy import (
     cast_to_full,
     cast_to_half,
     default_rules,
-    dtype_to_names,
     get_policy,
     half_dtype,
     head_in_float32,
-    norms_in_float32,
 )
 
 if TYPE_CHECKING:
@@ -72,12 +69,10 @@ __all__ = [
     "half_dtype",
     "cast_to_full",
     "cast_to_half",
-    "dtype_to_names",
     # policies for Flax modules
     "apply_policy",
     "PolicyRule",
     "default_rules",
-    "norms_in_float32",
     "head_in_float32",
     "describe",
     "cast_for_eval",
@@ -96,7 +91,6 @@ __all__ = [
     "loss_scaling",
     "dynamic_loss_scaling",
     "static_loss_scaling",
-    "LossScaleState",
     "get_loss_scale",
     "loss_scale_metrics",
     "select_applied",
@@ -108,7 +102,7 @@ __all__ = [
     "stochastic_rounding",
     "stochastic_round",
     "check_dtypes",
-    # loss scales as jmp has them
+    # the loss scales of jmp
     "LossScale",
     "NoOpLossScale",
     "StaticLossScale",
@@ -117,7 +111,7 @@ __all__ = [
     "select_tree",
     # training
     "TrainState",
-    # modules
+    # subpackages
     "casting",
     "errors",
     "loss_scale",
@@ -126,7 +120,7 @@ __all__ = [
 ]
 
 
-# Flax takes longer to import than everything else here, and optimizers need none.
+# Flax takes longer to import than everything else here, and optimizers do without.
 _FROM_FLAX_PACKAGES = {
     "apply_policy": "jaxmp.modules",
     "cast_for_eval": "jaxmp.modules",

@@ -1,8 +1,8 @@
 """Casts, selects and finiteness of the leaves of a pytree.
 
-One table decides which leaves a cast may touch: arrays of float16, bfloat16 and
-float32. Integers, booleans, PRNG keys, float0, complex, float8, float64 arrays of
-JAX, `None` and Python scalars pass unchanged.
+A cast touches only arrays of float16, bfloat16 and float32. Integers, booleans, PRNG
+keys, float0, complex, float8, float64 arrays of JAX, `None` and Python scalars pass
+unchanged.
 """
 
 import functools
@@ -17,10 +17,11 @@ import numpy as np
 T = TypeVar("T")
 PyTree = Any
 
-CASTABLE = frozenset(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32)))
+FLOAT32 = jnp.dtype(jnp.float32)
+HALF = frozenset(map(jnp.dtype, (jnp.float16, jnp.bfloat16)))
+CASTABLE = HALF | {FLOAT32}
 NUMPY = (np.ndarray, np.generic)
 SCALARS = (bool, int, float, complex)
-HALF = frozenset(map(jnp.dtype, (jnp.float16, jnp.bfloat16)))
 
 
 def is_array(x: Any) -> bool:
@@ -46,18 +47,18 @@ def cast_floating(
     Args:
       tree: any pytree. `jax.ShapeDtypeStruct` leaves keep shape and sharding.
       dtype: what float16, bfloat16 and float32 leaves become.
-      also: further dtypes that the user named, and which are therefore cast too.
+      also: further dtypes to cast, because the user named them.
 
     Returns:
-      The tree with the same structure; a leaf that has the dtype is not copied.
-      NumPy's float64, which is what Python code makes by default and what JAX would
-      take as float32, is cast; a float64 array of JAX was asked for and is not.
+      A tree of the same structure; a leaf that has the dtype already is not copied.
+      NumPy's float64, the default of Python code, is cast, since JAX would read it as
+      float32. A float64 array of JAX was made on purpose and is not.
     """
     dtype = jnp.dtype(dtype)
     castable = CASTABLE.union(also)
     castable_in_numpy = castable | {np.dtype(np.float64)}
 
-    def cast(x):
+    def cast(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
             return x.update(dtype=dtype, weak_type=False) if x.dtype in castable else x
         if isinstance(x, jax.Array):
@@ -100,14 +101,14 @@ def negative_zero(x: Any) -> Any:
 
 
 def all_finite(tree: PyTree) -> jax.Array:
-    """Tells whether every element of every floating leaf is finite.
+    """Returns whether every element of every floating leaf is finite.
 
-    The check is per element: finite values whose sum or norm would overflow count as
-    finite. Leaves without an infinity (integers, booleans, keys, `None`) are passed
-    over.
+    Each element is checked by itself: values whose sum or norm would overflow are still
+    finite. Leaves that cannot be infinite (integers, booleans, keys, `None`) are
+    skipped.
 
     Args:
-      tree: any pytree; a Python float counts as the scalar that it is.
+      tree: any pytree; a Python float counts as a scalar.
 
     Returns:
       A boolean scalar array, True for a tree without floating leaves.
@@ -119,8 +120,8 @@ def all_finite(tree: PyTree) -> jax.Array:
       >>> bool(jaxmp.all_finite({"w": jnp.array([1.0, jnp.inf])}))
       False
     """
-    # A float32 sum, not `jnp.all`: XLA reads the array once for this and for the sum of
-    # squares of a norm, where it would read it again for a reduction of booleans.
+    # A float32 sum, not `jnp.all`: XLA fuses it with the sum of squares of a norm into
+    # one pass over the array. A reduction of booleans would take a pass of its own.
     leaves = [
         x
         for x in jax.tree.leaves(tree)
@@ -128,21 +129,21 @@ def all_finite(tree: PyTree) -> jax.Array:
     ]
     nonfinite = [(~jnp.isfinite(x)).astype(jnp.float32).sum() for x in leaves]
     count = functools.reduce(operator.add, nonfinite, jnp.float32(0))
-    # XLA repeats a cheap sum of scalars in every fusion that reads it, on the CPU in
-    # one per leaf; a square root it computes once.
+    # XLA repeats a cheap sum of scalars in every fusion that reads it (on the CPU, one
+    # per leaf), but computes a square root only once.
     return jnp.sqrt(count) == 0
 
 
 def select(pred: jax.Array, on_true: T, on_false: T) -> T:
-    """Takes one of two trees; what is not taken cannot leak, be it NaN or inf."""
+    """Takes one of two trees; a NaN or infinity in the other one cannot leak."""
 
-    def select_leaf(x, y):
+    def select_leaf(x: Any, y: Any) -> Any:
         if not all(is_array(z) or isinstance(z, SCALARS) for z in (x, y)):
             return x
         x, y = jnp.asarray(x), jnp.asarray(y)
         if x.dtype == jnp.uint16:
-            # The TPU compiler gives a select of integers a kernel of its own, which
-            # computes what is selected once more.
+            # The TPU compiler gives a select of integers its own kernel, and computes
+            # the operands a second time there.
             wide = jax.lax.select(pred, x.astype(jnp.float32), y.astype(jnp.float32))
             return wide.astype(x.dtype)
         return jax.lax.select(pred, x, y)

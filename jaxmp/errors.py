@@ -1,7 +1,8 @@
 """Every exception and warning that jaxmp raises on purpose.
 
-Each class stands for one mistake, so that it can be caught by name. Each message
-says what was wrong, shows the value, and says what to write instead.
+Each class stands for one mistake, and each kind of mistake has a base class, so that
+one `except` catches either. A message says what is wrong, shows the value, and says
+what to write instead.
 """
 
 
@@ -9,225 +10,250 @@ class JaxmpError(Exception):
     """Base class of every error in this module."""
 
 
-class UnsupportedJaxVersion(JaxmpError, ImportError):
+# Installation
+
+
+class InstallationError(JaxmpError, ImportError):
+    """Something that jaxmp needs is not installed, or is too old."""
+
+
+class UnsupportedJaxVersion(InstallationError):
     """The installed JAX is older than the oldest that jaxmp runs on."""
 
 
-# Policies
+class MissingPackage(InstallationError):
+    """An optional package that a function needs is not installed."""
+
+
+# Policies and rules
 
 
 class PolicyError(JaxmpError, ValueError):
-    """A policy was written in a way that cannot be read."""
+    """A policy, or a rule that belongs to it, cannot be read or does not fit."""
 
 
-# Rules and modules
-
-
-class InvalidRule(JaxmpError, ValueError):
+class InvalidRule(PolicyError):
     """A rule cannot be read."""
 
 
-class UnusedRule(JaxmpError, ValueError):
+class UnusedRule(PolicyError):
     """A rule matches no layer of the module it is applied to."""
 
 
-class InvalidOption(JaxmpError, ValueError):
-    """An option of `apply_policy` has a value that means nothing."""
+# Flax modules
 
 
-class MissingExample(JaxmpError, TypeError):
-    """A linen module was to be looked at without arguments to call it with."""
+class ModuleError(JaxmpError):
+    """A policy cannot be applied to a Flax module, or would have no effect on it."""
 
 
-class PolicyWithoutEffect(JaxmpError, ValueError):
+class InvalidOption(ModuleError, ValueError):
+    """An option of `apply_policy` has an unknown value."""
+
+
+class NotAModule(ModuleError, TypeError):
+    """The argument is not an instance of a Flax module."""
+
+
+class MissingExample(ModuleError, TypeError):
+    """A linen module can only be described with arguments to call it with."""
+
+
+class PolicyWithoutEffect(ModuleError, ValueError):
     """A half-precision policy leaves every matmul of a model in float32."""
-
-
-class NotAModule(JaxmpError, TypeError):
-    """Something else than an instance of a Flax module was given as one."""
-
-
-# Loss scales
-
-
-class LossScaleOptionError(JaxmpError, ValueError):
-    """An option of a loss scale is out of its range or does not exist."""
-
-
-class MissingLossScale(JaxmpError, ValueError):
-    """A state was given for its loss scale, and it holds none."""
-
-
-class LossScalePolicyMismatch(JaxmpError, ValueError):
-    """An optimizer has the loss scale of another policy than it is trained under."""
-
-
-class MissingLossScaleArgument(JaxmpError, TypeError):
-    """A gradient function was called without `loss_scale=`."""
-
-
-class MultipleLossScales(JaxmpError, ValueError):
-    """One optimizer state holds more than one loss scale."""
-
-
-class LossScaleCollapsed(JaxmpError, RuntimeError):
-    """So many steps in a row were skipped that training has stopped."""
-
-
-class NotOnHost(JaxmpError, TypeError):
-    """A function that reads values on the host was called inside a trace."""
-
-
-class SelectPredicateError(JaxmpError, AssertionError):
-    """The predicate of `select_tree` is no boolean scalar."""
-
-
-# Losses and gradients
-
-
-class NonScalarLoss(JaxmpError, TypeError):
-    """The loss is an array with axes, or no array at all."""
-
-
-class NonFloatingLoss(JaxmpError, TypeError):
-    """The loss is an integer or a boolean, which has no gradient."""
-
-
-class MissingAux(JaxmpError, TypeError):
-    """`has_aux=True`, but the function does not return `(loss, aux)`."""
-
-
-class TransformError(JaxmpError, TypeError):
-    """`transform=` is none that can differentiate this function."""
-
-
-class GradientTreeMismatch(JaxmpError, ValueError):
-    """Gradients and parameters are trees of different structure."""
-
-
-class MicroBatchError(JaxmpError, ValueError):
-    """A batch cannot be cut into the micro-batches that were asked for."""
-
-
-# Optimizers
-
-
-class TransformationOrder(JaxmpError, ValueError):
-    """Two transformations stand in an order in which they cannot work."""
-
-
-class OptimizerOptionError(JaxmpError, ValueError):
-    """An option of an optimizer wrapper is out of its range or does not exist."""
-
-
-class MissingParams(JaxmpError, ValueError):
-    """`update` was called without the parameters."""
-
-
-class MissingState(JaxmpError, ValueError):
-    """An optimizer state holds no state of the transformation that is asked for."""
-
-
-class MasterWeightsMismatch(JaxmpError, ValueError):
-    """Working weights and their float32 masters do not belong together."""
-
-
-class DtypeMismatch(JaxmpError, ValueError):
-    """Arrays are stored in other dtypes than they should be."""
-
-
-# Train states
-
-
-class TrainStateOptionError(JaxmpError, TypeError):
-    """A train state was given a keyword that it has no use for."""
-
-
-# Checkpoints
-
-
-class CheckpointPolicyMismatch(JaxmpError, ValueError):
-    """A checkpoint was written under another policy than it is read under."""
-
-
-class InvalidCheckpoint(JaxmpError, ValueError):
-    """A checkpoint holds no train state of jaxmp, or none at all."""
 
 
 # Autocast
 
 
 class AutocastError(JaxmpError, TypeError):
-    """A function or argument that autocast cannot take."""
+    """A function, argument or rule that autocast cannot take."""
 
 
-class AutocastRuleError(JaxmpError, ValueError):
-    """A rule of autocast that cannot be read, or that matches nothing."""
+class AutocastRuleError(AutocastError, ValueError):
+    """A rule of autocast cannot be read, or matches nothing."""
 
 
-class RuleAlreadyRegistered(JaxmpError, ValueError):
+class RuleAlreadyRegistered(AutocastError, ValueError):
     """A primitive was given a second rule."""
 
 
-class NoSuchRows(JaxmpError, ValueError):
-    """Rows of an explanation were asked for by a name that is none of a kind of row."""
+class NoSuchRows(AutocastError, ValueError):
+    """An explanation has no rows of the kind that was asked for."""
 
 
-# Compile targets
+# Loss scales
 
 
-class UnknownTarget(JaxmpError, ValueError):
-    """There is no compile target of that name."""
+class LossScaleError(JaxmpError):
+    """A loss scale was set up wrongly, is missing, or has collapsed."""
 
 
-class MissingTargetPackage(JaxmpError, ImportError):
-    """The compiler for a target is not installed, or its environment is not set."""
+class LossScaleOptionError(LossScaleError, ValueError):
+    """An option of a loss scale is out of range or does not exist."""
 
 
-class NotAnArray(JaxmpError, TypeError):
-    """A step is to be looked at with an argument that is no array."""
+class TrainStateOptionError(LossScaleError, TypeError):
+    """A train state was given a keyword that it has no use for."""
 
 
-class StepDoesNotTrace(JaxmpError, TypeError):
-    """A step raises while JAX traces or lowers it."""
+class MissingLossScale(LossScaleError, ValueError):
+    """A state that should hold a loss scale holds none."""
 
 
-class ShardingMismatch(JaxmpError, ValueError):
-    """A step is divided over another number of devices than its target has."""
+class MissingLossScaleArgument(LossScaleError, TypeError):
+    """A gradient function was called without `loss_scale=`."""
 
 
-class InvalidStep(JaxmpError, ValueError):
-    """What the command line names is no function that makes a step."""
+class MultipleLossScales(LossScaleError, ValueError):
+    """One optimizer state holds more than one loss scale."""
 
 
-class BatchSearchError(JaxmpError, ValueError):
-    """A search for the largest batch has no batch to try, or no memory to fill."""
+class LossScalePolicyMismatch(LossScaleError, ValueError):
+    """An optimizer has the loss scale of another policy than it is trained under."""
 
 
-class MissingPackage(JaxmpError, ImportError):
-    """An optional package that a function needs is not installed."""
+class LossScaleCollapsed(LossScaleError, RuntimeError):
+    """So many steps in a row were skipped that training has stopped."""
 
 
-class CompilerFailed(JaxmpError, RuntimeError):
-    """The compiler of a target failed, or ended without an answer."""
+class SelectPredicateError(LossScaleError, AssertionError):
+    """The predicate of `select_tree` is not a boolean scalar."""
 
 
-# Assertions
+# Gradients
 
 
-class InvalidAssertion(JaxmpError, ValueError):
-    """An assertion of `jaxmp.testing` was asked for what it cannot check."""
+class GradientError(JaxmpError):
+    """Gradients cannot be computed from this loss, or do not fit the parameters."""
 
 
-# Numerics
+class NonScalarLoss(GradientError, TypeError):
+    """The loss is an array with axes, or not an array at all."""
+
+
+class NonFloatingLoss(GradientError, TypeError):
+    """The loss is an integer or a boolean, which has no gradient."""
+
+
+class MissingAux(GradientError, TypeError):
+    """`has_aux=True`, but the function does not return `(loss, aux)`."""
+
+
+class TransformError(GradientError, TypeError):
+    """`transform=` cannot differentiate this function."""
+
+
+class GradientTreeMismatch(GradientError, ValueError):
+    """Gradients and parameters are trees of different structure."""
+
+
+class MicroBatchError(GradientError, ValueError):
+    """A batch cannot be cut into the micro-batches that were asked for."""
+
+
+# Optimizers
+
+
+class OptimizerError(JaxmpError):
+    """An optimizer of jaxmp was set up, updated or restored wrongly."""
+
+
+class OptimizerOptionError(OptimizerError, ValueError):
+    """An option of an optimizer wrapper is out of range or does not exist."""
+
+
+class TransformationOrder(OptimizerError, ValueError):
+    """Two transformations stand in an order in which they cannot work."""
+
+
+class MissingParams(OptimizerError, ValueError):
+    """`update` was called without the parameters."""
+
+
+class MissingState(OptimizerError, ValueError):
+    """An optimizer state does not hold the state that is looked for in it."""
+
+
+class MasterWeightsMismatch(OptimizerError, ValueError):
+    """Working weights and their float32 masters do not belong together."""
+
+
+class DtypeMismatch(OptimizerError, ValueError):
+    """Arrays are stored in other dtypes than they should be."""
+
+
+# Checkpoints
+
+
+class CheckpointError(JaxmpError):
+    """A checkpoint cannot be restored into this state."""
+
+
+class CheckpointPolicyMismatch(CheckpointError, ValueError):
+    """A checkpoint was written under another policy than it is read under."""
+
+
+class InvalidCheckpoint(CheckpointError, ValueError):
+    """A checkpoint holds no train state of jaxmp, or nothing at all."""
+
+
+# Values
 
 
 class NumericsError(JaxmpError, ValueError):
     """An argument of `jaxmp.numerics` that has no meaning there."""
 
 
-class SearchStateMismatch(JaxmpError, ValueError):
-    """A saved search belongs to another function, policy or batch, or is none."""
+class SearchStateMismatch(NumericsError):
+    """A saved search belongs to another function, policy or batch, or is not one."""
+
+
+class NotOnHost(NumericsError, TypeError):
+    """A function that reads values on the host was called inside a trace."""
+
+
+# Programs
+
+
+class ReportError(JaxmpError):
+    """A program cannot be traced, compiled or checked as asked."""
+
+
+class UnknownTarget(ReportError, ValueError):
+    """There is no compile target of that name."""
+
+
+class MissingTargetPackage(ReportError, InstallationError):
+    """The compiler for a target is not installed, or its environment is not set."""
+
+
+class NotAnArray(ReportError, TypeError):
+    """A step is to be traced with an argument that is not an array."""
+
+
+class StepDoesNotTrace(ReportError, TypeError):
+    """A step raises while JAX traces or lowers it."""
+
+
+class ShardingMismatch(ReportError, ValueError):
+    """A step is divided over another number of devices than its target has."""
+
+
+class InvalidStep(ReportError, ValueError):
+    """The name given on the command line is not a function that makes a step."""
+
+
+class BatchSearchError(ReportError, ValueError):
+    """A search for the largest batch has no batch to try, or no memory to fill."""
+
+
+class CompilerFailed(ReportError, RuntimeError):
+    """The compiler of a target failed, or ended without an answer."""
+
+
+class InvalidAssertion(ReportError, ValueError):
+    """An assertion of `jaxmp.testing` was asked for something it cannot check."""
 
 
 # Warnings

@@ -1,20 +1,21 @@
 """Rounding that survives XLA, and updates that land on the rounded value.
 
 XLA may keep more precision than a program asks for: on GPU and TPU it drops the pair of
-casts float32 -> bfloat16 -> float32. What must really be rounded is rounded here, by
-`reduce_precision` and by integer operations, which it leaves alone.
+casts float32 -> bfloat16 -> float32. It leaves `reduce_precision` and integer
+operations alone, so everything that must really be rounded is rounded by those.
 
-An optimizer returns an update u, and `optax.apply_updates` computes p + u in float32
-and casts it to the dtype of p. `landing_update` finds the u that lands on a chosen half
-value r, namely r - p in float32. The sum p + u is r exactly, or differs from it by half
-a float32 ulp of p at most, which the cast removes unless the ulp of r is just as small:
+An optimizer returns an update u; `optax.apply_updates` computes p + u in float32 and
+casts the sum to the dtype of p. To land on a chosen half value r, `landing_update`
+returns u = r - p in float32. Then p + u equals r up to half a float32 ulp of p, and the
+cast removes the difference, unless the ulp of r is just as small. So the update lands
+on r in one step
 
-    bfloat16    always, but for weights that fall below 2^-16 of their former size,
-    float16     always, but for weights of 1/2 and more that fall below 2^-13 of it,
+    in bfloat16    unless the weight falls below 2^-16 of its former size,
+    in float16     unless a weight of 1/2 or more falls below 2^-13 of it.
 
-in one step. At the ends of bfloat16's range, r - p has to be a float32 number: below
-2^-118 it may be flushed to zero as subnormal (on CPU and TPU), and from 2^127 to -2^127
-it is infinite. A weight that is moved onto -0.0 lands on +0.0.
+At the ends of bfloat16's range, r - p itself has to be a float32 number: below 2^-118
+it may be flushed to zero as subnormal (on CPU and TPU), and from 2^127 to -2^127 it is
+infinite. A weight that is moved onto -0.0 lands on +0.0.
 """
 
 from typing import Any
@@ -44,8 +45,7 @@ def round_to_nearest(x: jax.Array, dtype: Any) -> jax.Array:
     info = jnp.finfo(dtype)
     rounded = lax.reduce_precision(x, info.nexp, info.nmant)
     if info.dtype == jnp.float16:
-        # `reduce_precision` flushes what would be subnormal; there, float16 is
-        # fixed-point.
+        # `reduce_precision` flushes subnormal results, where float16 is fixed-point.
         steps = lax.round(
             x * FLOAT16_SUBNORMALS_PER_UNIT, lax.RoundingMethod.TO_NEAREST_EVEN
         )
@@ -62,14 +62,14 @@ def landing_update(target: jax.Array, p: jax.Array) -> jax.Array:
       p: float16 or bfloat16 array of the same shape.
 
     Returns:
-      A float32 array; -0.0, which changes no bit of `p`, where `p` is there already.
+      A float32 array; where `p` equals `target`, it is -0.0, which changes no bit.
     """
     p = p.astype(jnp.float32)
     return jnp.where(target == p, np.float32(-0.0), target - p)
 
 
 def split_float32(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits float32 into the nearest bfloat16 and 16 bits that tell the rest.
+    """Splits float32 into the nearest bfloat16 and the 16 bits that it lacks.
 
     Ties go away from zero: with ties to even, two float32 numbers would share one pair.
 
@@ -78,21 +78,21 @@ def split_float32(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       A float32 array of values that bfloat16 can represent, and a uint16 array.
-      `join_float32` gives back every bit of `x`.
+      `join_float32` restores every bit of `x` from the two.
     """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     bits = jnp.where(jnp.isnan(x), NAN_BITS, bits)
     high = (bits + HALF_OF_LAST_PLACE) & ~LOW_BITS
     low = (bits & LOW_BITS).astype(jnp.float32)
-    # Of an output made by integer operations alone, the TPU compiler would make a
-    # kernel of its own, which computes the whole update once more. A maximum with a
-    # negative float changes no bit and keeps both in one.
+    # The TPU compiler would give an output of integer operations alone its own kernel,
+    # and compute the whole update again there. A maximum with a negative float changes
+    # no bit and keeps both outputs in one kernel.
     low = jnp.maximum(low, jnp.minimum(x, np.float32(-1))).astype(jnp.uint16)
     return lax.bitcast_convert_type(high, jnp.float32), low
 
 
 def join_float32(high: jax.Array, low: jax.Array) -> jax.Array:
-    """Puts a bfloat16 and the 16 bits of `split_float32` together again.
+    """Joins what `split_float32` has split.
 
     Args:
       high: bfloat16 array.
@@ -101,7 +101,7 @@ def join_float32(high: jax.Array, low: jax.Array) -> jax.Array:
     Returns:
       A float32 array.
     """
-    # Bits are taken of 32-bit numbers only: the TPU compiler does not fuse the others.
+    # Only 32-bit numbers are bitcast: the TPU compiler does not fuse narrower ones.
     bits = lax.bitcast_convert_type(high.astype(jnp.float32), jnp.uint32)
     low = low.astype(jnp.uint32)
     was_rounded_up = low & HALF_OF_LAST_PLACE

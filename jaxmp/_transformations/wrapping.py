@@ -1,4 +1,4 @@
-"""What every wrapper here does: float32 inside, and a state of constant dtypes."""
+"""What every optimizer wrapper does: float32 inside, and a state of fixed dtypes."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from jaxmp import _tree
 from jaxmp.errors import MissingParams
 
 LOSS_SCALING_OUTERMOST = (
-    "A loss scale goes outermost, or it never sees the overflow that it has to react "
-    "to: loss_scaling(master_weights(accumulate(optax.adamw(1e-3), 4)), policy)."
+    "A loss scale goes outermost; anywhere else it misses the overflows that it has to "
+    "react to: loss_scaling(master_weights(accumulate(optax.adamw(1e-3), 4)), policy)."
 )
 
 
 def with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """Takes any Optax transformation, `optax.MultiSteps` included."""
+    """Makes any Optax transformation, even `optax.MultiSteps`, take extra arguments."""
     if hasattr(inner, "gradient_transformation"):
         inner = inner.gradient_transformation()
     return optax.with_extra_args_support(inner)
@@ -27,12 +27,12 @@ def float32_view(tree: Any) -> Any:
 
 
 def strong_state(state: Any) -> Any:
-    """Gives every leaf of a first state the dtype that it keeps."""
+    """Gives every leaf of a first state the dtype that it will keep."""
     return jax.tree.map(_tree.strong, state)
 
 
 def pinned(state: Any, reference: Any) -> Any:
-    """Gives every leaf of a next state the dtype of the one before."""
+    """Gives every leaf of a next state the dtype that it had before."""
     return jax.tree.map(_tree.like, state, reference)
 
 
@@ -40,6 +40,6 @@ def require_params(params: Any, name: str) -> None:
     """Raises unless `update` was given parameters."""
     if params is None:
         raise MissingParams(
-            f"{name}() was updated without parameters, and needs them to tell where "
+            f"{name}() was updated without parameters, and needs them to know where "
             "its update lands. Call tx.update(grads, state, params)."
         )

@@ -12,7 +12,7 @@ import jax
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
 from jaxmp.cli._output import Output
-from jaxmp.policy import policy_name_for
+from jaxmp.policy.dtypes import policy_name_for
 from jaxmp.report import chips, has_target, targets
 from jaxmp.report.compile.chips import Chip, chip_of
 

@@ -5,10 +5,10 @@ from jaxmp.loss_scale._access import (
     get_loss_scale,
     inner_state,
     loss_scale_metrics,
-    raise_if_collapsed,
     scale_loss,
     select_applied,
 )
+from jaxmp.loss_scale._collapse import raise_if_collapsed
 from jaxmp.loss_scale._gradients import grad, value_and_grad
 from jaxmp.loss_scale._retry import retry
 from jaxmp.loss_scale._transform import (
@@ -23,7 +23,6 @@ from jaxmp.loss_scale.jmp_classes import (
     StaticLossScale,
     select_tree,
 )
-from jaxmp.loss_scale.state import LossScaleState
 
 __all__ = [
     "value_and_grad",
@@ -32,7 +31,6 @@ __all__ = [
     "loss_scaling",
     "dynamic_loss_scaling",
     "static_loss_scaling",
-    "LossScaleState",
     "get_loss_scale",
     "inner_state",
     "scale_loss",

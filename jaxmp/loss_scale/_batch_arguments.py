@@ -1,8 +1,8 @@
-"""Which arguments of a loss function hold the batch, if nobody has said so.
+"""Finds the arguments of a loss function that hold the batch.
 
-Every argument that is not differentiated and holds arrays with a first axis. What this
-cannot tell for certain is an error that names the arrays: a weight that is cut in place
-of a batch would give wrong gradients without a sign.
+These are all arguments that hold arrays with a first axis and are not differentiated.
+Every case of doubt is an error that names the arrays, because cutting a weight in place
+of a batch would silently give wrong gradients.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +18,8 @@ from jaxmp.errors import MicroBatchError
 Name = int | str
 """An argument: its position, or its keyword."""
 
-# Classes of these modules hold weights and states; matched along the MRO, so that
-# neither Flax nor Equinox has to be imported.
+# Classes from these modules hold weights and states. They are matched by name along
+# the MRO, so that neither Flax nor Equinox has to be imported.
 _STATES = (
     "flax.nnx",
     "flax.linen",
@@ -47,8 +47,8 @@ def find_batch(
       Their names; at least one of them holds an array with a first axis.
 
     Raises:
-      MicroBatchError: if first axes differ, an argument may be a batch or a state, or
-        there is nothing to cut.
+      MicroBatchError: if first axes differ, if an argument may be a batch or a state,
+        or if there is nothing to cut.
     """
     positions = sum(isinstance(name, int) for name in given)
     own = {i % positions for i in _positions(differentiated)} if positions else set()
@@ -81,19 +81,19 @@ def find_batch(
             raise MicroBatchError(
                 f"{argument_name(name, path)} is uint32{list(np.shape(x))}, which may "
                 f"be a random key or {size} examples. Pass a key of jax.random.key, or "
-                f"name what is to be cut: batch_argnums={tuple(batch)!r}."
+                f"name what to cut: batch_argnums={tuple(batch)!r}."
             )
     return batch
 
 
 def leading_sizes(tree: Any) -> set[int]:
-    """The lengths of the first axes of the arrays in a tree, apart from raw keys."""
+    """The lengths of the first axes of the arrays in a tree, raw keys left out."""
     arrays = [x for x in jax.tree.leaves(tree) if _tree.is_array(x) and np.ndim(x)]
     return {np.shape(x)[0] for x in arrays if not _may_be_raw_key(x)}
 
 
 def is_single_key(x: Any, sizes: Iterable[int]) -> bool:
-    """Whether this is one random key, typed or raw, beside a batch of those sizes."""
+    """Whether this is one random key, typed or raw, beside a batch of these sizes."""
     return (_is_key(x) and not np.ndim(x)) or _is_raw_key(x, sizes)
 
 
@@ -117,7 +117,7 @@ def _may_be_raw_key(x: Any) -> bool:
 
 
 def _positions(argnums: Any) -> Iterator[int]:
-    """Reads argnums of JAX, and those of nnx, which say `DiffState(argnum, filter)`."""
+    """Reads `argnums` of JAX, or of nnx, which may hold `DiffState(argnum, filter)`."""
     for item in argnums if isinstance(argnums, (tuple, list)) else (argnums,):
         position = getattr(item, "argnum", item)
         if isinstance(position, int):
@@ -125,11 +125,8 @@ def _positions(argnums: Any) -> Iterator[int]:
 
 
 def _is_state(x: Any) -> bool:
-    return any(map(_is_state_node, _outer_nodes(x))) or _is_variables(x)
-
-
-def _outer_nodes(x: Any) -> Iterator[Any]:
-    yield from jax.tree.leaves(x, is_leaf=_is_state_node)
+    nodes = jax.tree.leaves(x, is_leaf=_is_state_node)
+    return any(map(_is_state_node, nodes)) or _is_variables(x)
 
 
 def _is_state_node(x: Any) -> bool:
@@ -140,7 +137,7 @@ def _is_state_node(x: Any) -> bool:
 
 
 def _is_variables(x: Any) -> bool:
-    """Whether a nested dictionary has no leaves but those that Flax's layers name."""
+    """Whether all leaves of a nested dictionary have the names of Flax's parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(x)
     return (
         isinstance(x, Mapping)
@@ -167,9 +164,9 @@ def _check_first_axes(axes: list[tuple[Name, Any, Any]]) -> None:
         raise MicroBatchError(
             f"{argument_name(first_name, first_path)} has the shape "
             f"{list(np.shape(first))} and {argument_name(name, path)} "
-            f"{list(np.shape(x))}: their first axes differ, so that not both are the "
-            f"batch. Name the arguments that are to be cut{_for_example(batch)}; the "
-            "others are passed whole."
+            f"{list(np.shape(x))}: their first axes differ, so they are not both the "
+            f"batch. Name the arguments to cut{_for_example(batch)}; the others are "
+            "passed whole."
         )
 
 
@@ -183,14 +180,14 @@ def _for_example(batch: list[Name]) -> str:
 def _refuse_ambiguous(name: Name, x: Any, size: int, batch: list[Name]) -> None:
     raise MicroBatchError(
         f"{argument_name(name)}, a {type(x).__name__}, may be a state or a part of the "
-        f"batch: its arrays have the batch's first axis, {size}. Say what is to be "
-        f"cut: batch_argnums={tuple(batch)!r} passes it whole, "
+        f"batch: its arrays have the batch's first axis, {size}. Say what to cut: "
+        f"batch_argnums={tuple(batch)!r} passes it whole, "
         f"batch_argnums={(*batch, name)!r} cuts it."
     )
 
 
 def _refuse_python_numbers(name: Name, x: Any, size: int) -> None:
-    def is_column(node):
+    def is_column(node: Any) -> bool:
         scalars = isinstance(node, (list, tuple)) and len(node) == size > 1
         return scalars and all(isinstance(item, _tree.SCALARS) for item in node)
 
@@ -198,8 +195,8 @@ def _refuse_python_numbers(name: Name, x: Any, size: int) -> None:
         if is_column(node):
             raise MicroBatchError(
                 f"{argument_name(name, path)} holds {size} Python numbers, as many as "
-                "the batch has examples, and only arrays can be cut. Pass "
-                "jnp.asarray(...) of it."
+                "the batch has examples, and only arrays can be cut. Pass it through "
+                "jnp.asarray(...)."
             )
 
 

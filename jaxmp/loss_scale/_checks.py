@@ -1,4 +1,4 @@
-"""What `loss_scaling` looks at before it starts, and before every step is traced."""
+"""What `loss_scaling` checks before it starts, and whenever a step is traced."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxmp.errors import GradientTreeMismatch, HalfParamsWarning
 
 
 def warn_about_half_params(params: Any) -> None:
-    """Warns where an optimizer without a float32 copy is to move half parameters."""
+    """Warns of half parameters, for an optimizer that keeps no float32 copy of them."""
     half = [
         _tree.path_string(path)
         for path, x in jax.tree_util.tree_leaves_with_path(params)
@@ -20,15 +20,17 @@ def warn_about_half_params(params: Any) -> None:
         _warnings.warn(
             f"{len(half)} parameters are stored in half precision ({half[0]!r} is the "
             "first), and the optimizer keeps no float32 copy of them: an update below "
-            "1/256 of a bfloat16 weight, or 1/2048 of a float16 one, is lost. Keep one "
-            "with loss_scaling(master_weights(optimizer), policy), or store them in "
-            "float32, as 'mixed_bfloat16' and 'mixed_float16' do.",
+            "1/256 of a bfloat16 weight, or 1/2048 of a float16 one, is lost. Keep a "
+            "copy with loss_scaling(master_weights(optimizer), policy), or store the "
+            "parameters in float32, as 'mixed_bfloat16' and 'mixed_float16' do.",
             HalfParamsWarning,
         )
 
 
 def check_same_tree(grads: Any, params: Any) -> None:
-    """Compares gradients and parameters by path; a None may stand for a subtree.
+    """Raises unless gradients and parameters have the same paths.
+
+    A None on either side stands for a whole subtree.
 
     Raises:
       GradientTreeMismatch: naming the first path that one of them lacks.
@@ -41,7 +43,7 @@ def check_same_tree(grads: Any, params: Any) -> None:
     nones = [path for path, x in of_grads.items() if x is None]
     nones += [path for path, x in of_params.items() if x is None]
 
-    def is_accounted_for(path):
+    def is_accounted_for(path: tuple[Any, ...]) -> bool:
         return any(path[: len(none)] == none for none in nones)
 
     for paths, others, first, second in (
@@ -53,7 +55,7 @@ def check_same_tree(grads: Any, params: Any) -> None:
                 raise GradientTreeMismatch(
                     f"There is a {first} {_tree.path_string(path)!r} but no {second} "
                     "of that name. Differentiate with respect to the same tree that "
-                    "is passed as params, and that the optimizer was initialised with."
+                    "you pass as params and initialised the optimizer with."
                 )
 
 

@@ -1,6 +1,6 @@
-"""What differentiates for `value_and_grad`, and what goes wrong with the wrong one.
+"""The transform that differentiates for `value_and_grad`, and errors for a wrong one.
 
-Flax and Equinox are looked up among the imported modules: who passes one of their
+Flax and Equinox are looked up among the imported modules: whoever passes one of their
 models has imported them.
 """
 
@@ -23,7 +23,7 @@ _REPAIR = "transform=nnx.value_and_grad"
 
 
 def with_value(transform: Callable[..., Any]) -> Callable[..., Any]:
-    """Takes `jax.grad` and its like for what returns the value too."""
+    """Replaces `jax.grad` and its like by the transform that returns the value too."""
     if isinstance(transform, functools.partial):
         inner = with_value(transform.func)
         return functools.partial(inner, *transform.args, **transform.keywords)
@@ -35,7 +35,7 @@ def with_value(transform: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unpack(result: Any, transform: Callable[..., Any]) -> tuple[Any, Any]:
-    """Reads `(((scaled, (loss, aux)), grads)` that a transform has returned.
+    """Reads the `((scaled, (loss, aux)), grads)` that a transform returned.
 
     Returns:
       `(loss, aux)` and the gradients.
@@ -61,10 +61,10 @@ def _form(result: Any) -> str:
 
 
 def check_integers(transform: Any, args: Any, argnums: Any, options: Any) -> None:
-    """Raises if an nnx model with counters or keys is differentiated by JAX itself.
+    """Raises if JAX itself is to differentiate an nnx model with counters or keys.
 
     Raises:
-      TransformError: naming the variable, and what differentiates such a model.
+      TransformError: naming the variable and the transform for such a model.
     """
     if transform is not jax.value_and_grad or options.get("allow_int"):
         return
@@ -86,11 +86,11 @@ def check_integers(transform: Any, args: Any, argnums: Any, options: Any) -> Non
 def call_keeping_states(
     fun: Callable[..., Any], transform: Any, args: Any, kwargs: Any
 ) -> Any:
-    """Calls a loss function, and raises if it changes an nnx model in vain.
+    """Calls a loss function, and raises if its changes to an nnx model would be lost.
 
-    JAX hands a differentiated function a copy of every model that it differentiates.
-    What the function writes there, statistics of BatchNorm or counters, is lost; into
-    any other model it cannot write.
+    JAX gives a differentiated function copies of the models that it differentiates.
+    What the function writes into a copy, such as BatchNorm statistics or counters, is
+    lost; into any other model it cannot write.
 
     Raises:
       TransformError: naming the variable, if JAX itself differentiates.
@@ -105,7 +105,7 @@ def call_keeping_states(
         if type(error).__name__ != "TraceContextError":
             raise
         raise TransformError(
-            "The loss function changes an nnx model from inside of jax.value_and_grad, "
+            "The loss function changes an nnx model from inside jax.value_and_grad, "
             f"which Flax refuses: {error} Pass the model as an argument, and "
             f"differentiate with {_REPAIR}; {_OR_EVAL}"
         ) from error
@@ -120,7 +120,7 @@ def call_keeping_states(
     return output
 
 
-_OR_EVAL = "or let the model change nothing, as after model.eval()."
+_OR_EVAL = "or make the model change nothing, for example with model.eval()."
 
 
 def _variables(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -1,10 +1,10 @@
-"""Whether a loss was float16 somewhere on its way, where its cotangent is the scale.
+"""Whether a loss was float16 where its cotangent is still the loss scale itself.
 
-A scale of 2^16 is infinite in float16. A loss function that computes its loss in a
-float16 model and returns it as float32 gets that infinity as its very first cotangent.
-JAX records the tangent of a loss while it differentiates; the record is followed
-backwards, through what hands a cotangent on as it is. What is not certain to be
-infinite is left alone, and so is everything where JAX keeps no such record.
+A scale of 2^16 is infinite in float16. A loss that is computed in a float16 model and
+returned as float32 gets that infinity as its very first float16 cotangent. While JAX
+differentiates, it records the tangent of the loss. The record is followed backwards
+through operations that pass a cotangent on unchanged. Only losses that are certain to
+overflow count, and none where JAX keeps no such record.
 """
 
 from typing import Any
@@ -34,13 +34,13 @@ _MOST_STEPS = 10_000
 
 
 def was_float16(loss: Any) -> bool:
-    """Tells whether the scale itself becomes a cotangent of dtype float16.
+    """Returns whether the scale itself becomes a cotangent of dtype float16.
 
     Args:
-      loss: what a loss function returned while it is differentiated.
+      loss: result of a loss function that is being differentiated.
 
     Returns:
-      True if the loss, or something that it is a sum of, is or was float16.
+      True if the loss, or a value that it is a sum of, is or was float16.
     """
     if jnp.result_type(loss) == jnp.float16:
         return True

@@ -1,9 +1,9 @@
 """`value_and_grad` and `grad`: true losses and true gradients under a loss scale.
 
-The loss is multiplied by the scale in float32, differentiated, and the gradients are
-divided by the same scale in float32, before anything else sees them. A backward pass in
-float16 then keeps gradients that would have become zero, and clipping, logging, `psum`,
-accumulation and Optax see what they would see without it.
+The loss is multiplied by the scale in float32 and differentiated, and the gradients are
+divided by the same scale in float32 before anything else sees them. So a backward pass
+in float16 keeps gradients that would have become zero, and clipping, logging, `psum`,
+accumulation and Optax see the same gradients as without a scale.
 """
 
 import functools
@@ -43,45 +43,45 @@ def value_and_grad(
     transform: Callable[..., Any] = jax.value_and_grad,
     **transform_kwargs: Any,
 ) -> Callable[..., Any]:
-    """Like `jax.value_and_grad`, under a loss scale that the result does not show.
+    """Like `jax.value_and_grad`, computed under a loss scale and returned without it.
 
     Args:
       fun: function whose (first) result is the loss, a floating scalar of any dtype.
       argnums: positions to differentiate with respect to, as `transform` takes them.
       has_aux: whether `fun` returns `(loss, aux)`.
-      micro_batches: into how many parts the batch is cut. They are run one after the
-        other with the memory of one, and losses and gradients are averaged in float32,
-        which is the same up to rounding if `fun` averages over examples.
-      batch_argnums: positions, or keywords, of the arguments that are cut along the
-        first axis of their arrays. By default every argument is cut that holds such
-        arrays and is not differentiated; models and other states are not, and arrays
-        whose first axes differ are an error. Part j takes the examples j,
-        j + micro_batches, ... A single random key is split.
+      micro_batches: how many parts to cut the batch into. They run one after the other
+        in the memory of one, and losses and gradients are averaged in float32. If `fun`
+        averages over examples, the result is the same up to rounding.
+      batch_argnums: positions or keywords of the arguments to cut along the first axis
+        of their arrays. The default is every argument that holds such arrays, is not
+        differentiated, and is not a model or another state; first axes that differ are
+        then an error. Part j takes the examples j, j + micro_batches, ... A single
+        random key is split.
       micro_batch_aux: `"stack"` gives the auxiliary outputs a first axis of parts;
         `"mean"` averages the floating ones and takes the others from the last part.
       transform: what differentiates: `jax.value_and_grad`, `nnx.value_and_grad`,
-        `equinox.filter_value_and_grad`, or one of the same form. Their `grad`s are
-        taken for them. An nnx model that holds statistics, counters or keys needs
-        nnx's.
+        `equinox.filter_value_and_grad`, or one of the same form; a `grad` among them
+        counts as its `value_and_grad`. An nnx model that holds statistics, counters or
+        keys needs the one of nnx.
       **transform_kwargs: passed on to `transform`: `allow_int`, `holomorphic`, ...
 
     Returns:
       A function `(*args, loss_scale, **kwargs)` that returns what `transform`'s would:
       `(loss, grads)` or `((loss, aux), grads)`. `loss_scale` is an optimizer state that
       holds one, an `nnx.Optimizer` or a `LossScale`; pass it on every call, since it
-      changes on every step. The loss is the one that `fun` returned. Gradients are
-      those of the unscaled loss, in float32 at least; where the backward overflowed
-      they are not finite, and `loss_scaling` skips the step.
+      changes from step to step. The loss is the one that `fun` returned. The gradients
+      are those of the unscaled loss, in float32 at least. If the backward pass
+      overflowed, they are not finite, and `loss_scaling` skips the step.
 
     Raises:
       MissingLossScaleArgument: if called without `loss_scale=`.
       MissingLossScale: if `loss_scale` holds none.
       MultipleLossScales: if it holds several.
-      NonScalarLoss: if the loss has axes, or is no number.
-      NonFloatingLoss: if it is an integer or boolean.
-      MissingAux: if `has_aux` and `fun` returns no pair.
-      TransformError: if `transform` returns no value, or is JAX's own where the model
-        is one of nnx that it cannot differentiate, or whose changes it would lose.
+      NonScalarLoss: if the loss has axes, or is not a number.
+      NonFloatingLoss: if the loss is an integer or boolean.
+      MissingAux: if `has_aux` and `fun` does not return a pair.
+      TransformError: if `transform` returns no value, or if it is JAX's own and the
+        model is an nnx model that needs the one of nnx.
       MicroBatchError: if the batch cannot be cut.
 
     References:
@@ -107,15 +107,15 @@ def value_and_grad(
         cut = MicroBatches(micro_batches, batch, argnums, micro_batch_aux)
 
     @functools.wraps(fun)
-    def value_and_grad_of_fun(*args, **kwargs):
+    def value_and_grad_of_fun(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         scale = get_loss_scale(_pop_loss_scale(kwargs, fun))
         check_integers(transform, args, argnums, transform_kwargs)
 
-        def differentiate(*args, **kwargs):
+        def differentiate(*args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Any]:
             in_float16 = False
 
             @functools.wraps(fun)
-            def scaled(*args, **kwargs):
+            def scaled(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, Any]]:
                 nonlocal in_float16
                 output = call_keeping_states(fun, transform, args, kwargs)
                 loss, aux = _split(output, has_aux, fun)
@@ -144,14 +144,14 @@ def grad(
     transform: Callable[..., Any] = jax.value_and_grad,
     **kwargs: Any,
 ) -> Callable[..., Any]:
-    """Like `jax.grad`, under a loss scale that the result does not show.
+    """Like `jax.grad`, computed under a loss scale and returned without it.
 
     Args:
       fun: as in `value_and_grad`.
       argnums: as in `value_and_grad`.
       has_aux: as in `value_and_grad`.
       transform: as in `value_and_grad`.
-      **kwargs: the others of `value_and_grad`.
+      **kwargs: all other keywords of `value_and_grad`.
 
     Returns:
       A function `(*args, loss_scale, **kwargs)` that returns `grads`, or
@@ -171,7 +171,7 @@ def grad(
     )
 
     @functools.wraps(fun)
-    def grad_of_fun(*args, **kwargs):
+    def grad_of_fun(*args: Any, **kwargs: Any) -> Any:
         value, grads = value_and_grad_of_fun(*args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 

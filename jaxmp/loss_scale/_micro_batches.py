@@ -1,8 +1,8 @@
 """Gradients of a large batch with the memory of a small one: a scan inside one step.
 
-Micro-batch j of k takes the examples j, j + k, j + 2k, ... of the batch. Consecutive
-examples would do as well on one device; of a batch that is sharded over devices, they
-would all lie on one of them.
+Micro-batch j of k takes the examples j, j + k, j + 2k, ... of the batch. On one device,
+consecutive examples would do as well; in a batch that is sharded over devices, they
+would all be on the same one.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
-from jaxmp._jaxpr.flax_internals import OVERWRITE_WITH_GRADIENT
+from jaxmp._tree import PyTree
 from jaxmp.errors import MicroBatchError
 from jaxmp.loss_scale._batch_arguments import (
     Name,
@@ -23,8 +23,7 @@ from jaxmp.loss_scale._batch_arguments import (
     is_single_key,
     leading_sizes,
 )
-
-PyTree = Any
+from jaxmp.loss_scale.unscale import is_fp8_metadata
 
 STACK, MEAN = "stack", "mean"
 
@@ -35,17 +34,17 @@ class MicroBatches:
 
     count: int
     batch: Sequence[Name] | None
-    """Positions and keywords of what is cut; None finds them."""
+    """Positions and keywords of the arguments to cut; None finds them."""
     differentiated: Any
-    """`argnums`, as the transform takes it: never cut unless `batch` says so."""
+    """`argnums` of the transform: never cut unless `batch` says so."""
     aux: str = STACK
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         is_count = isinstance(self.count, int) and not isinstance(self.count, bool)
         if not is_count or self.count < 1:
             raise MicroBatchError(
-                f"micro_batches={self.count!r} is no number of micro-batches. Use an "
-                "integer from 1 that divides the batch size."
+                f"micro_batches={self.count!r} is not a number of micro-batches. Use "
+                "an integer of at least 1 that divides the batch size."
             )
         if self.aux not in (STACK, MEAN):
             raise MicroBatchError(
@@ -72,13 +71,13 @@ class MicroBatches:
         leaves, structure = jax.tree.flatten((args, kwargs))
         cut = self._cut(args, kwargs)
 
-        def run(micro_batch):
+        def run(micro_batch: dict[int, Any]) -> tuple[tuple[Any, Any], Any]:
             part = [micro_batch.get(i, x) for i, x in enumerate(leaves)]
             some_args, some_kwargs = jax.tree.unflatten(structure, part)
             (loss, aux), grads = value_and_grad(*some_args, **some_kwargs)
             return (loss, grads), aux
 
-        def add(totals, micro_batch):
+        def add(totals: list[Any], micro_batch: dict[int, Any]) -> tuple[Any, Any]:
             results, aux = run(micro_batch)
             return _add(totals, results), aux
 
@@ -90,7 +89,7 @@ class MicroBatches:
         return (loss, jax.tree.map(self._finish_aux, aux)), grads
 
     def _cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Any]:
-        """Cuts the arrays of the batch; what has no axis goes to every part whole."""
+        """Cuts the arrays of the batch; scalars go to every part whole."""
         given: dict[Name, Any] = {**dict(enumerate(args)), **kwargs}
         if self.batch is None:
             chosen = find_batch(given, self.differentiated, self.count)
@@ -152,22 +151,19 @@ def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _carried(tree: PyTree) -> list[Any]:
-    """Lists what a scan can carry: everything but float0, which has no values."""
+    """Lists the leaves that a scan can carry: all but float0, which has no values."""
     return [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
 
 
 def _is_summed(path: Any, x: Any) -> bool:
-    """Whether this is a gradient; of FP8 metadata it is the next value itself."""
-    is_new_value = any(
-        getattr(key, "key", None) == OVERWRITE_WITH_GRADIENT for key in path
-    )
-    return jnp.issubdtype(x.dtype, jnp.inexact) and not is_new_value
+    """Whether this is a gradient to sum; FP8 metadata is the new value itself."""
+    return jnp.issubdtype(x.dtype, jnp.inexact) and not is_fp8_metadata(path)
 
 
 def _add(totals: list[jax.Array], results: PyTree) -> list[jax.Array]:
     remaining = iter(totals)
 
-    def add(path, x):
+    def add(path: Any, x: Any) -> Any:
         if x.dtype == jax.dtypes.float0:
             return x
         total = next(remaining)
@@ -179,7 +175,7 @@ def _add(totals: list[jax.Array], results: PyTree) -> list[jax.Array]:
 def _average(totals: list[jax.Array], results: PyTree, count: int) -> PyTree:
     remaining = iter(totals)
 
-    def average(path, x):
+    def average(path: Any, x: Any) -> Any:
         if x.dtype == jax.dtypes.float0:
             return np.zeros(x.shape, x.dtype)
         total = next(remaining)

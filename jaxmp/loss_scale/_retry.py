@@ -23,23 +23,23 @@ def retry(
 ) -> Callable[..., Any]:
     """Computes gradients again at a lower scale instead of losing the batch.
 
-    A skipped step costs its batch. Where data is scarce, this costs time instead: while
-    gradients are non-finite, the same arguments are evaluated again at a lower scale,
-    in a compiled loop. A step that overflows no more is as fast as without it.
+    A skipped step costs its batch. Where data is scarce, a retry costs time instead:
+    while gradients are non-finite, the same arguments are evaluated again at a lower
+    scale, in a compiled loop. A step that does not overflow is as fast as before.
 
     Args:
-      value_and_grad_fn: what `jaxmp.value_and_grad` returned, of a function whose `aux`
-        is a pytree of arrays and which changes nothing outside of itself (an nnx model
-        with state has to be split first).
-      max_retries: how often to try again; 0 and above.
-      backoff_factor: what the scale is multiplied by on each try; below 1.
-      min_scale: no try goes below it. Both are powers of two.
+      value_and_grad_fn: result of `jaxmp.value_and_grad`, for a function whose `aux` is
+        a pytree of arrays and which has no side effects (split an nnx model with state
+        first).
+      max_retries: how often to try again; at least 0.
+      backoff_factor: factor of the scale on each try, a power of two below 1.
+      min_scale: lowest scale to try, a power of two.
 
     Returns:
       A function `(*args, loss_scale=state, **kwargs)` that returns
-      `((value, grads), state)`, where `state` has the scale of the last try and is to
-      be passed to `update`; a lower scale starts to count good steps anew. `loss_scale`
-      has to be the state of `loss_scaling` itself.
+      `((value, grads), state)`. Pass this `state`, which has the scale of the last try,
+      to `update`; a lower scale starts counting good steps anew. `loss_scale` has to be
+      the state of `loss_scaling` itself.
 
     Raises:
       LossScaleOptionError: for an option out of range.
@@ -65,7 +65,7 @@ def retry(
         )
 
     @functools.wraps(value_and_grad_fn)
-    def with_retries(*args, loss_scale: Any = None, **kwargs):
+    def with_retries(*args: Any, loss_scale: Any = None, **kwargs: Any) -> Any:
         if not isinstance(loss_scale, LossScaleState):
             raise MissingLossScale(
                 "retry() returns the state of loss_scaling with another scale in it, "
@@ -74,16 +74,16 @@ def retry(
             )
         get_loss_scale(loss_scale)  # raises if there is more than one
 
-        def attempt(scale):
+        def attempt(scale: jax.Array) -> Any:
             state = loss_scale._replace(loss_scale=scale)
             return value_and_grad_fn(*args, loss_scale=state, **kwargs)
 
-        def overflowed(carry):
+        def overflowed(carry: Any) -> jax.Array:
             tries, scale, (_, grads) = carry
             lower = scale > min_scale
             return ~_tree.all_finite(grads) & (tries < max_retries) & lower
 
-        def again(carry):
+        def again(carry: Any) -> Any:
             tries, scale, _ = carry
             scale = jnp.maximum(scale * jnp.float32(backoff_factor), min_scale)
             return tries + 1, scale, attempt(scale)

@@ -1,4 +1,4 @@
-"""`loss_scaling`: an Optax transformation that skips what is not finite.
+"""`loss_scaling`: an Optax transformation that skips non-finite steps.
 
 It takes true gradients, as `jaxmp.value_and_grad` returns them, and stands outermost:
 
@@ -8,29 +8,28 @@ On a finite step the inner transformation runs and counts. On any other step not
 moves: parameters, the whole inner state and the count of its schedule stay
 bit-identical, and a dynamic scale backs off.
 
-One kind of inner transformation decides about non-finite steps itself: `accumulate`,
-which drops a bad micro-batch and goes on with the window, whose end may be that very
-micro-batch. Where a state says so (`decides_on_nonfinite`, see
-`jaxmp/_composition.py`), nothing is selected here: it is told through `grads_finite=`,
-which is passed to every transformation that takes it, and what stands between sees a
-gradient of zero in place of the bad one. State beside `accumulate`, which would move on
-that zero, is refused by `init`.
+One inner transformation handles non-finite steps itself: `accumulate` drops a bad
+micro-batch and goes on with its window, which that very micro-batch may end. Where a
+state says so (`decides_on_nonfinite`, see `jaxmp/_transformations/composition.py`),
+nothing is selected here. Every transformation that takes `grads_finite=` gets it, and
+whatever stands in between sees a gradient of zero in place of the bad one. `init`
+refuses state beside `accumulate`, which would move on that zero.
 
-What is checked are the gradients that the inner transformation looks at: those of a
-frozen part, which reach nothing, cost no step (`jaxmp/loss_scale/_used_gradients.py`).
+Only gradients that the inner transformation looks at are checked: those of a frozen
+part reach nothing and cost no step (`jaxmp/loss_scale/_used_gradients.py`).
 
 Sharp edges
-- The skip is a select behind the inner update, which XLA fuses into it. `lax.cond`
-  around the inner update would double the step's memory traffic, because its branches
-  are compiled apart and every array is copied at their border.
+- The skip is a select behind the inner update, and XLA fuses the two. A `lax.cond`
+  around the inner update would double the step's memory traffic: its branches are
+  compiled apart, and every array is copied at their border.
 - A skipped update is -0.0, not 0.0: p + 0.0 turns a parameter -0.0 into +0.0, while
-  p + (-0.0) leaves every p as it is. Only a subnormal p may become zero, on machines
-  that flush those in every addition; `TrainState` selects, and keeps it.
+  p + (-0.0) changes no p. Only a subnormal p may become zero, on machines that flush
+  subnormals in every addition; `TrainState` selects, and keeps it.
 - `jax_debug_nans` raises on the first NaN that a compiled function returns, so it
   aborts on an overflow that would be skipped, unless the whole step is one function
   that returns neither gradients nor updates. Leave it off, and read `grads_finite`.
-- Inside of a transformation that keeps state of its own (`MultiSteps`, `lookahead`),
-  only what it wraps is protected. That is why it stands outermost.
+- Inside a transformation with a state of its own (`MultiSteps`, `lookahead`), the skip
+  protects only what it wraps. That is why it stands outermost.
 """
 
 import functools
@@ -42,9 +41,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp import _tree
-from jaxmp._transformations import composition as _composition
-from jaxmp._transformations.composition import require_state
-from jaxmp.errors import MultipleLossScales
+from jaxmp._transformations import composition
+from jaxmp._transformations.wrapping import (
+    float32_view,
+    pinned,
+    strong_state,
+    with_extra_args,
+)
 from jaxmp.loss_scale._checks import check_same_tree, warn_about_half_params
 from jaxmp.loss_scale._unscaled_gradients import warn_if_unscaled
 from jaxmp.loss_scale._used_gradients import UsedGradients
@@ -53,7 +56,7 @@ from jaxmp.loss_scale.state import (
     LOSS_UNKNOWN,
     LossScaleState,
     find_all,
-    multiple_message,
+    multiple_loss_scales,
 )
 from jaxmp.loss_scale.state_machines import (
     DynamicMachine,
@@ -76,31 +79,31 @@ def loss_scaling(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer with the loss scale that a policy needs.
 
-    A policy with float16 in it gets a dynamic scale; bfloat16 and float32 have the
-    range of float32 and get the scale 1. Non-finite steps are skipped in every mode, so
-    that changing the policy changes the scale and nothing else.
+    A policy with float16 in it gets a dynamic scale. bfloat16 and float32 have the same
+    range, so they get the scale 1. Non-finite steps are skipped in every mode: changing
+    the policy changes the scale and nothing else.
 
     Args:
       inner: any Optax transformation; this one goes outermost around it.
       policy_or_scale: what `get_policy` takes, or a number for a static scale, or a
         jmp-style `LossScale` to start from.
-      skip_nonfinite: False applies every update. Where the scale is 1 or static, the
-        gradients are then not even looked at.
-      grads_are_scaled: True if `update` is given gradients of `scale_loss(loss, state)`
-        and has to unscale them; False for those of `jaxmp.value_and_grad`.
-      axis_name: mesh axes over which all devices take one decision, for `shard_map`
-        and `pmap`. Under `jit`, sharded arrays need nothing.
-      **options: those of `dynamic_loss_scaling`, unused where the scale is not dynamic;
-        they override those of a `DynamicLossScale`.
+      skip_nonfinite: False applies every update. If the scale is 1 or static, the
+        gradients are then not checked at all.
+      grads_are_scaled: True if `update` gets gradients of `scale_loss(loss, state)` and
+        has to unscale them; False for gradients of `jaxmp.value_and_grad`.
+      axis_name: mesh axes whose devices decide together, for `shard_map` and `pmap`.
+        Sharded arrays under `jit` need nothing.
+      **options: options of `dynamic_loss_scaling`. They override those of a
+        `DynamicLossScale`, and are not used if the scale is not dynamic.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `LossScaleState`. Its
       `update(grads, state, params, value=loss)` remembers whether the loss was finite.
 
     Raises:
-      LossScaleOptionError: for an option out of range, whatever the mode.
+      LossScaleOptionError: for an option out of range, in every mode.
       PolicyError: for a policy that cannot be read.
-      MultipleLossScales: from `init`, if `inner` has a loss scale already.
+      MultipleLossScales: from `init`, if `inner` already has a loss scale.
       GradientTreeMismatch: from `update`, if gradients and parameters differ.
 
     References:
@@ -146,14 +149,14 @@ def dynamic_loss_scaling(
 
     Args:
       inner: any Optax transformation; this one goes outermost around it.
-      init_scale: where the scale starts. Scales and factors are powers of two, so that
-        scaling and unscaling are exact.
+      init_scale: first scale. Scales and factors are powers of two, so that scaling
+        and unscaling are exact.
       growth_interval: finite steps in a row before the scale grows.
-      growth_factor: above 1.
-      backoff_factor: below 1.
-      min_scale: the scale stays at or above it; may be below 1.
-      max_scale: the scale stays at or below it.
-      hysteresis: non-finite steps that it takes to back off; refilled on growth.
+      growth_factor: factor of the scale when it grows; above 1.
+      backoff_factor: factor of the scale when it backs off; below 1.
+      min_scale: lowest scale; may be below 1.
+      max_scale: highest scale.
+      hysteresis: non-finite steps before the scale backs off; refilled on growth.
       axis_name: as in `loss_scaling`.
       skip_nonfinite: as in `loss_scaling`.
       grads_are_scaled: as in `loss_scaling`.
@@ -165,8 +168,8 @@ def dynamic_loss_scaling(
       LossScaleOptionError: for an option out of range.
 
     References:
-      Defaults and growth as `torch.amp.GradScaler` (torch/amp/grad_scaler.py), the
-      largest scale as NVIDIA Apex (apex/amp/scaler.py), hysteresis as Megatron-LM
+      Defaults and growth as in `torch.amp.GradScaler` (torch/amp/grad_scaler.py), the
+      largest scale as in NVIDIA Apex (apex/amp/scaler.py), hysteresis as in Megatron-LM
       (megatron/core/optimizer/grad_scaler.py).
 
     Example:
@@ -195,7 +198,7 @@ def static_loss_scaling(
     skip_nonfinite: bool = True,
     grads_are_scaled: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer with a loss scale that stays as it is.
+    """Wraps an optimizer with a loss scale that never changes.
 
     Args:
       inner: any Optax transformation; this one goes outermost around it.
@@ -208,7 +211,7 @@ def static_loss_scaling(
       An `optax.GradientTransformationExtraArgs` whose state is a `LossScaleState`.
 
     Raises:
-      LossScaleOptionError: if the scale is no power of two.
+      LossScaleOptionError: if the scale is not a power of two.
 
     Example:
       >>> import jaxmp, optax
@@ -227,32 +230,37 @@ def _transformation(
     grads_are_scaled: bool,
     axis_name: AxisName | None,
 ) -> optax.GradientTransformationExtraArgs:
-    if hasattr(inner, "gradient_transformation"):  # optax.MultiSteps
-        inner = inner.gradient_transformation()
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
     machine = made_with.machine
     used = UsedGradients()
     looks_at_gradients = skip_nonfinite or isinstance(machine, DynamicMachine)
 
-    def init_fn(params):
-        inner_state = jax.tree.map(_tree.strong, inner.init(params))
+    def init_fn(params: optax.Params) -> LossScaleState:
+        inner_state = strong_state(inner.init(params))
         others = find_all(inner_state)
         if others:
-            raise MultipleLossScales(multiple_message(1 + len(others)))
-        _composition.refuse_beside_decision(inner_state)
-        if not _composition.lands_on_half(inner_state):
+            raise multiple_loss_scales(1 + len(others))
+        composition.refuse_beside_decision(inner_state)
+        if not composition.lands_on_half(inner_state):
             warn_about_half_params(params)
         return _first_state(inner_state, machine.init())
 
-    def update_fn(updates, state, params=None, *, value=None, **extra_args):
-        require_state(state, LossScaleState, "loss_scaling")
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, LossScaleState]:
+        composition.require_state(state, LossScaleState, "loss_scaling")
         check_same_tree(updates, params)
         if isinstance(machine, DynamicMachine):
             warn_if_unscaled(updates, state.loss_scale, by_hand=grads_are_scaled)
         if grads_are_scaled:
             grads = unscale_tree(updates, state.loss_scale)
         else:
-            grads = jax.tree.map(_tree.at_least_float32, updates)
+            grads = float32_view(updates)
         if value is not None:
             extra_args["value"] = value
         if looks_at_gradients:
@@ -267,17 +275,17 @@ def _transformation(
             finite = _agree(_tree.all_finite(looked_at), axis_name)
         else:
             finite = jnp.bool_(True)
-        decides = _composition.decides_on_nonfinite(state.inner_state)
+        decides = composition.decides_on_nonfinite(state.inner_state)
         if decides:
             nothing = jax.tree.map(_tree.negative_zero, grads)
             grads = _tree.select(finite, grads, nothing)
         update = functools.partial(inner.update, grads, state.inner_state, params)
         updates, inner_state = _tell(update, finite, extra_args)
-        inner_state = jax.tree.map(_tree.like, inner_state, state.inner_state)
+        inner_state = pinned(inner_state, state.inner_state)
         if skip_nonfinite and not decides:
             nothing = jax.tree.map(_tree.negative_zero, updates)
             updates = _tree.select(finite, updates, nothing)
-            inner_state = _composition.select(finite, inner_state, state.inner_state)
+            inner_state = composition.select(finite, inner_state, state.inner_state)
         applied = finite if skip_nonfinite else jnp.bool_(True)
         scale = machine.next(_scale_of(state), finite)
         new_state = _next_state(state, inner_state, scale, finite, applied)
@@ -319,9 +327,9 @@ def _next_state(
 def _tell(
     update: Callable[..., Any], finite: jax.Array, extra_args: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """Updates, and passes `grads_finite=` along unless that is refused.
+    """Updates, and passes `grads_finite=` along unless the update refuses it.
 
-    A signature does not say: `optax.chain` takes any argument, and passes it to line
+    A signature cannot say so: `optax.chain` takes any argument and passes it to line
     searches, which refuse what their `value_fn` does not take.
     """
     try:

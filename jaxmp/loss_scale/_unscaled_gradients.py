@@ -1,12 +1,12 @@
-"""Gradients that were computed without the scale of the state that they are given to.
+"""Warns of gradients that were computed without the optimizer's loss scale.
 
-`jax.grad` kept beside a float16 optimizer scales nothing: small gradients become zero
-while every metric looks right. Inside of one compiled function JAX's record shows it:
-the gradients come out of a transposition, and not out of the loss scale.
+A `jax.grad` left beside a float16 optimizer scales nothing: small gradients become zero
+while every metric looks right. Inside one compiled function JAX's record shows it: the
+gradients were made by a transposition, and do not depend on the loss scale.
 
-Nothing is said where the record does not reach: outside of `jit`, where gradients are
-arguments of the function that applies them, or where they were computed in a nested
-function that is given the whole state. Nor for gradients made by hand.
+No warning is given where the record does not reach: outside `jit`, where gradients are
+arguments of the function that applies them, and where they were computed in a nested
+function that gets the whole state. Nor is there one for gradients made by hand.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ def warn_if_unscaled(grads: Any, loss_scale: Any, *, by_hand: bool) -> None:
 
     Args:
       grads: pytree of arrays.
-      loss_scale: that of the state, as `update` was given it.
-      by_hand: whether they are of `scale_loss`.
+      loss_scale: loss scale of the state that `update` got.
+      by_hand: whether the loss is scaled by `scale_loss`.
     """
     if not is_input(loss_scale) or not _differentiated_without(grads, loss_scale):
         return
@@ -37,7 +37,7 @@ def warn_if_unscaled(grads: Any, loss_scale: Any, *, by_hand: bool) -> None:
     )
     _warnings.warn(
         "These gradients were computed without the loss scale of the optimizer that "
-        "they are given to, so that small ones have become zero in float16. "
+        "they are given to, so small ones have become zero in float16. "
         f"{repair}. If they need no scale, say so: "
         "loss_scaling(optimizer, jaxmp.NoOpLossScale()).",
         UnscaledGradientsWarning,

@@ -1,10 +1,10 @@
-"""Which gradients an optimizer looks at: an overflow in any other costs no step.
+"""Finds the gradients that an optimizer looks at: overflows in others cost no step.
 
-A frozen part of a model (`optax.partition` with `set_to_zero`, `optax.freeze`,
-`master_weights(trainable=...)`) has gradients that reach no parameter and no moment.
-Where its state shows that something is masked, the inner update is traced once more and
-followed backwards from everything that it returns. A gradient that a norm, a moment or
-an update is computed from counts as used, whatever becomes of it later.
+The gradients of a frozen part of a model (`optax.partition` with `set_to_zero`,
+`optax.freeze`, `master_weights(trainable=...)`) reach no parameter and no moment. If a
+state shows that something is masked, the inner update is traced once more and followed
+backwards from everything that it returns. A gradient counts as used if a norm, a moment
+or an update is computed from it, whatever becomes of that later.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,25 @@ import optax
 from optax.transforms import MaskedState
 
 from jaxmp import _tree
+from jaxmp._jaxpr.atoms import variables
+from jaxmp._jaxpr.types import Jaxpr, Var
 from jaxmp._jaxpr.versions import open_jaxpr
-
-PyTree = Any
+from jaxmp._tree import PyTree
 
 
 class UsedGradients:
-    """Remembers for one transformation which of its gradients it looks at."""
+    """Remembers which gradients one transformation looks at."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: dict[Any, list[int]] = {}
 
     def __call__(
         self, update: Callable[..., Any], grads: PyTree, *rest: PyTree
     ) -> list[Any]:
-        """Lists the gradients that an update depends on; all, if nothing is masked.
+        """Lists the gradients that an update depends on; all if nothing is masked.
 
         Args:
-          update: of the inner transformation, a function of `(grads, *rest)`.
+          update: function `(grads, *rest)` that runs the inner transformation.
           grads: pytree of arrays.
           *rest: pytrees: state, parameters and the arguments by name.
 
@@ -56,14 +57,14 @@ def _positions(update: Callable[..., Any], grads: PyTree, rest: Any) -> list[int
     leaves, structure = jax.tree.flatten(grads)
     arrays = [i for i, x in enumerate(leaves) if _tree.is_array(x)]
 
-    def of_arrays(*values):
+    def of_arrays(*values: jax.Array) -> Any:
         given = dict(zip(arrays, values, strict=True))
         full = [given.get(i, x) for i, x in enumerate(leaves)]
         return update(jax.tree.unflatten(structure, full), *rest)
 
     try:
         jaxpr = open_jaxpr(jax.make_jaxpr(of_arrays)(*[leaves[i] for i in arrays]))
-    except Exception:  # what cannot be traced apart is called next, and says so itself
+    except Exception:  # an update that cannot be traced by itself raises when called
         return list(range(len(leaves)))
     needed = _needed(jaxpr)
     pairs = zip(arrays, jaxpr.invars, strict=True)
@@ -76,14 +77,10 @@ def _masks(state: PyTree) -> bool:
     return any(isinstance(x, kinds) for x in nodes)
 
 
-def _needed(jaxpr: Any) -> set[Any]:
-    """The variables that something returned, or done, is computed from."""
-    needed = {x for x in jaxpr.outvars if not _is_literal(x)}
-    for equation in reversed(jaxpr.eqns):
-        if equation.effects or not needed.isdisjoint(equation.outvars):
-            needed.update(x for x in equation.invars if not _is_literal(x))
+def _needed(jaxpr: Jaxpr) -> set[Var]:
+    """The variables that the results and effects of a jaxpr are computed from."""
+    needed = set(variables(jaxpr.outvars))
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            needed.update(variables(eqn.invars))
     return needed
-
-
-def _is_literal(x: Any) -> bool:
-    return hasattr(x, "val")

@@ -1,6 +1,6 @@
 """The three loss scales of jmp, with jmp's fields and methods.
 
-They are for code that unscales and selects by hand. `loss_scaling` needs none of them.
+They are for code that unscales and selects by hand; `loss_scaling` does without them.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ T = TypeVar("T")
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NoOpLossScale:
-    """A loss scale of 1 that never touches anything.
+    """A loss scale of 1 that changes nothing.
 
     Example:
       >>> import jaxmp
@@ -49,10 +49,24 @@ class NoOpLossScale:
         return self
 
 
+class _Scales:
+    """The methods of every loss scale that has a number."""
+
+    loss_scale: Any
+
+    def scale(self, tree: T) -> T:
+        """Multiplies the floating leaves by the scale, in float32 at least."""
+        return scale_tree(tree, self.loss_scale)
+
+    def unscale(self, tree: T) -> T:
+        """Divides the floating leaves by the scale, in float32 at least."""
+        return unscale_tree(tree, self.loss_scale)
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class StaticLossScale:
-    """A fixed loss scale; static data, hence a Python number.
+class StaticLossScale(_Scales):
+    """A fixed loss scale. It is static data: a Python number.
 
     Args:
       loss_scale: any positive number.
@@ -65,17 +79,9 @@ class StaticLossScale:
 
     loss_scale: Any
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if _tree.is_array(self.loss_scale):
             object.__setattr__(self, "loss_scale", self.loss_scale.item())
-
-    def scale(self, tree: T) -> T:
-        """Multiplies the floating leaves by the scale, in float32 at least."""
-        return scale_tree(tree, self.loss_scale)
-
-    def unscale(self, tree: T) -> T:
-        """Divides the floating leaves by the scale, in float32 at least."""
-        return unscale_tree(tree, self.loss_scale)
 
     def adjust(self, grads_finite: jax.Array) -> "StaticLossScale":
         """Returns itself."""
@@ -85,18 +91,18 @@ class StaticLossScale:
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
-class DynamicLossScale:
+class DynamicLossScale(_Scales):
     """A loss scale that grows after `period` finite steps and shrinks on others.
 
-    Scale and counter are the leaves of this pytree; the rest is static and survives
+    Scale and counter are the leaves of this pytree. The rest is static and survives
     every `tree_map`, `jit` and checkpoint.
 
     Args:
-      loss_scale: float32 scalar array or number, at which to start. jmp advises 2**15.
+      loss_scale: first scale, a float32 scalar array or a number. jmp advises 2**15.
       counter: int32 scalar array, finite steps in a row.
-      period: grow on the `period`-th finite step in a row.
-      factor: what the scale is multiplied with and divided by.
-      min_loss_scale: number below which the scale does not shrink; may be below 1.
+      period: the scale grows on the `period`-th finite step in a row.
+      factor: number by which the scale is multiplied or divided.
+      min_loss_scale: lowest scale, a number; may be below 1.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp
@@ -111,25 +117,17 @@ class DynamicLossScale:
     factor: float = 2
     min_loss_scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         scale, smallest = self.loss_scale, self.min_loss_scale
         _warn_unless_floating(scale, "loss_scale")
         _warn_unless_floating(smallest, "min_loss_scale")
-        # A Python float would be weakly typed and compile a second time after the
-        # first step; a float16 scale could not hold 2**16.
+        # A Python float would be weakly typed, and the step would compile again after
+        # the first one; a float16 scale could not hold 2**16.
         if isinstance(scale, (int, float, *_tree.NUMPY)):
             object.__setattr__(self, "loss_scale", np.asarray(scale, np.float32))
         elif isinstance(scale, jax.Array):
             object.__setattr__(self, "loss_scale", jnp.asarray(scale, jnp.float32))
         object.__setattr__(self, "min_loss_scale", float(smallest))
-
-    def scale(self, tree: T) -> T:
-        """Multiplies the floating leaves by the scale, in float32 at least."""
-        return scale_tree(tree, self.loss_scale)
-
-    def unscale(self, tree: T) -> T:
-        """Divides the floating leaves by the scale, in float32 at least."""
-        return unscale_tree(tree, self.loss_scale)
 
     def adjust(self, grads_finite: jax.Array) -> "DynamicLossScale":
         """Moves the scale by one step.
@@ -141,7 +139,7 @@ class DynamicLossScale:
           The next loss scale, a pytree of the same dtypes.
 
         Raises:
-          SelectPredicateError: if `grads_finite` is no scalar.
+          SelectPredicateError: if `grads_finite` is not a scalar.
         """
         if jnp.ndim(grads_finite) != 0:
             raise SelectPredicateError(
@@ -165,7 +163,7 @@ class DynamicLossScale:
         return dataclasses.replace(self, loss_scale=scale, counter=counter)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Scale and counter are children, the rest is static."""
+        """Returns scale and counter as children, the rest as static data."""
         static = (self.period, self.factor, self.min_loss_scale)
         return (self.loss_scale, self.counter), static
 
@@ -173,7 +171,7 @@ class DynamicLossScale:
     def tree_unflatten(
         cls, static: tuple[Any, ...], children: tuple[Any, ...]
     ) -> "DynamicLossScale":
-        """Takes whatever JAX puts in place of the arrays, without a look at it."""
+        """Takes anything that JAX puts in place of the arrays, without checks."""
         new = object.__new__(cls)
         fields = [field.name for field in dataclasses.fields(cls)]
         for name, value in zip(fields, (*children, *static), strict=True):
@@ -186,7 +184,7 @@ LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
 
 
 def of_jmp(x: Any) -> Any:
-    """Makes ours of a loss scale of the library jmp; anything else passes."""
+    """Turns a loss scale of the library jmp into jaxmp's; anything else passes."""
     match x:
         case jmp.NoOpLossScale():
             return NoOpLossScale()
@@ -208,15 +206,15 @@ def select_tree(pred: jax.Array, a: T, b: T) -> T:
 
     Args:
       pred: boolean scalar array.
-      a: the tree to take where `pred` is True.
+      a: the tree to take if `pred` is True.
       b: the tree to take otherwise, of the same structure and dtypes.
 
     Returns:
-      A tree of the same structure. Nothing of the other tree reaches it, not even a
+      A tree of the same structure. Nothing of the other tree leaks into it, not even a
       NaN.
 
     Raises:
-      SelectPredicateError: if `pred` is no boolean scalar.
+      SelectPredicateError: if `pred` is not a boolean scalar.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp

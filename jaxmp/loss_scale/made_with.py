@@ -1,7 +1,8 @@
-"""What a loss scale was made with, which its state of plain arrays does not say.
+"""The policy and machine that a loss scale was made with.
 
-A transformation is a pair of closures. `init` of `loss_scaling` carries the note as an
-attribute, and is found in the closures of the transformations around it.
+Its state is plain arrays, which do not show them. So the `init` of `loss_scaling`
+carries them as an attribute, and is looked up in the closures of the transformations
+around it.
 """
 
 import functools
@@ -27,16 +28,19 @@ _DEEPEST = 12
 
 
 class MadeWith(NamedTuple):
-    """One loss scale of an optimizer."""
+    """How one loss scale of an optimizer was made.
+
+    Attributes:
+      policy: the policy that chose the scale; None if the user chose it directly.
+      machine: how the scale moves.
+    """
 
     policy: Policy | None
-    """The policy that chose the scale; None if the user chose it without one."""
     machine: Machine
-    """How the scale moves."""
 
 
 def read_made_with(policy_or_scale: Any, options: dict[str, Any]) -> MadeWith:
-    """Reads what `loss_scaling` is given; options of a dynamic scale are checked."""
+    """Reads the arguments of `loss_scaling`, and checks the options in every mode."""
     policy_or_scale = of_jmp(policy_or_scale)
     if _tree.is_array(policy_or_scale) and policy_or_scale.ndim == 0:
         policy_or_scale = policy_or_scale.item()
@@ -79,20 +83,20 @@ def has_float16(policy: Policy) -> bool:
 
 
 def note(init: F, made_with: MadeWith) -> F:
-    """Writes on `init` of a transformation what its loss scale was made with."""
+    """Attaches to the `init` of a transformation how its loss scale was made."""
     vars(init)["made_with"] = made_with
     return init
 
 
 def notes(tx: Any) -> list[MadeWith]:
-    """Lists the loss scales of an optimizer, as far as its closures show them.
+    """Lists how the loss scales of an optimizer were made, as far as closures show.
 
     Args:
       tx: an Optax transformation.
 
     Returns:
-      One for each scale. What makes its transformations as late as in `init`, as
-      `optax.inject_hyperparams`, hides them.
+      One entry for each scale. Wrappers that make their transformations only in `init`,
+      such as `optax.inject_hyperparams`, hide theirs.
     """
     return list(_search(tx.init, _DEEPEST, set()))
 

@@ -21,7 +21,7 @@ LOSS_UNKNOWN, LOSS_NONFINITE, LOSS_FINITE = -1, 0, 1
 class LossScaleState(NamedTuple):
     """State of `loss_scaling`: scalars beside the state of the inner optimizer.
 
-    Every mode has the same type, so that a run in bfloat16 may go on in float16.
+    Every mode has the same type, so that a bfloat16 run can go on in float16.
     """
 
     inner_state: optax.OptState
@@ -31,15 +31,15 @@ class LossScaleState(NamedTuple):
     good_steps: jax.Array
     """int32: finite steps in a row since the scale last moved."""
     hysteresis_left: jax.Array
-    """int32: non-finite steps to come before the scale backs off."""
+    """int32: non-finite steps left before the scale backs off."""
     grads_finite: jax.Array
     """bool: whether every gradient that the last step used was finite."""
     loss_finite: jax.Array
-    """int32: 1 and 0 for the last step's loss, -1 where no `value=` was passed."""
+    """int32: 1 or 0 for the last step's loss, -1 if no `value=` was passed."""
     applied_steps: jax.Array
     """int32: steps that moved the parameters."""
     skipped_steps: jax.Array
-    """int32: steps that left everything as it was."""
+    """int32: steps that changed nothing."""
     consecutive_skips: jax.Array
     """int32: skipped steps since the last applied one."""
 
@@ -58,7 +58,7 @@ _KINDS = (
 
 
 def find_all(tree: Any) -> list[LossScaleState | LossScale]:
-    """Lists every loss scale in a tree, those inside of another included."""
+    """Lists every loss scale in a tree, including those inside another one."""
     found = []
     for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _KINDS)):
         if isinstance(node, _KINDS):
@@ -83,13 +83,29 @@ def find(tree: Any) -> LossScaleState | LossScale:
             "jaxmp.LossScale."
         )
     if len(found) > 1:
-        raise MultipleLossScales(multiple_message(len(found)))
+        raise multiple_loss_scales(len(found))
     return _without_variables(found[0])
 
 
-def multiple_message(count: int) -> str:
-    """What is wrong with several scales in one state, and the right order."""
-    return (
+def find_state(tree: Any) -> LossScaleState:
+    """Returns the one state of `loss_scaling` in a tree.
+
+    Raises:
+      MissingLossScale: if there is none, or only a loss scale of jmp's kind.
+      MultipleLossScales: if there are several.
+    """
+    state = find(tree)
+    if not isinstance(state, LossScaleState):
+        raise MissingLossScale(
+            f"A {type(state).__name__} counts no steps. Pass the state of an optimizer "
+            "made by jaxmp.loss_scaling(optimizer, policy)."
+        )
+    return state
+
+
+def multiple_loss_scales(count: int) -> MultipleLossScales:
+    """The error for several scales in one state, which shows the right order."""
+    return MultipleLossScales(
         f"There are {count} loss scales in one optimizer state, and every gradient "
         "can be unscaled by one only. Put one outermost, around everything else: "
         "loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), "
@@ -98,7 +114,7 @@ def multiple_message(count: int) -> str:
 
 
 def _without_variables(scale: LossScaleState | LossScale) -> LossScaleState | LossScale:
-    """Unwraps the scalars that nnx.Optimizer keeps in Variables, each a pytree."""
+    """Takes the scalars out of the Variables in which nnx.Optimizer keeps them."""
     if not isinstance(scale, LossScaleState):
         return scale
     scalars = {

@@ -1,8 +1,7 @@
-"""How a loss scale moves: not at all, never from one number, or with the gradients.
+"""How a loss scale moves: not at all, or with the gradients.
 
-A machine is static data: options of Python numbers, validated once. It starts a
-`Scale` and gives the next one; what happens on a step is a pure function of the scale
-and of one boolean.
+A machine is static data: options of Python numbers, validated once. It makes the first
+`Scale` and, on every step, the next one from the last one and a boolean.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jaxmp.errors import LossScaleOptionError
 
 # A scale and its reciprocal are normal float32 numbers, so that scaling by it and back
-# is exact: 2^-126 is the smallest normal number, and so is the reciprocal of 2^126.
+# is exact. 2^-126 is the smallest normal number, and the reciprocal of 2^126.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
 LARGEST_COUNT = 2**31 - 1
 
@@ -29,7 +28,7 @@ class Scale(NamedTuple):
     good_steps: jax.Array
     """int32 scalar: finite steps in a row since the scale last moved."""
     hysteresis_left: jax.Array
-    """int32 scalar: non-finite steps to come before the scale backs off."""
+    """int32 scalar: non-finite steps left before the scale backs off."""
 
 
 def next_scale(
@@ -45,10 +44,10 @@ def next_scale(
 ) -> Scale:
     """Moves a dynamic scale by one step.
 
-    The scale grows on exactly the `growth_interval`-th finite step in a row, as that of
+    The scale grows on exactly the `growth_interval`-th finite step in a row, as in
     `torch.amp.GradScaler`, and never leaves `[min_scale, max_scale]`. Hysteresis is
     Megatron-LM's (`core/optimizer/grad_scaler.py`): every non-finite step uses up one
-    of `hysteresis`, the scale backs off while none is left, and growth refills them.
+    of `hysteresis`, the scale backs off once none is left, and growth refills them.
     """
     loss_scale, good_steps, hysteresis_left = scale
     good_steps = jnp.where(finite, good_steps + 1, 0)
@@ -69,11 +68,11 @@ def next_scale(
 
 @dataclasses.dataclass(frozen=True)
 class StaticMachine:
-    """A scale that stays what it is; 1 is the scale of those that need none."""
+    """A scale that never changes; it is 1 for policies that need no scale."""
 
     scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_power_of_two("scale", self.scale)
 
     def init(self) -> Scale:
@@ -81,7 +80,7 @@ class StaticMachine:
         return _start(self.scale, hysteresis=0)
 
     def next(self, scale: Scale, finite: jax.Array) -> Scale:
-        """Returns the scale as it is."""
+        """Returns the same scale."""
         del finite
         return scale
 
@@ -98,13 +97,11 @@ class DynamicMachine:
     max_scale: float = 2.0**24
     hysteresis: int = 1
 
-    def __post_init__(self):
-        for name in ("init_scale", "min_scale", "max_scale"):
-            check_power_of_two(name, getattr(self, name))
-        for name in ("growth_factor", "backoff_factor"):
-            check_power_of_two(name, getattr(self, name))
-        for name in ("growth_interval", "hysteresis"):
-            check_count(name, getattr(self, name))
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            is_count = name in ("growth_interval", "hysteresis")
+            check = check_count if is_count else check_power_of_two
+            check(name, value)
         if self.growth_factor <= 1:
             raise LossScaleOptionError(
                 f"growth_factor={self.growth_factor} would never let the loss scale "
@@ -144,7 +141,7 @@ Machine = StaticMachine | DynamicMachine
 
 
 def dynamic_machine(options: dict[str, Any]) -> DynamicMachine:
-    """Builds a dynamic machine; an option that it does not have is an error by name."""
+    """Builds a dynamic machine; an unknown option is an error that names it."""
     allowed = [field.name for field in dataclasses.fields(DynamicMachine)]
     for name in options:
         if name not in allowed:
@@ -166,30 +163,30 @@ def _start(scale: float, hysteresis: int) -> Scale:
 
 
 def check_power_of_two(name: str, value: Any) -> None:
-    """Raises unless `value` is a scale by which multiplying and dividing is exact."""
+    """Raises unless multiplying and dividing by `value` is exact."""
     try:
         number = math.nan if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if math.isnan(number):
         raise LossScaleOptionError(
-            f"{name}={value!r} is no number. Use a power of two, such as 2.0**16."
+            f"{name}={value!r} is not a number. Use a power of two, such as 2.0**16."
         )
     if not (SMALLEST_SCALE <= number <= LARGEST_SCALE):
         raise LossScaleOptionError(
-            f"{name}={value!r} is outside of [2**-126, 2**126], where a scale and its "
+            f"{name}={value!r} is outside [2**-126, 2**126], where a scale and its "
             "reciprocal are both normal float32 numbers. Use a power of two in between."
         )
     if math.frexp(number)[0] != 0.5:
         below = 2.0 ** (math.frexp(number)[1] - 1)
         raise LossScaleOptionError(
-            f"{name}={value!r} is no power of two, so that scaling by it would round "
-            f"the gradients. Use {below:g} or {2 * below:g}."
+            f"{name}={value!r} is not a power of two, so scaling by it would round the "
+            f"gradients. Use {below:g} or {2 * below:g}."
         )
 
 
 def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
-    """Raises unless `value` is a number of steps that an int32 counter can reach."""
+    """Raises unless `value` is a number of steps that fits an int32 counter."""
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
     if not is_integer or not at_least <= value <= LARGEST_COUNT:
         raise LossScaleOptionError(

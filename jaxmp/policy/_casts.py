@@ -1,4 +1,4 @@
-"""`cast_to_full` and `cast_to_half`: the casts of jmp that need no policy."""
+"""`cast_to_full` and `cast_to_half`: jmp's casts that need no policy."""
 
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ def cast_to_full(tree: T) -> T:
     """Casts the floating leaves of a tree to float32.
 
     Args:
-      tree: any pytree; `Policy.cast_to_param` says which leaves are touched.
+      tree: any pytree; `Policy.cast_to_param` says which leaves are cast.
 
     Returns:
       The tree with its floating leaves in float32.
@@ -31,7 +31,7 @@ def cast_to_half(tree: T) -> T:
     """Casts the floating leaves of a tree to the device's half-precision dtype.
 
     Args:
-      tree: any pytree; `Policy.cast_to_param` says which leaves are touched.
+      tree: any pytree; `Policy.cast_to_param` says which leaves are cast.
 
     Returns:
       The tree with its floating leaves in `half_dtype()`.

@@ -1,4 +1,4 @@
-"""`get_policy`: a policy from one string."""
+"""`get_policy`: reads a policy from a string."""
 
 from collections.abc import Iterable
 from types import MappingProxyType
@@ -25,7 +25,7 @@ presets = MappingProxyType(
         "64-true": "p=f64,c=f64,o=f64",
     }
 )
-"""The names that Keras and Lightning users know, and what they stand for."""
+"""The policy names of Keras and Lightning, and what they stand for."""
 
 _FIELD_OF_KEY = {
     "p": "param_dtype",
@@ -46,25 +46,25 @@ def get_policy(spec: Any, *, device: Any = None) -> Policy:
     Args:
       spec: one of
 
-        - key=value parts in any order: `"params=float32,compute=bfloat16"`, or short,
-          `"p=f32,c=bf16,o=f32"`. `params` defaults to float32, `compute` to params,
-          `output` to compute. `matmul=tf32` chooses the algorithm of the matmuls.
+        - key=value parts in any order: `"params=float32,compute=bfloat16"`, or, for
+          short, `"p=f32,c=bf16,o=f32"`. `params` defaults to float32, `compute` to
+          params, `output` to compute. `matmul=tf32` chooses the matmuls' algorithm.
         - a name of Keras or Lightning: `"mixed_bfloat16"`, `"mixed_float16"`,
           `"bf16-mixed"`, `"16-mixed"`, `"32-true"`, `"bf16-true"`, `"16-true"`. The
           mixed ones return float32.
         - one dtype for everything: `"float32"`, `"bf16"`, `"half"`, or a dtype.
         - `"auto"`: mixed_bfloat16, mixed_float16 or float32, whichever the device
           multiplies fastest without losing range.
-        - a name or dtype, then parts that change it: `"float32,matmul=tf32"`.
+        - a name or dtype, followed by parts that change it: `"float32,matmul=tf32"`.
         - a `Policy` or `jmp.Policy`, which passes through.
-      device: the `jax.Device` that `"auto"` decides for; by default the first local
-        one.
+      device: the `jax.Device` that `"auto"` decides for; the first local one by
+        default.
 
     Returns:
       A `Policy`; `get_policy(str(policy)) == policy`.
 
     Raises:
-      PolicyError: for anything else, pointing at the part that is wrong.
+      PolicyError: for anything else; it points at the part that is wrong.
 
     Example:
       >>> import jaxmp
@@ -153,7 +153,7 @@ def _error(
     *,
     keys: bool = False,
 ) -> PolicyError:
-    """The spec, carets under the part that is wrong, and what may stand there."""
+    """Quotes the spec, points at the wrong part, and lists what may stand there."""
     text = part.strip()
     start += len(part) - len(part.lstrip())
     lines = [f"{problem} in policy {spec!r}:"]

@@ -17,13 +17,13 @@ _ALIASES = {"tf32": "tensorfloat32", "bf16": "bfloat16", "f32": "float32"}
 
 
 def precision_names() -> tuple[str, ...]:
-    """Every name that `read_precision` takes."""
+    """Lists every name that `read_precision` takes."""
     presets = (preset.name for preset in jax.lax.DotAlgorithmPreset)
     return (*_ALIASES, *_PRECISIONS, *presets)
 
 
 def read_precision(precision: Any) -> str | None:
-    """Returns the canonical name of a precision, or None for what is none."""
+    """Returns the canonical name of a precision, or None for anything else."""
     if isinstance(precision, jax.lax.Precision):
         return precision.name.lower()
     if isinstance(precision, jax.lax.DotAlgorithmPreset):
@@ -34,7 +34,7 @@ def read_precision(precision: Any) -> str | None:
 
 
 def lax_precision(name: str) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset:
-    """Returns what `jax.lax.dot_general` takes as `precision=` for a name."""
+    """Returns the `precision=` of `jax.lax.dot_general` for a canonical name."""
     if name in _PRECISIONS:
         return _PRECISIONS[name]
     return jax.lax.DotAlgorithmPreset[name]

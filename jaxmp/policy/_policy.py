@@ -1,4 +1,4 @@
-"""`Policy`: which dtype parameters, computation and outputs have."""
+"""`Policy`: which dtypes parameters, computation and outputs have."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -29,14 +29,14 @@ class Policy(jmp.Policy):
     Args:
       param_dtype: dtype in which parameters are stored.
       compute_dtype: dtype in which layers compute.
-      output_dtype: dtype of what is returned. Each dtype may be a dtype, a scalar
+      output_dtype: dtype of the results. Each of the three may be a dtype, a scalar
         type or a name such as `"bfloat16"` or `"bf16"`.
       matmul_precision: algorithm of the matmuls, which changes no dtype:
         `"tensorfloat32"` (`"tf32"`), or any name or member of `jax.lax.Precision` or
-        `jax.lax.DotAlgorithmPreset`. None leaves JAX's default.
+        `jax.lax.DotAlgorithmPreset`. None keeps JAX's default.
 
     Raises:
-      PolicyError: for what is no floating dtype, or no known precision.
+      PolicyError: for a dtype that is not floating, or an unknown precision.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp
@@ -52,7 +52,7 @@ class Policy(jmp.Policy):
     output_dtype: Any
     matmul_precision: Any = dataclasses.field(default=None, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("param_dtype", "compute_dtype", "output_dtype"):
             given = getattr(self, field)
             dtype = read_dtype(given)
@@ -82,8 +82,8 @@ class Policy(jmp.Policy):
 
         Args:
           x: any pytree. Integers, booleans, keys, complex, `None` and Python scalars
-            pass unchanged; so do float64 arrays of JAX and float8 unless one of this
-            policy's dtypes is of that kind. NumPy's float64 is cast, as jmp casts it.
+            pass unchanged, and so do float64 arrays of JAX and float8 unless this
+            policy has a dtype of that kind. NumPy's float64 is cast, as jmp casts it.
 
         Returns:
           The tree with its floating leaves in `param_dtype`.
@@ -99,7 +99,7 @@ class Policy(jmp.Policy):
         """Casts the floating leaves of a tree to `compute_dtype`.
 
         Args:
-          x: any pytree; `cast_to_param` says which leaves are touched.
+          x: any pytree; `cast_to_param` says which leaves are cast.
 
         Returns:
           The tree with its floating leaves in `compute_dtype`.
@@ -115,7 +115,7 @@ class Policy(jmp.Policy):
         """Casts the floating leaves of a tree to `output_dtype`.
 
         Args:
-          x: any pytree; `cast_to_param` says which leaves are touched.
+          x: any pytree; `cast_to_param` says which leaves are cast.
 
         Returns:
           The tree with its floating leaves in `output_dtype`.
@@ -138,7 +138,7 @@ class Policy(jmp.Policy):
           A new `Policy`.
 
         Raises:
-          PolicyError: if it is no floating dtype.
+          PolicyError: if it is not a floating dtype.
 
         Example:
           >>> import jaxmp
@@ -157,7 +157,7 @@ class Policy(jmp.Policy):
         return _dtypes(self) == _dtypes(other) and self.matmul_precision == precision
 
     def __hash__(self) -> int:
-        # As jmp hashes the scalar types its policies are written with.
+        # As jmp.Policy hashes, whose dtypes are scalar types.
         return hash(tuple(dtype.type for dtype in _dtypes(self)))
 
     def __str__(self) -> str:
@@ -169,6 +169,6 @@ class Policy(jmp.Policy):
 
 
 def _dtypes(policy: jmp.Policy) -> tuple[Any, ...]:
-    """The three dtypes; None for what a jmp.Policy, which checks nothing, may hold."""
+    """The three dtypes; None for an unknown one, since jmp.Policy checks nothing."""
     dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
     return tuple(map(read_dtype, dtypes))

@@ -1,9 +1,9 @@
 """`PolicyRule`: other dtypes for some layers, as frozen data.
 
-Rules are tried in order and the first that matches decides. What a rule leaves out is
-inherited from the enclosing layer, so that a rule on a block holds for all inside it.
-A matched layer returns the compute dtype of the layer around it, unless the rule names
-its output: a float32 norm in a bfloat16 network does not widen what comes after it.
+Rules are tried in order and the first match decides. A dtype that a rule leaves out is
+inherited from the enclosing layer, so a rule for a block holds for everything inside.
+A matched layer returns the compute dtype of the layer around it unless the rule names
+its output: a float32 norm in a bfloat16 network does not widen what follows it.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InvalidRule
@@ -22,10 +21,10 @@ KINDS = ("norm", "attention", "embed", "recurrent", "conv", "dense")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyRule:
-    """Which layers it is about, and their dtypes.
+    """Gives some layers of a model dtypes of their own.
 
-    A layer has to match all of `path`, `module_type`, `kind` and `where` that are
-    given. `None` matches every layer there, and inherits every dtype below.
+    A layer matches if it meets every condition given among `path`, `module_type`,
+    `kind` and `where`. A dtype that is None is inherited.
 
     Args:
       path: regular expression for the whole path, such as `r"block_\\d+/attention/.*"`.
@@ -35,14 +34,14 @@ class PolicyRule:
       kind: `"norm"`, `"attention"`, `"embed"`, `"recurrent"`, `"conv"` or `"dense"`.
       where: a function `(path, module) -> bool`.
       params: dtype in which the layer's parameters are stored.
-      compute: dtype in which it computes.
-      output: dtype of what it returns.
-      allow_unused: False makes it an error if no layer matches.
-      yields_to_author: True leaves a layer alone whose author set `dtype=`.
+      compute: dtype in which the layer computes.
+      output: dtype of the layer's results.
+      allow_unused: True lets the rule match no layer; otherwise this is an error.
+      yields_to_author: True leaves layers alone whose author set `dtype=`.
 
     Raises:
       InvalidRule: for a regular expression that does not compile, an unknown kind or
-        dtype, or a rule without any condition.
+        dtype, or a rule without conditions.
 
     Example:
       >>> import jaxmp
@@ -61,12 +60,12 @@ class PolicyRule:
     allow_unused: bool = False
     yields_to_author: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         conditions = (self.path, self.module_type, self.kind, self.where)
         if all(condition is None for condition in conditions):
             raise InvalidRule(
-                f"{self} says of no layer that it is meant. Give path=, module_type=, "
-                'kind= or where=; path=".*" means every layer.'
+                f"{self} does not say which layers it is for. Give path=, "
+                'module_type=, kind= or where=; path=".*" means every layer.'
             )
         if self.path is not None:
             _compile(self.path)
@@ -87,11 +86,11 @@ class PolicyRule:
             object.__setattr__(self, field, dtype)
 
     def matches(self, path: str, module: Any = None, kind: str | None = None) -> bool:
-        """Tells whether a layer is meant.
+        """Returns whether a layer meets the conditions of this rule.
 
         Args:
           path: the layer's path, such as `"block_0/attention/query"`.
-          module: the layer, or None where only its path is known.
+          module: the layer, or None if only its path is known.
           kind: its kind, or None if it has none.
 
         Returns:
@@ -126,9 +125,9 @@ def _compile(path: str) -> re.Pattern[str]:
     except re.error as error:
         at = error.pos or 0
         raise InvalidRule(
-            f"The path of a rule is no regular expression ({error.msg}):\n"
+            f"The path of a rule is not a regular expression ({error.msg}):\n"
             f"    {path}\n    {' ' * at}^\n"
-            f"To match it letter by letter, write re.escape({path!r})."
+            f"To match it literally, write re.escape({path!r})."
         ) from None
 
 
@@ -143,9 +142,8 @@ def _is_one_of(module: Any, types: tuple[Any, ...]) -> bool:
 
 
 def _written(value: Any) -> str:
-    if isinstance(value, np.dtype) or value in (jnp.bfloat16,):
+    if isinstance(value, np.dtype):
         return str(value)
     if isinstance(value, tuple):
-        names = [getattr(item, "__name__", str(item)) for item in value]
-        return " | ".join(names)
+        return " | ".join(getattr(item, "__name__", str(item)) for item in value)
     return getattr(value, "__name__", None) or repr(value)

@@ -1,4 +1,4 @@
-"""What somebody may have meant by a name that no policy has."""
+"""Guesses what an unknown policy name was meant to be."""
 
 import difflib
 import re
@@ -26,17 +26,17 @@ _PURE_NAME = {"bfloat16": "bf16-true", "float16": "16-true"}
 
 
 def near_value(text: str, allowed: Iterable[str]) -> str:
-    """Writes `Did you mean 'bf16'?` for the nearest of some values, or nothing."""
+    """Returns `Did you mean 'bf16'?` for the nearest of some values, or nothing."""
     by_lower = {name.lower(): name for name in allowed}
     near = difflib.get_close_matches(text.lower(), by_lower, n=1)
     return f"Did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def near_policy(text: str, names: Iterable[str]) -> str:
-    """Writes what policy a misspelt name may stand for.
+    """Returns which policy a misspelt name may stand for, as a question.
 
-    Half precision everywhere is suggested only to those who ask for it: by far the most
-    names with "16" in them mean float32 parameters and half arithmetic.
+    Half precision everywhere is suggested only where the name asks for it: most names
+    with "16" in them mean float32 parameters and half arithmetic.
     """
     names = tuple(names)
     words = re.findall(r"[a-z0-9]+", text.lower())

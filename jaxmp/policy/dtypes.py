@@ -1,4 +1,4 @@
-"""The names of dtypes, and which of them a device is good at."""
+"""The names of dtypes, and which dtypes a device is fast in."""
 
 from types import MappingProxyType
 from typing import Any
@@ -17,20 +17,20 @@ dtype_to_names = MappingProxyType(
         jnp.float8_e5m2: ("float8_e5m2",),
     }
 )
-"""Every dtype that a policy may name: the name that `str` prints, then aliases."""
+"""The dtypes that a policy may have: the name that `str` prints, then aliases."""
 
 name_to_dtype = MappingProxyType(
     {name: dtype for dtype, names in dtype_to_names.items() for name in names}
 )
-"""The same table the other way round."""
+"""The same table, by name."""
 
 
 def half_dtype() -> Any:
     """Returns the half-precision dtype of the default device, as jmp chose it.
 
     Returns:
-      `jnp.bfloat16` on a TPU and `jnp.float16` elsewhere. Calling it starts JAX's
-      backend. `get_policy("auto")` asks more closely what the device is good at.
+      `jnp.bfloat16` on a TPU and `jnp.float16` elsewhere. The call starts JAX's
+      backend. `get_policy("auto")` looks more closely at what the device is fast in.
 
     Example:
       >>> import jaxmp
@@ -41,37 +41,37 @@ def half_dtype() -> Any:
 
 
 def read_dtype(dtype: Any) -> np.dtype | None:
-    """Reads a dtype, scalar type or name; None for what no policy may name."""
+    """Reads a dtype, scalar type or name; None for one that no policy may have."""
     if isinstance(dtype, str):
         dtype = half_dtype() if dtype == "half" else name_to_dtype.get(dtype)
-    # NumPy would take the dtype of an array, and read None as float64.
+    # NumPy would read an array as its dtype, and None as float64.
     if not isinstance(dtype, (type, np.dtype)):
         return None
     try:
         scalar_type = jnp.dtype(dtype).type
     except (TypeError, ValueError):
         return None
-    # Made anew from its scalar type: JAX has no other byte order than the native one.
+    # Made anew from its scalar type, since JAX has the native byte order only.
     return jnp.dtype(scalar_type) if scalar_type in dtype_to_names else None
 
 
 def policy_name_for(device: Any) -> str:
-    """Names the policy whose matmuls are fastest on a device without losing range.
+    """Names the policy with the fastest matmuls on a device that keep their range.
 
     TPUs, NVIDIA GPUs from Ampere on (compute capability 8.0; "CUDA C++ Programming
-    Guide", table of arithmetic instructions) and AMD's from MI200 and RDNA 3 on
+    Guide", table of arithmetic instructions) and AMD GPUs from MI200 and RDNA 3 on
     multiply bfloat16 at full rate. Volta and Turing have float16 Tensor Cores only.
-    CPUs emulate both, and of anything else nothing is known: float32.
+    CPUs emulate both; they and unknown devices get float32.
 
     Args:
-      device: a `jax.Device`. Nothing but `platform` and `compute_capability` is read.
+      device: a `jax.Device`. Only `platform` and `compute_capability` are read.
 
     Returns:
       `"mixed_bfloat16"`, `"mixed_float16"` or `"float32"`.
 
     Example:
       >>> import jax
-      >>> from jaxmp.policy import policy_name_for
+      >>> from jaxmp.policy.dtypes import policy_name_for
       >>> policy_name_for(jax.devices("cpu")[0])
       'float32'
     """

@@ -1,6 +1,6 @@
-"""Rules that are ready to use, and how `rules=` is read and searched."""
+"""Ready-made rules, and how `rules=` is read and searched."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from jaxmp.errors import InvalidRule
@@ -18,20 +18,20 @@ norms_in_float32: tuple[PolicyRule, ...] = (
 """Normalisation layers keep float32 parameters, statistics and arithmetic."""
 
 default_rules: tuple[PolicyRule, ...] = norms_in_float32
-"""What `apply_policy` does by default; `rules=()` spares no layer, as Apex's O3."""
+"""The default of `apply_policy`; `rules=()` spares no layer, as Apex's O3."""
 
 
 def head_in_float32(path: str) -> tuple[PolicyRule, ...]:
     """Keeps the output layer's matmul and its logits in float32.
 
-    The loss takes half-precision logits up to float32 by itself, so few models need
+    Most losses widen half-precision logits to float32 themselves, so few models need
     this, and for a large vocabulary it costs memory.
 
     Args:
       path: regular expression for the path of the output layer.
 
     Returns:
-      A tuple with one rule, to be put before `default_rules`.
+      A tuple with one rule, to put before `default_rules`.
 
     Raises:
       InvalidRule: if the expression does not compile.
@@ -46,10 +46,10 @@ def head_in_float32(path: str) -> tuple[PolicyRule, ...]:
 
 
 def matmuls_in_half(dtype: Any) -> tuple[PolicyRule, ...]:
-    """Dense, convolution, recurrent and attention layers in half, the rest in float32.
+    """Runs dense, convolution, recurrent and attention layers in half, others not.
 
-    The most careful level short of float32, with the activations between layers in
-    float32: Apex's O1, layer by layer. `autocast` does the same operation by operation.
+    This is the most careful level short of float32: activations between layers stay
+    float32, as in Apex's O1. `autocast` does the same operation by operation.
 
     Args:
       dtype: `"bfloat16"` or `"float16"`.
@@ -58,32 +58,31 @@ def matmuls_in_half(dtype: Any) -> tuple[PolicyRule, ...]:
       A tuple of rules for a float32 policy.
 
     Raises:
-      InvalidRule: if it is no dtype.
+      InvalidRule: if it is not a dtype.
 
     Example:
       >>> import jaxmp
       >>> [rule.kind for rule in jaxmp.policy.matmuls_in_half("bfloat16")]
       ['dense', 'conv', 'recurrent', 'attention']
     """
-    kinds: Sequence[str] = ("dense", "conv", "recurrent", "attention")
     return tuple(
         PolicyRule(kind=kind, compute=dtype, allow_unused=True, yields_to_author=True)
-        for kind in kinds
+        for kind in ("dense", "conv", "recurrent", "attention")
     )
 
 
 def first_match(
     rules: Iterable[PolicyRule], path: str, module: Any, kind: str | None
 ) -> PolicyRule | None:
-    """Returns the first rule that is about a layer."""
+    """Returns the first rule that matches a layer, or None."""
     return next((rule for rule in rules if rule.matches(path, module, kind)), None)
 
 
 def check_rules(rules: Any) -> tuple[PolicyRule, ...]:
-    """Reads `rules=`: a sequence of rules, or one of them.
+    """Reads `rules=`: a sequence of rules, or a single one.
 
-    The default rules come after the user's unless they are among them. Norms in half
-    are asked for by a rule of their own, or by no rules at all.
+    The default rules are appended unless the user's contain them. To get norms in half,
+    write a rule for them, or pass no rules at all.
     """
     rules = (rules,) if isinstance(rules, PolicyRule) else tuple(rules)
     for rule in rules:

@@ -11,7 +11,7 @@ import jax
 
 from jaxmp import _tree
 from jaxmp.errors import CheckpointPolicyMismatch, InvalidCheckpoint
-from jaxmp.loss_scale import LossScaleState
+from jaxmp.loss_scale.state import LossScaleState
 from jaxmp.policy import Policy, get_policy
 
 T = TypeVar("T")

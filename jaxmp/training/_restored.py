@@ -15,9 +15,9 @@ from jaxmp.errors import (
     MissingLossScale,
     TrainStateOptionError,
 )
-from jaxmp.loss_scale import LossScaleState, loss_scaling
+from jaxmp.loss_scale import loss_scaling
 from jaxmp.loss_scale.made_with import notes
-from jaxmp.loss_scale.state import find
+from jaxmp.loss_scale.state import LossScaleState, find
 from jaxmp.loss_scale.state_machines import DynamicMachine, Machine
 from jaxmp.optimizers import check_dtypes, check_master_weights
 from jaxmp.training._create import read_policy, split_options

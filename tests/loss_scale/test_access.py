@@ -199,7 +199,7 @@ def test_inside_of_a_compiled_function_it_says_where_to_call_it():
     def step(state):
         jaxmp.raise_if_collapsed(state, max_consecutive_skips=1)
 
-    with pytest.raises(NotOnHost, match=r"outside of jit"):
+    with pytest.raises(NotOnHost, match=r"outside jit"):
         step(after())
 
 

@@ -291,7 +291,7 @@ def test_a_split_nnx_model():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"micro_batches": 0}, "micro_batches=0.*integer from 1"),
+        ({"micro_batches": 0}, "micro_batches=0.*integer of at least 1"),
         ({"micro_batches": 2.0}, "micro_batches=2.0"),
         ({"micro_batches": 3}, r"args\[1\]/x has the shape \[8, 4\], which 3"),
         (

@@ -10,7 +10,7 @@ import optax.contrib
 import pytest
 
 import jaxmp
-from jaxmp.loss_scale import LossScaleState
+from jaxmp.loss_scale.state import LossScaleState
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "nesting.md"
 COLUMNS = ["scale backs off", "parameters stay", "other state stays"]

@@ -194,7 +194,7 @@ def test_bad_policies_and_rules():
         apply_policy(Model(), "mixed_bfloat17")
     with pytest.raises(InvalidRule, match="takes a sequence of PolicyRule"):
         apply_policy(Model(), HALF, rules=["norm"])
-    with pytest.raises(InvalidRule, match="no regular expression"):
+    with pytest.raises(InvalidRule, match="not a regular expression"):
         PolicyRule(path="blocks_(", compute="float32")
     with pytest.raises(InvalidRule, match="Unknown kind"):
         PolicyRule(kind="dens", compute="float32")

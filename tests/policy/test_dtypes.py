@@ -7,15 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmp.policy import (
-    Policy,
-    dtype_to_names,
-    get_policy,
-    half_dtype,
-    name_to_dtype,
-    policy_name_for,
-)
+from jaxmp.policy import Policy, get_policy, half_dtype
 from jaxmp.policy._matmul_precision import precision_names
+from jaxmp.policy.dtypes import dtype_to_names, name_to_dtype, policy_name_for
 
 # "auto"
 
