@@ -12,6 +12,11 @@ LOSS_SCALING_OUTERMOST = (
     "A loss scale goes outermost; anywhere else it misses the overflows that it has to "
     "react to: loss_scaling(master_weights(accumulate(optax.adamw(1e-3), 4)), policy)."
 )
+COPY_OR_RANDOM = (
+    "Where a float32 copy is kept, nothing needs to be rounded at random. Use one of "
+    "the two: master_weights(optax.adamw(1e-3)), or "
+    "stochastic_rounding(optax.adamw(1e-3), seed=0)."
+)
 
 
 def with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:

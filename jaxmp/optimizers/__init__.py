@@ -1,21 +1,17 @@
 """Optax transformations for training in half precision: what is stored, and how."""
 
-from jaxmp.optimizers._accumulation import AccumulationState, accumulate
+from jaxmp.optimizers._accumulation import accumulate
 from jaxmp.optimizers._check_dtypes import check_dtypes
-from jaxmp.optimizers._ema import EmaState, ema, get_ema
-from jaxmp.optimizers._lint import Finding, lint_optimizer
+from jaxmp.optimizers._ema import ema, get_ema
+from jaxmp.optimizers._lint import lint_optimizer
 from jaxmp.optimizers._master_access import (
     check_master_weights,
     get_master_weights,
     load_master_weights,
 )
-from jaxmp.optimizers._master_weights import MasterWeightsState, master_weights
-from jaxmp.optimizers._state_dtype import CastStateState, cast_state
-from jaxmp.optimizers._stochastic_rounding import (
-    StochasticRoundingState,
-    stochastic_round,
-    stochastic_rounding,
-)
+from jaxmp.optimizers._master_weights import master_weights
+from jaxmp.optimizers._state_dtype import cast_state
+from jaxmp.optimizers._stochastic_rounding import stochastic_round, stochastic_rounding
 
 __all__ = [
     "master_weights",
@@ -30,10 +26,4 @@ __all__ = [
     "get_ema",
     "check_dtypes",
     "lint_optimizer",
-    "Finding",
-    "MasterWeightsState",
-    "CastStateState",
-    "AccumulationState",
-    "StochasticRoundingState",
-    "EmaState",
 ]

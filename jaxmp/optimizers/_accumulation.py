@@ -3,18 +3,18 @@
     tx = loss_scaling(master_weights(accumulate(optax.adamw(1e-3), every_k=4)), policy)
 
 Gradients are summed in float32. They are true gradients, so the loss scale may change
-inside a window. A non-finite micro-batch is dropped, or costs the window, as asked.
+within a window. A non-finite micro-batch is dropped or costs its window; you choose.
 
-Where the window can be one compiled step, `jaxmp.value_and_grad(..., micro_batches=k)`
-is cheaper: it runs the optimizer once per window, and this one on every micro-batch,
-with a select behind it.
+If the whole window fits one compiled step, `jaxmp.value_and_grad(..., micro_batches=k)`
+is cheaper: it runs the optimizer once per window, while `accumulate` runs it on every
+micro-batch, with a select behind it.
 
 Sharp edges
-- What changes the update belongs inside: `chain(accumulate(adam, 4), add_decayed_...)`
-  would decay on every micro-batch. What has state is refused beside it by
-  `loss_scaling`. A clip before it clips every micro-batch, a clip inside the mean.
-- The finite check is per micro-batch. Its own if it stands alone; that of
-  `loss_scaling`, over all devices, if that stands around it.
+- Put whatever changes the update inside: `chain(accumulate(adam, 4), add_decayed_...)`
+  would decay on every micro-batch, and `loss_scaling` refuses state beside
+  `accumulate`. A clip before it clips every micro-batch; a clip inside clips the mean.
+- Each micro-batch is checked for non-finite gradients: by `accumulate` if it stands
+  alone, by `loss_scaling`, over all devices, if that stands around it.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp import _tree
-from jaxmp._transformations import composition as _composition
+from jaxmp._transformations import composition
 from jaxmp._transformations.wrapping import (
     LOSS_SCALING_OUTERMOST,
     float32_view,
@@ -32,18 +32,17 @@ from jaxmp._transformations.wrapping import (
     strong_state,
     with_extra_args,
 )
+from jaxmp._tree import PyTree
 from jaxmp.errors import OptimizerOptionError
-
-PyTree = Any
 
 _REPAIRS = {
     "loss_scaling": LOSS_SCALING_OUTERMOST,
     "master_weights": (
-        "It would be shown float32 parameters, and keep no copy of them. Turn them "
-        "round: master_weights(accumulate(optax.adamw(1e-3), 4))."
+        "It would see float32 parameters there, and keep no copy of them. Swap them: "
+        "master_weights(accumulate(optax.adamw(1e-3), 4))."
     ),
     "stochastic_rounding": (
-        "It would be shown float32 parameters, and round nothing. Turn them round: "
+        "It would see float32 parameters there, and round nothing. Swap them: "
         "stochastic_rounding(accumulate(optax.adamw(1e-3), 4), seed=0)."
     ),
 }
@@ -59,15 +58,15 @@ class AccumulationState(NamedTuple):
     grad_sums: PyTree
     """Sums over the finite micro-batches of this window, float32 at least."""
     value_sum: jax.Array
-    """float32: the same sum of `value=`, where it is passed."""
+    """float32: sum of `value=` over the same micro-batches, if it is passed."""
     micro_step: jax.Array
     """int32: micro-batches of this window so far."""
     finite_micro_steps: jax.Array
-    """int32: how many of them were finite."""
+    """int32: finite micro-batches of this window so far."""
     applied_windows: jax.Array
     """int32: windows that moved the parameters."""
     skipped_windows: jax.Array
-    """int32: windows that left everything as it was."""
+    """int32: windows that changed nothing."""
 
     transformation = "accumulate"
     decides_on_nonfinite = True
@@ -85,22 +84,22 @@ def accumulate(
     state stands still.
 
     Args:
-      inner: any Optax transformation. It is shown float32 parameters and gradients,
-        and the mean of the losses if `update` is passed `value=loss`.
+      inner: any Optax transformation. It sees float32 parameters and gradients, and the
+        mean of the losses if `update` is passed `value=loss`.
       every_k: micro-batches in a window.
-      on_nonfinite: what a non-finite micro-batch costs: `"skip_micro"` drops it, and
-        the update is the mean of the rest; `"skip_window"` drops its window. A window
-        without a finite micro-batch is skipped in either case.
+      on_nonfinite: what a non-finite micro-batch costs. `"skip_micro"` drops it and
+        updates with the mean of the others; `"skip_window"` drops the whole window. A
+        window without a finite micro-batch is skipped in either case.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `AccumulationState`.
-      Its `update` takes `grads_finite=`, as `loss_scaling` passes it, and looks at the
-      gradients itself if there is none.
+      Its `update` takes `grads_finite=`, which `loss_scaling` passes, and checks the
+      gradients itself if it is not given.
 
     Raises:
       OptimizerOptionError: for `every_k` below 1 or another `on_nonfinite`.
-      TransformationOrder: from `init`, if `inner` holds a loss scale, master weights or
-        stochastic rounding, which go around it.
+      TransformationOrder: from `init`, if `inner` contains a loss scale, master weights
+        or stochastic rounding, which go around it.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp, optax
@@ -116,10 +115,10 @@ def accumulate(
     inner = with_extra_args(inner)
     _check_options(every_k, on_nonfinite)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> AccumulationState:
         weights = float32_view(params)
         inner_state = strong_state(inner.init(weights))
-        _composition.refuse_inside("accumulate", inner_state, _REPAIRS)
+        composition.refuse_inside("accumulate", inner_state, _REPAIRS)
         return AccumulationState(
             inner_state=inner_state,
             grad_sums=optax.tree_utils.tree_zeros_like(_fast(weights)),
@@ -131,9 +130,15 @@ def accumulate(
         )
 
     def update_fn(
-        updates, state, params=None, *, grads_finite=None, value=None, **extra_args
-    ):
-        _composition.require_state(state, AccumulationState, "accumulate")
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grads_finite: jax.Array | None = None,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AccumulationState]:
+        composition.require_state(state, AccumulationState, "accumulate")
         grads = float32_view(updates)
         finite = _tree.all_finite(grads) if grads_finite is None else grads_finite
         state = _add(state, grads, value, finite)
@@ -182,7 +187,7 @@ def _sum(total: Any, x: Any) -> Any:
 def _means(state: AccumulationState) -> tuple[PyTree, jax.Array]:
     count = jnp.maximum(state.finite_micro_steps, 1)
 
-    def mean(total):
+    def mean(total: Any) -> Any:
         if not _tree.is_inexact(total):
             return total
         return total / count.astype(total.dtype)
@@ -207,7 +212,8 @@ def _fast(params: PyTree) -> PyTree:
 def _check_options(every_k: Any, on_nonfinite: str) -> None:
     if isinstance(every_k, bool) or not isinstance(every_k, int) or every_k < 1:
         raise OptimizerOptionError(
-            f"every_k={every_k!r} is no number of micro-batches. Use an integer from 1."
+            f"every_k={every_k!r} is not a number of micro-batches. Use an integer of "
+            "at least 1."
         )
     if on_nonfinite not in (SKIP_MICRO, SKIP_WINDOW):
         raise OptimizerOptionError(

@@ -1,4 +1,4 @@
-"""`check_dtypes`: arrays that were restored have the dtypes that they should have."""
+"""`check_dtypes`: checks that restored arrays have the dtypes that they should have."""
 
 from typing import Any
 
@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
+from jaxmp._tree import PyTree
 from jaxmp.errors import DtypeMismatch
 from jaxmp.policy import Policy, get_policy
-
-PyTree = Any
 
 MOST_SHOWN = 20
 
@@ -17,14 +16,15 @@ MOST_SHOWN = 20
 def check_dtypes(tree: PyTree, policy: Policy | str | PyTree) -> None:
     """Raises if arrays are stored in other dtypes than they should be.
 
-    Checkpoints change dtypes without a sign: a library restores what was saved, another
-    what it knows. Everything that follows still runs, in the wrong precision.
+    A checkpoint can silently change dtypes: some libraries restore the dtype that was
+    saved, others the one that they expect. Everything still runs, in the wrong
+    precision.
 
     Args:
       tree: pytree of arrays or `jax.ShapeDtypeStruct`s.
-      policy: what `get_policy` takes, for parameters: every real floating leaf has to
-        be in `param_dtype`. Or a tree of the same structure with the dtypes wanted, for
-        mixed parameters and for optimizer states: `jax.eval_shape(tx.init, params)`.
+      policy: for parameters, what `get_policy` takes: every real floating leaf has to
+        be in `param_dtype`. For mixed parameters and optimizer states, a tree of the
+        same structure with the right dtypes: `jax.eval_shape(tx.init, params)`.
 
     Raises:
       DtypeMismatch: with one line for each leaf that differs.

@@ -1,9 +1,9 @@
-"""Copies of the weights in an optimizer's state, and how they follow new weights.
+"""Finds copies of the weights in an optimizer's state, and replaces them by new ones.
 
-DoG, Prodigy, Mechanize, schedule-free averages and `ema` keep the first weights. They
-are told from moments by their values: under one prefix of the state's paths, every
-array is bit for bit the weight of the same path, and not all of them are one constant,
-as a state of zeros is beside weights of zeros.
+DoG, Prodigy, Mechanize, schedule-free averages and `ema` keep the first weights. Their
+values distinguish copies from moments: under one prefix of the state's paths, every
+array equals the weight of the same path bit for bit, and the arrays are not all one
+constant, as zeros would be beside weights of zero.
 """
 
 from typing import Any, NamedTuple
@@ -12,26 +12,25 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
-
-PyTree = Any
+from jaxmp._tree import PyTree
 
 
 class Weights(NamedTuple):
-    """The weights that a part of the state may hold copies of, old and new."""
+    """The weights whose copies a state may hold, before and after the change."""
 
     old: PyTree
     new: PyTree
 
 
 def replace_copies(state: PyTree, weights: Weights) -> PyTree:
-    """Puts new weights in place of the copies of the old ones.
+    """Replaces copies of the old weights by the new ones.
 
     Args:
       state: state of an optimizer, of any structure.
       weights: two trees of one structure, as the optimizer sees them.
 
     Returns:
-      The state; arrays that are no copies are returned as they are.
+      The state; all other arrays are returned unchanged.
     """
     old = _by_path(weights.old)
     new = _by_path(weights.new)
@@ -58,9 +57,9 @@ def _by_path(tree: PyTree) -> dict[Any, Any]:
 
 
 def _suffix(path: Any, known: dict[Any, Any]) -> Any:
-    """The longest end of a path that is the path of a weight."""
-    ends = (path[i:] for i in range(len(path) + 1))
-    return next((end for end in ends if end in known), None)
+    """The longest suffix of a path that is the path of a weight."""
+    suffixes = (path[i:] for i in range(len(path) + 1))
+    return next((suffix for suffix in suffixes if suffix in known), None)
 
 
 def _same_type(x: Any, weight: Any) -> bool:

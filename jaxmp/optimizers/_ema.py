@@ -1,11 +1,11 @@
-"""`ema`: an average of the weights, in float32 whatever they are stored in.
+"""`ema`: an average of the weights, always in float32.
 
     tx = loss_scaling(master_weights(optax.chain(adamw, ema(0.9999))), policy)
 
-It stands last, and averages what the parameters become; the update passes unchanged.
-Inside of `master_weights` it averages the float32 masters. A skipped step, and a
-micro-batch within `accumulate`, leave the average as it is. (`optax.ema` is another
-thing: it averages the updates.)
+It stands last, passes the update on unchanged, and averages what the parameters become.
+Inside `master_weights` it averages the float32 masters. Skipped steps and the
+micro-batches within a window of `accumulate` leave the average alone. (`optax.ema`
+differs: it averages the updates.)
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +16,10 @@ import numpy as np
 import optax
 
 from jaxmp import _tree
-from jaxmp._transformations import composition as _composition
+from jaxmp._transformations import composition
 from jaxmp._transformations.wrapping import float32_view, pinned, require_params
+from jaxmp._tree import PyTree
 from jaxmp.errors import MissingState, OptimizerOptionError
-
-PyTree = Any
 
 
 class EmaState(NamedTuple):
@@ -36,8 +35,8 @@ def ema(decay: float) -> optax.GradientTransformationExtraArgs:
     """Averages the weights exponentially, starting from the first ones.
 
     Args:
-      decay: how much of the average stays on every step, from 0 to below 1. It averages
-        over about `1 / (1 - decay)` steps.
+      decay: share of the average that stays on every step, from 0 to below 1. The
+        average covers about `1 / (1 - decay)` steps.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `EmaState`. It goes
@@ -64,22 +63,27 @@ def ema(decay: float) -> optax.GradientTransformationExtraArgs:
     """
     if not 0 <= decay < 1:
         raise OptimizerOptionError(
-            f"decay={decay} is no share of the average that stays. Use a number from 0 "
-            "to below 1, such as 0.999."
+            f"decay={decay} is not the share of an average that stays. Use a number "
+            "from 0 to below 1, such as 0.999."
         )
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> EmaState:
         return EmaState(jax.tree.map(_own_copy, float32_view(params)))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, EmaState]:
         del extra_args
-        _composition.require_state(state, EmaState, "ema")
+        composition.require_state(state, EmaState, "ema")
         require_params(params, "ema")
         moved = optax.apply_updates(float32_view(params), updates)
         shadow = jax.tree.map(_average, state.shadow, moved)
         return updates, EmaState(pinned(shadow, state.shadow))
 
-    def _average(old, new):
+    def _average(old: Any, new: Any) -> Any:
         if not _tree.is_inexact(old):
             return new
         return old + (new - old) * np.asarray(1 - decay, old.dtype)
@@ -96,7 +100,7 @@ def get_ema(opt_state: optax.OptState, params: PyTree) -> PyTree:
         `jax.eval_shape(get_master_weights, opt_state, params)` to get float32.
 
     Returns:
-      A tree like `params`.
+      The average, with the structure and dtypes of `params`.
 
     Raises:
       MissingState: if `opt_state` holds no average, or several.
@@ -108,7 +112,7 @@ def get_ema(opt_state: optax.OptState, params: PyTree) -> PyTree:
       >>> get_ema(ema(0.999).init(w), w).dtype.name
       'bfloat16'
     """
-    states = [x for x in _composition.nodes(opt_state) if isinstance(x, EmaState)]
+    states = [x for x in composition.nodes(opt_state) if isinstance(x, EmaState)]
     if len(states) != 1:
         raise MissingState(
             f"There are {len(states)} averages in this {type(opt_state).__name__}, and "

@@ -1,4 +1,4 @@
-"""Reading, loading and checking master weights from outside of the optimizer."""
+"""Reading, loading and checking master weights from outside the optimizer."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 from jaxmp import _tree
-from jaxmp._transformations import composition as _composition
+from jaxmp._transformations import composition
+from jaxmp._tree import PyTree
 from jaxmp.errors import MasterWeightsMismatch, MissingState
 from jaxmp.optimizers._copies import Weights, replace_copies
 from jaxmp.optimizers._master_weights import (
@@ -17,8 +18,6 @@ from jaxmp.optimizers._master_weights import (
     round_to_working,
     weight_of,
 )
-
-PyTree = Any
 
 
 def get_master_weights(opt_state: optax.OptState, params: PyTree) -> PyTree:
@@ -52,10 +51,10 @@ def get_master_weights(opt_state: optax.OptState, params: PyTree) -> PyTree:
 def load_master_weights(
     opt_state: optax.OptState, params: PyTree, weights: PyTree
 ) -> tuple[PyTree, optax.OptState]:
-    """Puts float32 weights into the masters, and their rounding into the parameters.
+    """Loads float32 weights into the masters, and their rounding into the parameters.
 
-    It starts half-precision training from float32 parameters without losing their low
-    bits, and continues it from a float32 checkpoint.
+    Use it to start half-precision training from float32 parameters without losing their
+    low bits, or to continue from a float32 checkpoint.
 
     Args:
       opt_state: state of `master_weights`, or anything that contains it.
@@ -63,7 +62,7 @@ def load_master_weights(
       weights: tree of the same structure and shapes, in float32.
 
     Returns:
-      The new parameters and the new state; moments and counts stay as they are.
+      The new parameters and the new state; moments and counts are unchanged.
 
     Raises:
       MissingState: if `opt_state` holds no master weights.
@@ -82,17 +81,17 @@ def load_master_weights(
     _states(opt_state)
     working = jax.tree.map(_tree.like, weights, params)
 
-    def round_weight(master, weight, p):
+    def round_weight(master: Any, weight: Any, p: Any) -> Any:
         if is_masked(master):
             return p
         return round_to_working(_float32(weight), master, p)[0].astype(p.dtype)
 
-    def new_master(master, weight, p):
+    def new_master(master: Any, weight: Any, p: Any) -> Any:
         if is_masked(master):
             return master
         return round_to_working(_float32(weight), master, p)[1]
 
-    def load(node):
+    def load(node: Any) -> Any:
         nonlocal working
         if not isinstance(node, MasterWeightsState):
             return node
@@ -104,11 +103,11 @@ def load_master_weights(
         inner_state = replace_copies(node.inner_state, Weights(old, new))
         return node._replace(inner_state=inner_state, master=master)
 
-    def is_ours(x):
+    def is_ours(x: Any) -> bool:
         return isinstance(x, MasterWeightsState)
 
     opt_state = jax.tree.map(load, opt_state, is_leaf=is_ours)
-    # What stands beside the masters sees the working weights, some of it in float32.
+    # States beside the masters copy the working weights, some of them in float32.
     nodes, structure = jax.tree.flatten(opt_state, is_leaf=is_ours)
     beside = [None if is_ours(x) else x for x in nodes]
     beside = jax.tree.unflatten(structure, beside)
@@ -123,9 +122,9 @@ def load_master_weights(
 def check_master_weights(opt_state: optax.OptState, params: PyTree) -> None:
     """Raises on the host if working weights are not the rounded masters.
 
-    Call it on what was restored: parameters and optimizer state of different steps
-    train on without a sign, and the next update pulls the weights back to the masters.
-    A split master cannot disagree, since the working weight is a part of it.
+    Call it after a restore: parameters and optimizer state of different steps go on
+    training silently, and the next update pulls the weights back to the masters. A
+    split master cannot disagree, since the working weight is a part of it.
 
     Args:
       opt_state: state of `master_weights`, or anything that contains it.
@@ -133,9 +132,9 @@ def check_master_weights(opt_state: optax.OptState, params: PyTree) -> None:
 
     Raises:
       MissingState: if `opt_state` holds no master weights.
-      MasterWeightsMismatch: naming the leaf, if a weight is further from its master
-        than one unit in its last place and than 2^-23 of the leaf's largest weight,
-        which is what a weight that shrank in one step may be off by.
+      MasterWeightsMismatch: naming the leaf, if a weight differs from its master by
+        more than one unit in its last place and more than 2^-23 of the leaf's largest
+        weight. A weight that shrank in one step may be off by that much.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp, optax
@@ -157,7 +156,7 @@ def check_master_weights(opt_state: optax.OptState, params: PyTree) -> None:
 def _states(opt_state: Any) -> list[MasterWeightsState]:
     states = [
         node
-        for node in _composition.nodes(opt_state)
+        for node in composition.nodes(opt_state)
         if isinstance(node, MasterWeightsState)
     ]
     if not states:

@@ -3,18 +3,17 @@
     tx = loss_scaling(master_weights(optax.adamw(1e-3)), policy)
 
 The inner optimizer sees float32 weights and float32 gradients, as if the model were
-stored in float32. The update that comes out moves the half weights exactly onto the
-rounded master, so that `optax.apply_updates`, `nnx.Optimizer` and `TrainState` need to
-know nothing of it.
+stored in float32. The resulting update moves the half weights exactly onto the rounded
+master, so `optax.apply_updates`, `nnx.Optimizer` and `TrainState` work unchanged.
 
 Sharp edges
 - A weight that falls below 2^-16 of its size in one step (float16: below 2^-13) may
-  miss the rounded master by the rounding of that step, and is put right by the next.
+  miss the rounded master by the rounding of that step; the next step corrects it.
 - A working weight that has become infinite, because its master left float16's range,
-  stays so: no finite sum leads back.
-- With `split=True` the master is what the working weight and its remainder say
-  together: weights that are loaded or changed by hand change it too. Without it, they
-  are pulled back to the master by the next step; `load_master_weights` is the way.
+  stays infinite: no finite update leads back.
+- With `split=True`, working weight and remainder form the master together, so loading
+  or editing a weight changes the master too. Without it, the next step pulls an edited
+  weight back to its master; use `load_master_weights` instead.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp import _tree
-from jaxmp._transformations import composition as _composition
+from jaxmp._transformations import composition
 from jaxmp._transformations.rounding import (
     join_float32,
     landing_update,
@@ -33,6 +32,7 @@ from jaxmp._transformations.rounding import (
     split_float32,
 )
 from jaxmp._transformations.wrapping import (
+    COPY_OR_RANDOM,
     LOSS_SCALING_OUTERMOST,
     float32_view,
     pinned,
@@ -40,18 +40,13 @@ from jaxmp._transformations.wrapping import (
     strong_state,
     with_extra_args,
 )
+from jaxmp._tree import PyTree
 from jaxmp.errors import MasterWeightsMismatch, OptimizerOptionError
-
-PyTree = Any
 
 _REPAIRS = {
     "loss_scaling": LOSS_SCALING_OUTERMOST,
     "master_weights": "One float32 copy is enough: master_weights(optax.adamw(1e-3)).",
-    "stochastic_rounding": (
-        "There is nothing to round at random where a float32 copy is kept. Use one of "
-        "them: master_weights(optax.adamw(1e-3)), or "
-        "stochastic_rounding(optax.adamw(1e-3), seed=0)."
-    ),
+    "stochastic_rounding": COPY_OR_RANDOM,
 }
 
 
@@ -78,14 +73,14 @@ def master_weights(
     """Keeps a float32 copy of half-precision parameters, and optimizes that.
 
     After `optax.apply_updates` the working weights equal `round(master)` on every step.
-    Parameters of other dtypes have no copy, and pass to `inner` as they are.
+    Parameters of other dtypes have no copy and reach `inner` unchanged.
 
     Args:
-      inner: any Optax transformation. It is shown float32 parameters and gradients.
-      split: True stores, in place of a float32 master, the 16 bits that a bfloat16
-        weight lacks: two bytes per parameter, and together exactly float32. Working
+      inner: any Optax transformation. It sees float32 parameters and gradients.
+      split: True stores only the 16 bits that a bfloat16 weight lacks, in place of a
+        float32 master: two bytes per parameter, and together exactly float32. Working
         weights are then rounded to nearest with ties away from zero, else to even.
-      trainable: which parameters move: booleans, as a pytree or a prefix of it, or a
+      trainable: the parameters that move: booleans, as a pytree or a prefix of it, or a
         function from parameters to that. The others are frozen: they get no master and
         no state in `inner`, which sees `optax.MaskedNode` in their place.
 
@@ -95,15 +90,15 @@ def master_weights(
 
     Raises:
       OptimizerOptionError: from `init`, if `split` meets float16 parameters.
-      TransformationOrder: from `init`, if `inner` holds a loss scale, stochastic
+      TransformationOrder: from `init`, if `inner` contains a loss scale, stochastic
         rounding or another master.
       MissingParams: from `update` without parameters.
       MasterWeightsMismatch: from `update`, if the parameters have other dtypes than
-        those that `init` saw.
+        `init` saw.
 
     References:
       Micikevicius et al., "Mixed Precision Training", 2018, section 3.1
-      (https://arxiv.org/abs/1710.03740). The split form as Megatron-LM's
+      (https://arxiv.org/abs/1710.03740). The split form follows Megatron-LM's
       `store_param_remainders` (megatron/core/optimizer/optimizer_config.py).
 
     Example:
@@ -119,17 +114,22 @@ def master_weights(
     """
     inner = with_extra_args(inner)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> MasterWeightsState:
         moving = _hide_frozen(params, trainable)
         inner_state = strong_state(inner.init(float32_view(moving)))
-        _composition.refuse_inside("master_weights", inner_state, _REPAIRS)
+        composition.refuse_inside("master_weights", inner_state, _REPAIRS)
         master = jax.tree_util.tree_map_with_path(
             lambda path, p: _first_master(path, p, split), moving
         )
         return MasterWeightsState(inner_state, master)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        _composition.require_state(state, MasterWeightsState, "master_weights")
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MasterWeightsState]:
+        composition.require_state(state, MasterWeightsState, "master_weights")
         require_params(params, "master_weights")
         moving = _hide_frozen(params, trainable)
         weights = jax.tree_util.tree_map_with_path(_weight, moving, state.master)
@@ -155,7 +155,7 @@ def round_to_working(weight: jax.Array, master: Any, p: Any) -> tuple[Any, Any]:
 
     Args:
       weight: float32 array.
-      master: the old master, which tells its kind.
+      master: the old master, which shows whether it is split.
       p: half-precision array.
 
     Returns:
@@ -167,14 +167,14 @@ def round_to_working(weight: jax.Array, master: Any, p: Any) -> tuple[Any, Any]:
 
 
 def weight_of(master: Any, p: Any) -> Any:
-    """Returns the float32 weight of which `p` is the working copy."""
+    """Returns the float32 weight whose working copy is `p`."""
     if is_masked(master):
         return p
     return join_float32(p, master) if master.dtype == jnp.uint16 else master
 
 
 def is_masked(x: Any) -> bool:
-    """Whether this stands in place of a parameter that has no master."""
+    """Whether this stands for a parameter without a master."""
     return isinstance(x, optax.MaskedNode)
 
 
@@ -211,10 +211,10 @@ def _first_master(path: Any, p: Any, split: bool) -> Any:
 def _weight(path: Any, p: Any, master: Any) -> Any:
     is_half = _tree.is_array(p) and p.dtype in _tree.HALF
     if is_half == is_masked(master):
-        there_is = "no float32 master" if is_half else "a float32 master"
+        master_is = "no float32 master" if is_half else "a float32 master"
         raise MasterWeightsMismatch(
-            f"The parameter {_tree.path_string(path)!r} is {p.dtype}, and there "
-            f"is {there_is} of it: init() saw another dtype than update() does. Call "
+            f"The parameter {_tree.path_string(path)!r} is {p.dtype}, and it has "
+            f"{master_is}: init() saw another dtype than update() does. Call "
             "tx.init on the half-precision parameters; load_master_weights(state, "
             "params, weights) then gives them their float32 values."
         )
@@ -222,13 +222,13 @@ def _weight(path: Any, p: Any, master: Any) -> Any:
 
 
 def _hide_frozen(tree: PyTree, trainable: Any) -> PyTree:
-    """Puts a MaskedNode in place of every leaf that does not move, as optax.masked."""
-    no_leaves = not jax.tree.leaves(tree)  # as optax.tree_map_params asks
+    """Replaces every leaf that does not move by a MaskedNode, as optax.masked does."""
+    no_leaves = not jax.tree.leaves(tree)  # as in optax.tree_map_params
     if trainable is None or no_leaves:
         return tree
     moves = trainable(tree) if callable(trainable) else trainable
 
-    def hide(moves, subtree):
+    def hide(moves: Any, subtree: PyTree) -> PyTree:
         if moves:
             return subtree
         return jax.tree.map(lambda _: optax.MaskedNode(), subtree)

@@ -1,19 +1,19 @@
-"""`cast_state`: the moments of any optimizer, stored in half of the bytes.
+"""`cast_state`: stores the moments of any optimizer in half the bytes.
 
     moments = cast_state(optax.adamw(1e-3), "bfloat16", rounding="stochastic")
     tx = loss_scaling(master_weights(moments), policy)
 
-The state is widened to float32 before every update and rounded after it. Whatever the
-inner optimizer computes, it computes in float32.
+The state is widened to float32 before every update and rounded after it, so the inner
+optimizer always computes in float32.
 
-Which arrays are moments is not guessed from names: `init` is traced twice, for the
-parameters and for parameters with every axis one longer. What grows is a moment (the
-factors of Adafactor, the history of L-BFGS as well); what does not grow is a count, a
-hyperparameter or a scalar of the algorithm, and keeps its dtype.
+To find the moments without guessing from names, `init` is traced twice: for the
+parameters, and for parameters with every axis one longer. An array that grows is a
+moment, as are the factors of Adafactor and the history of L-BFGS. An array that does
+not grow is a count, a hyperparameter or a scalar of the algorithm, and keeps its dtype.
 
 Sharp edges
-- Rounded to nearest, an average that moves by less than 1/512 of itself stands still:
-  with b2 = 0.999 Adam's second moment does. That is what stochastic rounding is for.
+- Rounded to nearest, an average that moves by less than 1/512 of itself stands still,
+  as Adam's second moment does with b2 = 0.999. Stochastic rounding avoids this.
 - float16 has no room for squares of small gradients: below 2e-4 they become zero.
 """
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp import _tree
-from jaxmp._transformations import composition as _composition
+from jaxmp._transformations import composition
 from jaxmp._transformations.rounding import round_to_nearest
 from jaxmp._transformations.wrapping import (
     LOSS_SCALING_OUTERMOST,
@@ -45,20 +45,21 @@ ROUNDINGS = ("nearest", "stochastic")
 _REPAIRS = {
     "loss_scaling": LOSS_SCALING_OUTERMOST,
     "master_weights": (
-        "It would round the float32 master weights, which are there not to be rounded. "
-        "Turn them round: master_weights(cast_state(optax.adamw(1e-3), 'bfloat16'))."
+        "It would round the float32 master weights, whose point is not to be rounded. "
+        "Swap them: master_weights(cast_state(optax.adamw(1e-3), 'bfloat16'))."
     ),
     "stochastic_rounding": (
-        "It would be shown float32 parameters, and round nothing. Turn them round: "
+        "It would see float32 parameters there, and round nothing. Swap them: "
         "stochastic_rounding(cast_state(optax.adamw(1e-3), 'bfloat16'), seed=0)."
     ),
     "accumulate": (
-        "It would round the sums of gradients, which are float32 for a reason. Turn "
-        "them round: accumulate(cast_state(optax.adamw(1e-3), 'bfloat16'), 4)."
+        "It would round the sums of gradients, which are float32 for a reason. Swap "
+        "them: accumulate(cast_state(optax.adamw(1e-3), 'bfloat16'), 4)."
     ),
     "ema": (
-        "It would round the averaged weights, which are float32 for a reason. Put them "
-        "beside: optax.chain(cast_state(optax.adamw(1e-3), 'bfloat16'), ema(0.999))."
+        "It would round the averaged weights, which are float32 for a reason. Use both "
+        "in a chain: "
+        "optax.chain(cast_state(optax.adamw(1e-3), 'bfloat16'), ema(0.999))."
     ),
     "cast_state": "One dtype is enough: cast_state(optax.adamw(1e-3), 'bfloat16').",
 }
@@ -68,7 +69,7 @@ class CastStateState(NamedTuple):
     """State of `cast_state`."""
 
     inner_state: optax.OptState
-    """State of the inner optimizer, its moments in the dtype that was asked for."""
+    """State of the inner optimizer, with its moments in the chosen dtype."""
     draws: Any
     """int32: how often it was rounded at random; None for rounding to nearest."""
 
@@ -85,20 +86,21 @@ def cast_state(
     """Stores the moments of an optimizer in another dtype, and computes in float32.
 
     Args:
-      inner: any Optax transformation. It is shown float32 parameters, gradients and
+      inner: any Optax transformation. It sees float32 parameters, gradients and
         moments.
-      dtype: what moments are stored in: bfloat16, float16 or float32. Counts, scalars
-        and hyperparameters stay as they are.
+      dtype: storage dtype of the moments: bfloat16, float16 or float32. Counts, scalars
+        and hyperparameters keep theirs.
       rounding: `"nearest"` or `"stochastic"`.
-      seed: of stochastic rounding.
+      seed: seed of stochastic rounding.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `CastStateState`.
 
     Raises:
       OptimizerOptionError: for another dtype or rounding.
-      TransformationOrder: from `init`, if `inner` holds what goes around it: a loss
-        scale, master weights, stochastic rounding, accumulators or averaged weights.
+      TransformationOrder: from `init`, if `inner` contains something that goes around
+        it: a loss scale, master weights, stochastic rounding, accumulators or averaged
+        weights.
 
     References:
       Zamirai et al., "Revisiting BFloat16 Training", 2020
@@ -116,14 +118,15 @@ def cast_state(
     dtype = half_or_float32(dtype)
     if rounding not in ROUNDINGS:
         raise OptimizerOptionError(
-            f"rounding={rounding!r} is none of {', '.join(map(repr, ROUNDINGS))}."
+            f"rounding={rounding!r} is unknown. Use one of: "
+            f"{', '.join(map(repr, ROUNDINGS))}."
         )
     stochastic = rounding == "stochastic"
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> CastStateState:
         weights = float32_view(params)
         inner_state = strong_state(inner.init(weights))
-        _composition.refuse_inside("cast_state", inner_state, _REPAIRS)
+        composition.refuse_inside("cast_state", inner_state, _REPAIRS)
         moments = _grows_with_params(inner, weights)
         inner_state = jax.tree.map(
             lambda x, grows: x.astype(dtype) if grows and _is_castable(x) else x,
@@ -132,8 +135,13 @@ def cast_state(
         )
         return CastStateState(inner_state, jnp.int32(0) if stochastic else None)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        _composition.require_state(state, CastStateState, "cast_state")
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, CastStateState]:
+        composition.require_state(state, CastStateState, "cast_state")
         moments = jax.tree.map(
             lambda x: _tree.at_least_float32(x) if _is_stored(x) else x,
             state.inner_state,
@@ -143,7 +151,7 @@ def cast_state(
         )
         return updates, store(moments, state)
 
-    def store(moments, state):
+    def store(moments: optax.OptState, state: CastStateState) -> CastStateState:
         if not stochastic:
             inner_state = jax.tree.map(_store_nearest, moments, state.inner_state)
             return CastStateState(inner_state, None)
@@ -151,15 +159,15 @@ def cast_state(
         inner_state = jax.tree.map(_store_random, moments, state.inner_state, keys)
         return CastStateState(inner_state, state.draws + 1)
 
-    def _is_stored(x):
+    def _is_stored(x: Any) -> bool:
         return _tree.is_array(x) and x.dtype == dtype
 
-    def _store_nearest(x, stored):
+    def _store_nearest(x: Any, stored: Any) -> Any:
         if _is_stored(stored) and dtype in _tree.HALF:
             x = round_to_nearest(_tree.at_least_float32(x), dtype)
         return pinned(x, stored)
 
-    def _store_random(x, stored, key):
+    def _store_random(x: Any, stored: Any, key: jax.Array) -> Any:
         if _is_stored(stored) and dtype in _tree.HALF:
             x = stochastic_round(x, dtype, key)
         return pinned(x, stored)
@@ -172,9 +180,9 @@ def _is_castable(x: Any) -> bool:
 
 
 def _grows_with_params(inner: Any, params: Any) -> Any:
-    """Tells of each leaf of the state whether its shape follows the parameters'."""
+    """Returns for each leaf of the state whether its shape follows the parameters'."""
 
-    def lengthen(x):
+    def lengthen(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct([n + 1 for n in x.shape], x.dtype)
 
     shapes = jax.eval_shape(inner.init, params)

@@ -2,12 +2,12 @@
 
     tx = loss_scaling(stochastic_rounding(optax.adamw(1e-3), seed=0), policy)
 
-A step that is too small for a bfloat16 weight is lost by rounding to nearest, always.
-Rounded up or down at random, in proportion to where it lies, it is kept on average: the
-weight makes one step in a hundred, a hundred times as large. No float32 copy is stored.
+Rounding to nearest always loses a step that is too small for a bfloat16 weight.
+Rounding up or down at random, in proportion to the distance, keeps it on average: the
+weight moves once in a hundred steps, a hundred times as far. No float32 copy is stored.
 
-The random bits come from Threefry, counted by the state: the same seed and step give
-the same bits on every backend, and a restored run goes on as the first would have.
+The random bits come from Threefry and a counter in the state: the same seed and step
+give the same bits on every backend, and a restored run goes on as if never stopped.
 """
 
 from typing import Any, NamedTuple
@@ -19,13 +19,14 @@ import optax
 from jax import lax
 
 from jaxmp import _tree
-from jaxmp._transformations import composition as _composition
+from jaxmp._transformations import composition
 from jaxmp._transformations.rounding import (
     FLOAT16_SUBNORMALS_PER_UNIT,
     SMALLEST_NORMAL_FLOAT16,
     landing_update,
 )
 from jaxmp._transformations.wrapping import (
+    COPY_OR_RANDOM,
     LOSS_SCALING_OUTERMOST,
     float32_view,
     pinned,
@@ -37,11 +38,7 @@ from jaxmp.errors import OptimizerOptionError
 
 _REPAIRS = {
     "loss_scaling": LOSS_SCALING_OUTERMOST,
-    "master_weights": (
-        "Where a float32 copy is kept, nothing needs to be rounded at random. Use one "
-        "of them: master_weights(optax.adamw(1e-3)), or "
-        "stochastic_rounding(optax.adamw(1e-3), seed=0)."
-    ),
+    "master_weights": COPY_OR_RANDOM,
     "stochastic_rounding": (
         "Once is enough: stochastic_rounding(optax.adamw(1e-3), seed=0)."
     ),
@@ -67,17 +64,18 @@ def stochastic_rounding(
     """Rounds updated half-precision weights at random, without a float32 copy.
 
     Args:
-      inner: any Optax transformation. It is shown float32 parameters and gradients.
-      seed: of the random bits.
+      inner: any Optax transformation. It sees float32 parameters and gradients.
+      seed: seed of the random bits.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a
       `StochasticRoundingState`. Its updates are float32 and land on the rounded value,
-      so that `optax.apply_updates` rounds nothing any more. An update of zero moves
+      so `optax.apply_updates` has nothing left to round. An update of zero moves
       nothing. Parameters of other dtypes get the update of `inner`.
 
     Raises:
-      TransformationOrder: from `init`, if `inner` holds a loss scale or master weights.
+      TransformationOrder: from `init`, if `inner` contains a loss scale, master weights
+        or stochastic rounding.
       MissingParams: from `update` without parameters.
 
     References:
@@ -97,15 +95,18 @@ def stochastic_rounding(
     """
     inner = with_extra_args(inner)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> StochasticRoundingState:
         inner_state = strong_state(inner.init(float32_view(params)))
-        _composition.refuse_inside("stochastic_rounding", inner_state, _REPAIRS)
+        composition.refuse_inside("stochastic_rounding", inner_state, _REPAIRS)
         return StochasticRoundingState(inner_state, jnp.zeros((), jnp.int32))
 
-    def update_fn(updates, state, params=None, **extra_args):
-        _composition.require_state(
-            state, StochasticRoundingState, "stochastic_rounding"
-        )
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, StochasticRoundingState]:
+        composition.require_state(state, StochasticRoundingState, "stochastic_rounding")
         require_params(params, "stochastic_rounding")
         weights = float32_view(params)
         updates, inner_state = inner.update(
@@ -122,13 +123,14 @@ def stochastic_rounding(
 def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     """Rounds up or down at random, so that the expectation is `x`.
 
-    What `dtype` can represent stays as it is, bit for bit; so do NaN, infinities and
-    the sign of zero. A finite number never becomes infinite: beyond the largest finite
-    value of `dtype` it is that value. Subnormal results are rounded as the others.
+    Values that `dtype` can represent are kept bit for bit, and so are NaN, infinities
+    and the sign of zero. A finite number never becomes infinite: beyond the largest
+    finite value of `dtype` it becomes that value. Subnormal results are rounded like
+    all others.
 
     Args:
       x: real floating array; computed in float32.
-      dtype: float16 or bfloat16; float32 takes `x` as it is.
+      dtype: float16 or bfloat16; float32 only casts `x`.
       key: a key of `jax.random`. Threefry keys give the same bits on every backend.
 
     Returns:
@@ -169,7 +171,7 @@ def keys_like(tree: Any, seed: int, draws: jax.Array) -> Any:
 
 
 def half_or_float32(dtype: Any) -> np.dtype:
-    """Reads a dtype, and refuses what nothing here rounds to."""
+    """Reads a dtype, and refuses all but float16, bfloat16 and float32."""
     dtype = jnp.dtype(dtype)
     if dtype not in _tree.CASTABLE:
         raise OptimizerOptionError(
@@ -179,10 +181,10 @@ def half_or_float32(dtype: Any) -> np.dtype:
 
 
 def _round_bits(x: jax.Array, random: jax.Array, dtype: Any) -> jax.Array:
-    """Adds random bits to those that `dtype` lacks, and cuts them off.
+    """Adds random bits below the last place of `dtype`, and cuts them off.
 
     A carry moves the magnitude up to the next value, across powers of two as well.
-    These are integers: bfloat16's subnormals would be flushed by float32 arithmetic.
+    Integers are used because float32 arithmetic would flush bfloat16's subnormals.
     """
     info = jnp.finfo(dtype)
     lacking = np.uint32(2 ** (jnp.finfo(jnp.float32).nmant - info.nmant) - 1)

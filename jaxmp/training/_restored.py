@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jaxmp import _tree
-from jaxmp._transformations import composition as _composition
+from jaxmp._transformations import composition
 from jaxmp.errors import (
     CheckpointPolicyMismatch,
     MissingLossScale,
@@ -77,7 +77,7 @@ def check_restored(state: Any, *, tx: Any = None, params: Any = None) -> None:
     shapes = jax.eval_shape(tx.init, params)
     if jax.tree.structure(shapes) == jax.tree.structure(state):
         check_dtypes(state, shapes)
-    if "master_weights" in _composition.names(state):
+    if "master_weights" in composition.names(state):
         check_master_weights(state, params)
 
 
@@ -150,7 +150,7 @@ def adopt(state: Any, policy: Any, *, cls: type[T] = TrainState, **kwargs: Any) 
     """
     policy = read_policy(policy)
     fields, options = split_options(cls, kwargs)
-    if "loss_scaling" in _composition.names(state.opt_state):
+    if "loss_scaling" in composition.names(state.opt_state):
         raise TrainStateOptionError(
             "The optimizer of this state has a loss scale already. Create a new state "
             "with it, TrainState.create(tx=state.tx, ...), and restore into that."

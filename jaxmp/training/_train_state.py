@@ -11,7 +11,7 @@ from flax import serialization, struct
 from flax.training import train_state
 
 from jaxmp._jaxpr.flax_internals import OVERWRITE_WITH_GRADIENT
-from jaxmp._transformations import composition as _composition
+from jaxmp._transformations import composition
 from jaxmp.errors import InvalidCheckpoint
 from jaxmp.loss_scale import select_applied, value_and_grad
 from jaxmp.optimizers import check_master_weights
@@ -176,7 +176,7 @@ class TrainState(train_state.TrainState):
             **({} if value is None else {"value": value}),
         )
         moved = optax.apply_updates(params, updates)
-        if _composition.decides_on_nonfinite(
+        if composition.decides_on_nonfinite(
             opt_state
         ):  # a bad micro-batch may end a good window
             params = moved
@@ -260,7 +260,7 @@ def _from_state_dict(state: TrainState, saved: dict[str, Any]) -> TrainState:
             for name in names
         }
     )
-    if "master_weights" in _composition.names(restored.opt_state):
+    if "master_weights" in composition.names(restored.opt_state):
         params = restored.params
         trained = params["params"] if _has_fp8_metadata(params) else params
         check_master_weights(restored.opt_state, trained)

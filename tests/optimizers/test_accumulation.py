@@ -202,7 +202,7 @@ def test_one_flag_over_all_devices():
 
 @pytest.mark.parametrize("every_k", [0, -1, 2.0, True])
 def test_every_k_is_a_count(every_k):
-    message = f"every_k={every_k}.*integer from 1"
+    message = f"every_k={every_k}.*integer of at least 1"
     with pytest.raises(OptimizerOptionError, match=message):
         accumulate(optax.sgd(1.0), every_k)
 
@@ -215,11 +215,11 @@ def test_on_nonfinite_is_one_of_two():
 
 
 ORDERS = {
-    "master_weights inside of cast_state": (
+    "master_weights inside cast_state": (
         lambda: cast_state(master_weights(optax.adam(1.0)), "bfloat16"),
-        r"master_weights\(\) stands inside of cast_state\(\).*Turn them round",
+        r"master_weights\(\) stands inside cast_state\(\).*Swap them",
     ),
-    "accumulate inside of cast_state": (
+    "accumulate inside cast_state": (
         lambda: cast_state(accumulate(optax.adam(1.0), 2), "bfloat16"),
         r"accumulate\(cast_state",
     ),
@@ -227,23 +227,23 @@ ORDERS = {
         lambda: master_weights(optax.chain(master_weights(optax.adam(1.0)))),
         "One float32 copy is enough",
     ),
-    "stochastic_rounding inside of master_weights": (
+    "stochastic_rounding inside master_weights": (
         lambda: master_weights(stochastic_rounding(optax.adam(1.0), seed=0)),
-        "nothing to round at random",
+        "nothing needs to be rounded at random",
     ),
-    "master_weights inside of stochastic_rounding": (
+    "master_weights inside stochastic_rounding": (
         lambda: stochastic_rounding(master_weights(optax.adam(1.0)), seed=0),
         "Where a float32 copy is kept",
     ),
-    "master_weights inside of accumulate": (
+    "master_weights inside accumulate": (
         lambda: accumulate(master_weights(optax.adam(1.0)), 2),
         r"keep no copy.*master_weights\(accumulate",
     ),
-    "stochastic_rounding inside of accumulate": (
+    "stochastic_rounding inside accumulate": (
         lambda: accumulate(stochastic_rounding(optax.adam(1.0), seed=0), 2),
         r"round nothing.*stochastic_rounding\(accumulate",
     ),
-    "stochastic_rounding inside of cast_state": (
+    "stochastic_rounding inside cast_state": (
         lambda: cast_state(stochastic_rounding(optax.adam(1.0), seed=0), "bfloat16"),
         r"round nothing.*stochastic_rounding\(cast_state",
     ),
@@ -270,9 +270,9 @@ for name, wrap in {
     "cast_state": lambda tx: cast_state(tx, "bfloat16"),
     "accumulate": lambda tx: accumulate(tx, 2),
 }.items():
-    ORDERS[f"loss_scaling inside of {name}"] = (
+    ORDERS[f"loss_scaling inside {name}"] = (
         lambda wrap=wrap: wrap(jaxmp.loss_scaling(optax.adam(1.0), "float32")),
-        rf"loss_scaling\(\) stands inside of {name}\(\).*outermost",
+        rf"loss_scaling\(\) stands inside {name}\(\).*outermost",
     )
 
 

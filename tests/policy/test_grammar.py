@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import jaxmp
 from jaxmp.errors import PolicyError
 from jaxmp.policy import Policy, get_policy, presets
-from jaxmp.policy.dtypes import dtype_to_names
 from jaxmp.policy._matmul_precision import precision_names
+from jaxmp.policy.dtypes import dtype_to_names
 
 # Policies, and the strings that name them
 
