@@ -1,8 +1,8 @@
-"""`TrainState` and checkpoints. Imports Flax, and Orbax for `Checkpoints` only."""
+"""`TrainState` and checkpoints. Imports Flax, and Orbax only for `Checkpoints`."""
 
 from typing import TYPE_CHECKING, Any
 
-from jaxmp.training._checkpoint_policy import check_checkpoint_policy, convert_like
+from jaxmp.training._checkpoint_policy import convert_like
 from jaxmp.training._restored import adopt, check_restored
 from jaxmp.training._train_state import TrainState, restore
 
@@ -15,7 +15,6 @@ __all__ = [
     "adopt",
     "check_restored",
     "Checkpoints",
-    "check_checkpoint_policy",
     "convert_like",
 ]
 

@@ -1,6 +1,6 @@
-"""The policy beside a checkpoint's arrays: checked on reading, converted if asked to.
+"""The policy that is saved beside a checkpoint's arrays, and checked on reading.
 
-Arrays alone do not tell under which policy they were trained, and a run that goes on
+Arrays alone do not show under which policy they were trained, and a run that goes on
 under another one by mistake looks fine for a long time.
 """
 
@@ -26,8 +26,8 @@ def check_checkpoint_policy(
 
     Args:
       saved: a mapping with the saved policy under `"policy"`.
-      policy: the policy of the run that goes on.
-      convert: True allows them to differ.
+      policy: the policy to go on with.
+      convert: True lets them differ.
 
     Returns:
       Whether they are the same.
@@ -37,7 +37,7 @@ def check_checkpoint_policy(
       InvalidCheckpoint: if `saved` names no policy.
 
     Example:
-      >>> from jaxmp.training import check_checkpoint_policy
+      >>> from jaxmp.training._checkpoint_policy import check_checkpoint_policy
       >>> check_checkpoint_policy({"policy": "p=full,c=f16,o=full"}, "mixed_float16")
       True
     """
@@ -52,7 +52,7 @@ def check_checkpoint_policy(
         raise CheckpointPolicyMismatch(
             f"The checkpoint was written under the policy {str(written)!r} and is read "
             f"under {str(read)!r}. Restore it under the former, or switch deliberately "
-            "with convert=True, which casts its arrays and starts the loss scale anew."
+            "with convert=True, which casts its arrays and restarts the loss scale."
         )
     return written == read
 
@@ -62,11 +62,11 @@ def convert_like(restored: T, fresh: T) -> T:
 
     Args:
       restored: pytree of arrays, as saved.
-      fresh: pytree of the same structure, as it is created under the new policy.
+      fresh: pytree of the same structure, as created under the new policy.
 
     Returns:
       The values of `restored` in the dtypes of `fresh`. Loss scales start as in
-      `fresh`; counts of applied and skipped steps go on.
+      `fresh`; the counts of applied and skipped steps go on.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,10 +75,10 @@ def convert_like(restored: T, fresh: T) -> T:
       dtype(bfloat16)
     """
 
-    def is_scale(x):
+    def is_scale(x: Any) -> bool:
         return isinstance(x, LossScaleState)
 
-    def convert(old, new):
+    def convert(old: Any, new: Any) -> Any:
         if not is_scale(new):
             return _tree.like(old, new)
         return old._replace(

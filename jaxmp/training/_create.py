@@ -1,4 +1,4 @@
-"""What `TrainState.create` makes of its arguments: one policy, one loss scale."""
+"""Reads the arguments of `TrainState.create`: one policy, one loss scale."""
 
 import dataclasses
 import difflib
@@ -17,6 +17,7 @@ from jaxmp.loss_scale import LossScale, dynamic_loss_scaling, loss_scaling
 from jaxmp.loss_scale.jmp_classes import of_jmp
 from jaxmp.loss_scale.made_with import MadeWith, has_float16, notes
 from jaxmp.loss_scale.state import find_all
+from jaxmp.loss_scale.unscale import OVERWRITE_WITH_GRADIENT
 from jaxmp.policy import Policy, get_policy
 
 _OPTIONS = tuple(
@@ -28,7 +29,7 @@ _OPTIONS = tuple(
 
 
 def read_policy(policy: Any) -> Policy:
-    """Reads the policy, and says where a loss scale goes that was given as one."""
+    """Reads a policy, and says where a loss scale goes that was passed as one."""
     if isinstance(of_jmp(policy), LossScale):
         name = type(policy).__name__
         raise PolicyError(
@@ -43,7 +44,7 @@ def read_policy(policy: Any) -> Policy:
 def split_options(
     cls: type, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts the fields of a train state from the options of its loss scale.
+    """Splits keywords into fields of a train state and options of its loss scale.
 
     Args:
       cls: the class of the train state, whose own fields win.
@@ -53,7 +54,7 @@ def split_options(
       The fields and the options.
 
     Raises:
-      TrainStateOptionError: for what is neither.
+      TrainStateOptionError: for a keyword that is neither.
     """
     names = [field.name for field in dataclasses.fields(cls)]
     fields = {name: x for name, x in kwargs.items() if name in names}
@@ -80,22 +81,22 @@ def with_loss_scale(
 
     Args:
       tx: an Optax transformation.
-      params: pytree of what it trains.
-      policy: of the train state.
-      options: those of `loss_scaling`.
+      params: pytree of the parameters that it trains.
+      policy: policy of the train state.
+      options: options of `loss_scaling`.
 
     Raises:
       LossScalePolicyMismatch: if `tx` has the scale of a policy that needs another.
-      TrainStateOptionError: if there are options and `tx` has a scale already.
+      TrainStateOptionError: if there are options, and `tx` already has a scale.
     """
-    # A look at the shapes: two optimizer states at once may not fit into memory.
+    # Shapes only: two optimizer states at once may not fit into memory.
     if not find_all(jax.eval_shape(tx.init, params)):
         return loss_scaling(tx, policy, **options)
     if options:
         name, value = next(iter(options.items()))
         raise TrainStateOptionError(
-            f"{name}={value!r} was given to TrainState.create, and its optimizer has a "
-            "loss scale already. Leave the scale to the train state, "
+            f"{name}={value!r} was given to TrainState.create, and its optimizer "
+            "already has a loss scale. Leave the scale to the train state, "
             f"TrainState.create(tx=optimizer, policy=..., {name}={value!r}), or pass "
             f"the option where the scale is made: loss_scaling(optimizer, policy, "
             f"{name}={value!r})."
@@ -105,6 +106,16 @@ def with_loss_scale(
     return tx
 
 
+def trained_part(tree: Any) -> Any:
+    """The parameters or gradients in variables that hold FP8 metadata beside them."""
+    return tree["params"] if has_fp8_metadata(tree) else tree
+
+
+def has_fp8_metadata(tree: Any) -> bool:
+    """Whether these are variables with scales and histories of FP8 beside the rest."""
+    return hasattr(tree, "keys") and OVERWRITE_WITH_GRADIENT in tree
+
+
 def _check_policy(scale: MadeWith, policy: Policy) -> None:
     if scale.policy is None or has_float16(scale.policy) == has_float16(policy):
         return
@@ -112,8 +123,8 @@ def _check_policy(scale: MadeWith, policy: Policy) -> None:
         f"The optimizer has the loss scale of the policy {str(scale.policy)!r}, "
         f"{_described(scale.policy)}, and the train state has the policy "
         f"{str(policy)!r}, which needs {_described(policy)}. Name the policy once: "
-        "TrainState.create(tx=optimizer, policy=...) makes the scale itself. A scale "
-        "that is to differ from the policy's is made without one: "
+        "TrainState.create(tx=optimizer, policy=...) makes the scale itself. To choose "
+        "a scale that differs from the policy's, make it without a policy: "
         "dynamic_loss_scaling(optimizer), static_loss_scaling(optimizer, 1024) or "
         "loss_scaling(optimizer, jaxmp.NoOpLossScale())."
     )

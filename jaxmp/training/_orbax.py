@@ -1,7 +1,7 @@
 """Checkpoints with Orbax. The only file that imports it.
 
-Orbax writes a checkpoint into a temporary folder and renames it when it is complete, so
-that one which is interrupted, by a signal or a power cut, is never read.
+Orbax writes a checkpoint into a temporary folder and renames it once it is complete. A
+checkpoint that was interrupted, by a signal or a power cut, is never read.
 """
 
 import os
@@ -31,12 +31,12 @@ ARRAYS, NOTES = "arrays", "notes"
 class Checkpoints:
     """A folder of Orbax checkpoints, each with its policy beside the arrays.
 
-    Everything that a `TrainState` holds is saved: parameters, optimizer state, loss
-    scale and counters, each in its dtype, so that a run goes on bit for bit.
+    All of a `TrainState` is saved: parameters, optimizer state, loss scale and
+    counters, each in its dtype, so that a run goes on bit for bit.
 
     Args:
-      directory: folder of this run, made if it does not exist.
-      max_to_keep: how many checkpoints stay; older ones are deleted.
+      directory: folder of this run; it is made if it does not exist.
+      max_to_keep: number of checkpoints to keep; older ones are deleted.
       **options: further fields of `orbax.checkpoint.CheckpointManagerOptions`, such as
         `enable_async_checkpointing=True` to save in the background.
 
@@ -59,7 +59,7 @@ class Checkpoints:
 
     def __init__(
         self, directory: str | os.PathLike[str], *, max_to_keep: int = 3, **options: Any
-    ):
+    ) -> None:
         self.directory = Path(directory).resolve()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -86,13 +86,13 @@ class Checkpoints:
         Args:
           step: number of the checkpoint.
           state: a `TrainState`, or any pytree, such as `(model, nnx_optimizer)`.
-          policy: what the state is trained under. A `TrainState` knows it.
-          notes: anything JSON can hold, to be read by `notes()`.
+          policy: policy under which the state is trained; a `TrainState` has its own.
+          notes: anything that JSON can hold; `notes()` reads it.
 
         Raises:
           PolicyError: if `policy` is missing or cannot be read.
-          orbax.checkpoint.checkpoint_manager.StepAlreadyExistsError: if there is a
-            checkpoint of that step.
+          orbax.checkpoint.checkpoint_manager.StepAlreadyExistsError: if this step
+            already has a checkpoint.
         """
         policy = _policy_of(state, policy)
         items = {
@@ -113,19 +113,19 @@ class Checkpoints:
         """Reads a checkpoint into the form of a freshly created state.
 
         Args:
-          state: says what the result looks like, shardings included.
-          step: which checkpoint; the newest by default.
-          policy: what the run goes on under. A `TrainState` knows it.
-          convert: True takes a checkpoint of another policy: parameters and moments are
-            cast to the dtypes of `state`, and the loss scale starts as in `state`.
+          state: a state with the structure, dtypes and shardings of the result.
+          step: step of the checkpoint; the newest by default.
+          policy: policy to go on with; a `TrainState` has its own.
+          convert: True accepts a checkpoint of another policy: parameters and moments
+            are cast to the dtypes of `state`, and the loss scale starts as in `state`.
 
         Returns:
           `state` with the saved values.
 
         Raises:
           CheckpointPolicyMismatch: if the policies differ and `convert` is False.
-          InvalidCheckpoint: if there is none, it names no policy, or its arrays have
-            other names, shapes or dtypes than those of `state`.
+          InvalidCheckpoint: if there is none, if it names no policy, or if its arrays
+            have other names, shapes or dtypes than those of `state`.
         """
         policy = _policy_of(state, policy)
         step = self._existing(step)
@@ -143,7 +143,7 @@ class Checkpoints:
         return restored if same else convert_like(restored, state)
 
     def notes(self, *, step: int | None = None) -> Any:
-        """Returns the notes that were saved with a checkpoint, the newest by default.
+        """Returns the notes saved with a checkpoint, the newest by default.
 
         Raises:
           InvalidCheckpoint: if there is no such checkpoint.
@@ -157,7 +157,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _existing(self, step: int | None) -> int:
@@ -166,7 +166,7 @@ class Checkpoints:
             wanted = "no checkpoint" if step is None else f"no checkpoint {step}"
             raise InvalidCheckpoint(
                 f"There is {wanted} in {self.directory} (found: {steps or 'none'}). "
-                "Pass the folder that was saved to."
+                "Pass the folder that the checkpoints were saved to."
             )
         return steps[-1] if step is None else step
 
@@ -182,7 +182,9 @@ class Checkpoints:
                 "with Orbax alone."
             ) from None
 
-    def _check_arrays(self, step: int, named: dict[str, Any], *, check_dtypes: bool):
+    def _check_arrays(
+        self, step: int, named: dict[str, Any], *, check_dtypes: bool
+    ) -> None:
         saved = self._manager.item_metadata(step)[ARRAYS]
         where = f"Checkpoint {step} in {self.directory}"
         for name in sorted(saved.keys() ^ named.keys()):
@@ -210,13 +212,13 @@ def _policy_of(state: Any, policy: Any) -> Any:
     if isinstance(state, TrainState):
         return state.policy
     raise PolicyError(
-        f"A {type(state).__name__} knows no policy. Pass the one it is trained under: "
-        "policy='mixed_float16'"
+        f"A {type(state).__name__} has no policy. Pass the one that it is trained "
+        "under: policy='mixed_float16'"
     )
 
 
 def _is_plain_array(x: Any) -> bool:
-    # Orbax describes a PRNG key by the integers that it is made of.
+    # Orbax describes a PRNG key by the integers inside it.
     return _tree.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 

@@ -20,7 +20,7 @@ from jaxmp.loss_scale.made_with import notes
 from jaxmp.loss_scale.state import LossScaleState, find
 from jaxmp.loss_scale.state_machines import DynamicMachine, Machine
 from jaxmp.optimizers import check_dtypes, check_master_weights
-from jaxmp.training._create import read_policy, split_options
+from jaxmp.training._create import read_policy, split_options, trained_part
 from jaxmp.training._train_state import TrainState
 
 T = TypeVar("T", bound=TrainState)
@@ -29,9 +29,9 @@ T = TypeVar("T", bound=TrainState)
 def check_restored(state: Any, *, tx: Any = None, params: Any = None) -> None:
     """Raises on the host if a restored state was trained under another kind of policy.
 
-    For states that an Orbax `CheckpointManager` of your own, or any other library, has
-    restored: arrays do not say under which policy they were written, and a bfloat16 run
-    at a scale of 65536 or a float16 run at 1 looks fine for a long time.
+    Call it on a state that your own Orbax `CheckpointManager` or another library has
+    restored. Arrays do not show under which policy they were written, and a bfloat16
+    run at a scale of 65536 or a float16 run at 1 looks fine for a long time.
 
     Args:
       state: a `TrainState`, or an optimizer state.
@@ -40,9 +40,9 @@ def check_restored(state: Any, *, tx: Any = None, params: Any = None) -> None:
         compared.
 
     Raises:
-      CheckpointPolicyMismatch: if the loss scale cannot be that of this optimizer.
+      CheckpointPolicyMismatch: if this optimizer cannot have this loss scale.
       DtypeMismatch: if the optimizer would keep arrays in other dtypes.
-      MasterWeightsMismatch: if parameters and master weights are of different steps.
+      MasterWeightsMismatch: if parameters and master weights are from different steps.
       MissingLossScale: if there is none.
 
     Example:
@@ -62,10 +62,10 @@ def check_restored(state: Any, *, tx: Any = None, params: Any = None) -> None:
     if isinstance(state, TrainState):
         policy = f" under the policy {str(state.policy)!r}"
         state, tx, params = state.opt_state, state.tx, state.params
-        params = params.get("params", params) if hasattr(params, "get") else params
+        params = trained_part(params)
     if tx is None:
         raise MissingLossScale(
-            "An optimizer state does not say what it should be. Pass its optimizer: "
+            "An optimizer state does not show what it should be. Pass its optimizer: "
             "check_restored(opt_state, tx=tx, params=params)."
         )
     scale = find(state)
@@ -91,16 +91,16 @@ def _check_scale(state: LossScaleState, machine: Machine, policy: str) -> None:
         wanted = f"the constant {machine.scale:g}"
     if wrong:
         raise CheckpointPolicyMismatch(
-            f"The restored loss scale is {scale:g}, and that of this optimizer is "
-            f"{wanted}: the checkpoint was written under another policy than it is "
-            f"read{policy}. Restore it under its own, or switch deliberately: "
-            "jaxmp.training.convert_like(restored, fresh) casts its arrays and starts "
-            "the loss scale anew."
+            f"The restored loss scale is {scale:g}, and this optimizer's is {wanted}: "
+            f"the checkpoint was written under another policy than it is read{policy}. "
+            "Restore it under its own, or switch deliberately: "
+            "jaxmp.training.convert_like(restored, fresh) casts its arrays and "
+            "restarts the loss scale."
         )
 
 
 def _may_be_dynamic(state: LossScaleState, machine: DynamicMachine) -> bool:
-    """Whether a scale that moves can have come to where this one stands."""
+    """Whether a dynamic scale can have reached this value."""
     scale, good, left, skipped = (
         float(np.asarray(x))
         for x in (
@@ -111,7 +111,7 @@ def _may_be_dynamic(state: LossScaleState, machine: DynamicMachine) -> bool:
         )
     )
     if left == 0 and (skipped == 0 or (bool(state.grads_finite) and good == 0)):
-        return False  # it starts above zero, and every finite step is counted
+        return False  # hysteresis starts above zero, and every finite step counts
     if not machine.min_scale <= scale <= machine.max_scale:
         return False
     down = math.log2(machine.init_scale / scale) / -math.log2(machine.backoff_factor)
@@ -119,7 +119,7 @@ def _may_be_dynamic(state: LossScaleState, machine: DynamicMachine) -> bool:
 
 
 def adopt(state: Any, policy: Any, *, cls: type[T] = TrainState, **kwargs: Any) -> T:
-    """Goes on with a run of Flax's own `TrainState` under a policy.
+    """Continues a run of Flax's own `TrainState` under a policy.
 
     Args:
       state: a `flax.training.train_state.TrainState`, or anything with its `step`,
@@ -130,11 +130,11 @@ def adopt(state: Any, policy: Any, *, cls: type[T] = TrainState, **kwargs: Any) 
 
     Returns:
       A state with the parameters, moments and step of the old one, bit for bit, and a
-      loss scale that starts.
+      fresh loss scale.
 
     Raises:
-      TrainStateOptionError: if the optimizer has a loss scale already, or for a keyword
-        that is neither field nor option.
+      TrainStateOptionError: if the optimizer already has a loss scale, or for a keyword
+        that is neither a field nor an option.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp, optax
@@ -152,7 +152,7 @@ def adopt(state: Any, policy: Any, *, cls: type[T] = TrainState, **kwargs: Any) 
     fields, options = split_options(cls, kwargs)
     if "loss_scaling" in composition.names(state.opt_state):
         raise TrainStateOptionError(
-            "The optimizer of this state has a loss scale already. Create a new state "
+            "The optimizer of this state already has a loss scale. Create a new state "
             "with it, TrainState.create(tx=state.tx, ...), and restore into that."
         )
     # The scalars alone: two optimizer states at once may not fit into memory.

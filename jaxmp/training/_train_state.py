@@ -21,20 +21,26 @@ from jaxmp.training._checkpoint_policy import (
     check_checkpoint_policy,
     convert_like,
 )
-from jaxmp.training._create import read_policy, split_options, with_loss_scale
+from jaxmp.training._create import (
+    has_fp8_metadata,
+    read_policy,
+    split_options,
+    trained_part,
+    with_loss_scale,
+)
 
 
 class TrainState(train_state.TrainState):
-    """Flax's `TrainState` for one optimizer, trained under a policy.
+    """Flax's `TrainState` with a policy and a loss scale.
 
     Attributes:
-      step: int32 scalar array; counts applied updates. Applied and skipped ones
-        together count batches, see `jaxmp.loss_scale_metrics`.
+      step: int32 scalar array; counts applied updates. For the number of batches, add
+        the skipped ones of `jaxmp.loss_scale_metrics`.
       apply_fn: usually `model.apply`.
       params: pytree of parameters.
       tx: Optax transformation with a loss scale.
       opt_state: its state.
-      policy: the `Policy`; static, saved by name with the arrays.
+      policy: the `Policy`; static, and saved by name with the arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxmp, optax
@@ -52,7 +58,7 @@ class TrainState(train_state.TrainState):
 
     policy: Policy = struct.field(pytree_node=False)
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _save_policy_with(cls)
 
@@ -71,11 +77,11 @@ class TrainState(train_state.TrainState):
         Args:
           apply_fn: usually `model.apply`.
           params: pytree of parameters, kept as they are.
-          tx: an Optax transformation. It is wrapped as `loss_scaling(tx, policy)`
-            unless its state has a loss scale already.
+          tx: an Optax transformation. It becomes `loss_scaling(tx, policy)` unless its
+            state already has a loss scale.
           policy: what `get_policy` takes.
-          **kwargs: fields of a subclass; what is no field is an option of
-            `loss_scaling`: `init_scale`, `growth_interval`, `axis_name`, ...
+          **kwargs: fields of a subclass, and options of `loss_scaling`: `init_scale`,
+            `growth_interval`, `axis_name`, ...
 
         Returns:
           A `TrainState`.
@@ -85,7 +91,7 @@ class TrainState(train_state.TrainState):
           LossScalePolicyMismatch: if `tx` has the loss scale of a policy that needs
             another one.
           TrainStateOptionError: for a keyword that is neither a field nor an option,
-            and for an option if `tx` has a loss scale already.
+            and for an option if `tx` already has a loss scale.
           LossScaleOptionError: for an option out of range.
 
         Example:
@@ -99,7 +105,7 @@ class TrainState(train_state.TrainState):
         """
         policy = read_policy(policy)
         fields, options = split_options(cls, kwargs)
-        trained = params["params"] if _has_fp8_metadata(params) else params
+        trained = trained_part(params)
         tx = with_loss_scale(tx, trained, policy, options)
         return cls(
             step=jnp.zeros((), jnp.int32),
@@ -118,10 +124,10 @@ class TrainState(train_state.TrainState):
 
         Args:
           loss_fn: function of `(params, ...)` that returns the loss.
-          **kwargs: those of `jaxmp.value_and_grad`: `has_aux`, `argnums`, ...
+          **kwargs: keywords of `jaxmp.value_and_grad`: `has_aux`, `argnums`, ...
 
         Returns:
-          A function of the arguments of `loss_fn`. Make it anew from every state.
+          A function of the arguments of `loss_fn`. Make a new one from every state.
 
         Example:
           >>> import jax.numpy as jnp, jaxmp, optax
@@ -145,9 +151,9 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads: true gradients, as `value_and_grad` returns them.
-          value: the loss, so that a collapse can be told from an overflow.
+          value: the loss, which tells a collapse of the forward pass from an overflow.
           **kwargs: new values of other fields, such as `batch_stats`. A skipped step
-            keeps the old ones; what is to move all the same goes through `replace`.
+            keeps the old ones; use `replace` for a field that has to move anyway.
 
         Returns:
           The next state.
@@ -167,20 +173,18 @@ class TrainState(train_state.TrainState):
           >>> float(state.params), int(state.step)
           (1.0, 0)
         """
-        has_metadata = _has_fp8_metadata(grads)
+        has_metadata = has_fp8_metadata(grads)
         params = self.params["params"] if has_metadata else self.params
         updates, opt_state = optax.with_extra_args_support(self.tx).update(
-            grads["params"] if has_metadata else grads,
+            trained_part(grads),
             self.opt_state,
             params,
             **({} if value is None else {"value": value}),
         )
         moved = optax.apply_updates(params, updates)
-        if composition.decides_on_nonfinite(
-            opt_state
-        ):  # a bad micro-batch may end a good window
-            params = moved
-        else:  # not left to the skipped update, -0.0, which flushes a subnormal
+        if composition.decides_on_nonfinite(opt_state):
+            params = moved  # a bad micro-batch may end a good window
+        else:  # a select, since the skipped update, -0.0, may flush a subnormal
             params = select_applied(opt_state, moved, params)
         if has_metadata:
             metadata = select_applied(
@@ -197,18 +201,14 @@ class TrainState(train_state.TrainState):
         return self.replace(step=step, params=params, opt_state=opt_state, **others)
 
 
-def _has_fp8_metadata(tree: Any) -> bool:
-    return hasattr(tree, "keys") and OVERWRITE_WITH_GRADIENT in tree
-
-
 def restore(state: TrainState, saved: Any, *, convert: bool = False) -> TrainState:
     """Puts saved values into a train state of the same structure.
 
     Args:
-      state: a freshly created state, which says what the result looks like.
-      saved: what `flax.serialization.to_state_dict(state)` returned or
-        `flax.serialization.msgpack_restore` read.
-      convert: True takes a checkpoint of another policy: parameters and moments are
+      state: a freshly created state, with the structure and dtypes of the result.
+      saved: result of `flax.serialization.to_state_dict(state)` or of
+        `flax.serialization.msgpack_restore`.
+      convert: True accepts a checkpoint of another policy: parameters and moments are
         cast to the dtypes of `state`, and the loss scale starts as in `state`.
 
     Returns:
@@ -217,7 +217,7 @@ def restore(state: TrainState, saved: Any, *, convert: bool = False) -> TrainSta
     Raises:
       CheckpointPolicyMismatch: if the policies differ and `convert` is False.
       InvalidCheckpoint: if `saved` names no policy.
-      MasterWeightsMismatch: if parameters and master weights are of different steps.
+      MasterWeightsMismatch: if parameters and master weights are from different steps.
 
     Example:
       >>> import flax, jax.numpy as jnp, jaxmp, optax
@@ -248,9 +248,9 @@ def _from_state_dict(state: TrainState, saved: dict[str, Any]) -> TrainState:
     names = _array_fields(state)
     if unmatched := set(names) ^ (set(saved) - {POLICY_KEY}):
         raise InvalidCheckpoint(
-            f"The checkpoint has the fields {sorted(saved)}, and the {type(state)} has "
-            f"{sorted(names)}; {sorted(unmatched)} stand on one side only. Restore "
-            "into a state of the class that was saved."
+            f"The checkpoint has the fields {sorted(saved)}, and the "
+            f"{type(state).__name__} has {sorted(names)}; {sorted(unmatched)} are on "
+            "one side only. Restore into a state of the class that was saved."
         )
     restored = state.replace(
         **{
@@ -261,9 +261,7 @@ def _from_state_dict(state: TrainState, saved: dict[str, Any]) -> TrainState:
         }
     )
     if "master_weights" in composition.names(restored.opt_state):
-        params = restored.params
-        trained = params["params"] if _has_fp8_metadata(params) else params
-        check_master_weights(restored.opt_state, trained)
+        check_master_weights(restored.opt_state, trained_part(restored.params))
     return restored
 
 

@@ -221,7 +221,7 @@ def test_a_checkpoint_of_another_model_is_refused(make, words, tmp_path):
 def test_a_state_that_knows_no_policy_needs_one(tmp_path):
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(PolicyError, match=r"A dict knows no policy.*policy='mixed"),
+        pytest.raises(PolicyError, match=r"A dict has no policy.*policy='mixed"),
     ):
         checkpoints.save(1, {"w": jnp.ones(2)})
 

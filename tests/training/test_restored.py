@@ -133,7 +133,7 @@ def test_an_adopted_run_goes_on_as_it_would_have(policy, steps):
 
 
 def test_what_cannot_be_adopted_is_named():
-    with pytest.raises(TrainStateOptionError, match="has a loss scale already"):
+    with pytest.raises(TrainStateOptionError, match="already has a loss scale"):
         adopt(make("float32"), "mixed_float16")
     old = train_state.TrainState.create(
         apply_fn=None, params=PARAMS, tx=optax.adam(0.1)

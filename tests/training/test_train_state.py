@@ -193,7 +193,7 @@ def test_a_field_of_a_subclass_wins_over_an_option():
                 "init_scale": 8.0,
             },
             TrainStateOptionError,
-            ("has a loss scale already", "policy, init_scale=8.0"),
+            ("already has a loss scale", "policy, init_scale=8.0"),
         ),
         (
             {"policy": jmp.DynamicLossScale(jnp.float32(8))},
@@ -430,7 +430,7 @@ def test_a_subclass_saves_its_fields_and_policy():
         flax.serialization.from_bytes(other, saved)
     with pytest.raises(InvalidCheckpoint) as error:
         flax.serialization.from_bytes(make(), saved)
-    assert "['batch_stats', 'epoch'] stand on one side only" in str(error.value)
+    assert "['batch_stats', 'epoch'] are on one side only" in str(error.value)
 
 
 @pytest.mark.parametrize("saved", [{}, {"params": 1}, None, "text", 3])
