@@ -38,3 +38,13 @@ def is_lifted(cls: type) -> bool:
 def promotes(how: Written) -> bool:
     """Whether Flax's promotion of inputs and parameters called JAX."""
     return how.library == "flax" and how.caller.startswith(PROMOTE_DTYPE)
+
+
+def is_users(cls: type) -> bool:
+    """Whether a class was written by neither Flax nor Python."""
+    return not cls.__module__.startswith(("flax.", "builtins"))
+
+
+def promotion_of(layer: object) -> str | None:
+    """The attribute in which an nnx layer holds its promotion to one dtype."""
+    return next((name for name in PROMOTIONS if hasattr(layer, name)), None)

@@ -1,4 +1,4 @@
-"""`apply_policy`: a Flax module in, the same module under a policy out."""
+"""`apply_policy`: takes a Flax module, and returns the same module under a policy."""
 
 from typing import Any, Literal, TypeVar
 
@@ -24,41 +24,43 @@ def apply_policy(
     own_code: Literal["autocast", "half"] = "autocast",
     named_scopes: bool = True,
 ) -> M:
-    """Makes a Flax module store, compute and return what a policy says.
+    """Makes a Flax module store, compute and return the dtypes of a policy.
 
     Parameters are stored in the policy's `param_dtype`. Flax's own layers compute as if
     `dtype=` had been written into the model: matmuls and convolutions in the compute
-    dtype, attention with a float32 softmax, embeddings looked up in the table as it is
-    stored. What the user's own layers compute themselves is planned operation by
-    operation, as `autocast` plans it: matmuls in half; sums, norms, probabilities and
-    losses in float32. The module itself returns the output dtype. Variables that are no
-    parameters, such as BatchNorm statistics, keep their dtype.
+    dtype, attention with a float32 softmax, embeddings looked up in the stored table.
+    The code of the user's own layers is planned operation by operation, as `autocast`
+    plans it: matmuls in half; sums, norms, probabilities and losses in float32. The
+    module returns the output dtype. Variables other than parameters, such as BatchNorm
+    statistics, keep their dtype.
 
-    A `dtype` that a model hands down to its layers is given the policy's: a float32
-    field such as `dtype: Any = jnp.float32`, alone or in a config, of the module or of
-    a layer inside. What asks for another dtype after that is kept.
+    Many models hand a `dtype` down to their layers, in a float32 field such as
+    `dtype: Any = jnp.float32`, alone or in a config. Such a field gets the policy's
+    dtype, in the module and in every layer inside. A layer that still asks for another
+    dtype after that keeps it.
 
     Args:
       module: a linen module, bound or not, or an nnx module, which may be abstract.
       policy: what `get_policy` takes.
-      rules: a sequence of `PolicyRule`, tried in order, before the default ones, which
-        keep norms in float32 inside. `rules=()` leaves the default ones out.
+      rules: a sequence of `PolicyRule`, tried in order. The default rules, which keep
+        norms in float32, come after them; `rules=()` leaves them out.
       explicit_dtype: `"override"` gives every layer the policy's dtype, whatever its
-        author wrote; `"keep"` hands nothing down and keeps every `dtype` that is
-        written. None tells what was handed down from what was meant.
-      own_code: `"autocast"` plans what the user's layers compute; `"half"` casts their
-        inputs and parameters to half, and what they compute is theirs, sums included.
-      named_scopes: name the layers of Flax by kind and compute dtype, as in
-        `jaxmp/dense/bfloat16` or `jaxmp/norm/float32`, for HLO dumps and profiles.
+        author wrote. `"keep"` hands nothing down and keeps every `dtype` that is
+        written. None keeps only those that were not handed down.
+      own_code: `"autocast"` plans the code of the user's layers. `"half"` only casts
+        their inputs and parameters to half: everything then runs in half, sums
+        included.
+      named_scopes: whether to name Flax's layers by kind and compute dtype in HLO dumps
+        and profiles, as in `jaxmp/dense/bfloat16` or `jaxmp/norm/float32`.
 
     Returns:
-      A module of the same kind, with the same parameter paths. The given one is left as
-      it was. Applied twice, the outer policy holds.
+      A module of the same kind, with the same parameter paths. The given one is not
+      changed. If policies are applied twice, the outer one holds.
 
     Raises:
       NotAModule: for a class, variables, or anything but a Flax module.
       PolicyError: for a policy that cannot be read.
-      InvalidRule: for rules that are none.
+      InvalidRule: for rules that cannot be read.
       UnusedRule: for a rule that matches no layer: at once for nnx, on a call of the
         whole module for linen.
       PolicyWithoutEffect: for a half policy that leaves every matmul in float32: at
@@ -86,7 +88,7 @@ def apply_policy(
 def _check_option(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise InvalidOption(
-            f"{name}={value!r} is no option of apply_policy(). Write one of: "
+            f"{name}={value!r} is not an option of apply_policy(). Write one of: "
             f"{', '.join(map(repr, allowed))}."
         )
 
@@ -96,7 +98,7 @@ def _not_a_module(module: Any) -> str:
     if isinstance(inner, nn.Module):
         name = type(module).__name__
         return (
-            f"A {name} is no module itself, but it has one. Write "
+            f"A {name} is not a module itself, but it has one. Write "
             "module = apply_policy(model.module, policy), and call "
             "module.apply({'params': model.params}, ...)."
         )

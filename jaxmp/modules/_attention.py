@@ -1,4 +1,4 @@
-"""Attention with a float32 softmax, and all matmuls in half."""
+"""Attention with a float32 softmax and all matmuls in half."""
 
 from typing import Any
 
@@ -23,23 +23,23 @@ def dot_product_attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> jax.Array:
-    """What Flax's function of this name computes, linen's and nnx's alike.
+    """Computes what Flax's functions of this name do, in linen and in nnx.
 
-    Theirs multiply in float32 wherever the softmax is in float32: linen's the weights
-    with the values, nnx's the gradients of float32 scores.
+    With a float32 softmax, theirs also multiply in float32: linen's the weights with
+    the values, nnx's the gradients of float32 scores.
 
     Args:
       query: `[batch..., queries, heads, depth]`.
       key: `[batch..., keys, heads or a divisor, depth]`.
       value: `[batch..., keys, heads or a divisor, depth of values]`.
       bias: added to the scores in float32; `[batch..., heads, queries, keys]`.
-      mask: False where nothing is attended to; broadcast like the bias.
+      mask: False where attention is masked out; broadcast like the bias.
       broadcast_dropout, dropout_rng, dropout_rate, deterministic: as in Flax.
-      dtype: a half dtype, that of the matmuls and of the result.
-      precision: of the matmuls.
-      module: where the weights are sown, as Flax does, if given.
-      is_causal: leaves out the keys that come after a query.
-      **kwargs: what other attention functions take.
+      dtype: half dtype of the matmuls and of the result.
+      precision: precision of the matmuls.
+      module: the module to sow the weights in, as Flax does, if given.
+      is_causal: whether to mask the keys that come after a query.
+      **kwargs: arguments of other attention functions; ignored.
 
     Returns:
       `[batch..., queries, heads, depth of values]` in `dtype`.
@@ -76,9 +76,9 @@ def _softmax(
 ) -> jax.Array:
     """A softmax over the last axis of half scores: float32 inside, half outside.
 
-    Multiplying with the sum's reciprocal instead of dividing by it leaves nothing more
-    to be kept for the backward pass than a softmax in half does, on the H100's compiler
-    and on the TPU's, whose traffic is even less.
+    Multiplying by the sum's reciprocal, instead of dividing by the sum, keeps no more
+    for the backward pass than a softmax in half does, with the H100's compiler and with
+    the TPU's, where the traffic is even less.
     """
     dtype = scores.dtype
     if bias is not None:

@@ -1,9 +1,8 @@
 """`describe`: what every layer stores, computes and returns, and which rule decided."""
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -13,14 +12,16 @@ from flax import nnx, traverse_util
 from jaxmp import _tree
 from jaxmp._jaxpr.flax_internals import is_lifted
 from jaxmp.errors import MissingExample
+from jaxmp.modules._description import Description, Row, natural_order, outer_first
 from jaxmp.modules._layers import (
     Application,
     LayerDtypes,
     Origin,
+    application_of,
     is_of_flax,
     original_class,
 )
-from jaxmp.modules._linen import application_of, apply_to_linen
+from jaxmp.modules._linen import apply_to_linen
 from jaxmp.modules._linen_interceptor import Visit, watch
 from jaxmp.modules._linen_layers import is_transparent
 from jaxmp.modules._nnx import (
@@ -28,51 +29,12 @@ from jaxmp.modules._nnx import (
     forget_earlier_policy,
     layers_of,
     origins_of,
-    own_parameters,
 )
 from jaxmp.modules._nnx_settings import is_transparent as is_transparent_in_nnx
+from jaxmp.modules._nnx_variables import own_parameters
 from jaxmp.modules._variables import layer_dtypes_of_variables
 from jaxmp.policy import PolicyRule, default_rules, get_policy
 from jaxmp.policy.rule_sets import check_rules
-
-F32 = jnp.dtype(jnp.float32)
-
-
-class Row(NamedTuple):
-    """One layer; dtypes are names, several are joined by commas."""
-
-    path: str
-    type: str
-    stored: str
-    computes: str
-    returns: str
-    rule: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """The layers of a module under a policy; `str` of it is a table.
-
-    Attributes:
-      title: the policy, and the one that it replaces.
-      rows: one `Row` for every layer.
-    """
-
-    title: str
-    rows: tuple[Row, ...]
-
-    def __str__(self) -> str:
-        rows = [Row(*(field.upper() for field in Row._fields)), *_folded(self.rows)]
-        widths = [
-            max(len(cell) for cell in column) for column in zip(*rows, strict=True)
-        ]
-        lines = [
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            )
-            for row in rows
-        ]
-        return "\n".join([self.title, "", *(line.rstrip() for line in lines)])
 
 
 def describe(
@@ -86,23 +48,23 @@ def describe(
     """Lists what every layer of a module stores, computes in and returns.
 
     Args:
-      module: a linen module, an nnx module, or variables. Of variables nothing but the
-        paths is known: rules by path apply, and norms are told by their `scale`.
+      module: a linen module, an nnx module, or variables. Variables show only their
+        paths: rules by path apply, and a norm is recognised by its `scale`.
       policy: what `get_policy` takes.
-      *example_args: for a linen module, arguments of its call: arrays or
+      *example_args: for a linen module, the arguments of a call: arrays or
         `jax.ShapeDtypeStruct`s. Nothing is computed.
       rules: as for `apply_policy`.
       explicit_dtype: as for `apply_policy`.
       own_code: as for `apply_policy`.
 
     Returns:
-      A `Description`: `print` it for a table, in which repeated blocks share a line, or
-      read its `rows`.
+      A `Description`. `print` shows it as a table in which repeated blocks share a
+      line; `rows` lists every layer.
 
     Raises:
       MissingExample: for a linen module without example arguments.
       PolicyError: for a policy that cannot be read.
-      InvalidRule: for rules that are none.
+      InvalidRule: for rules that cannot be read.
       UnusedRule: for a rule that matches no layer.
 
     Example:
@@ -115,11 +77,6 @@ def describe(
       (model)   Sequential           bfloat16  float32   policy
       layers_0  Dense       float32  bfloat16  bfloat16  policy
       layers_1  LayerNorm   float32  float32   bfloat16  kind='norm'
-
-      The last column says who decided: the policy, a rule, "handed down" where the
-      model hands its own `dtype` down, "author's dtype" where it is written at the
-      layer. What a user's layer returns is read "as planned": in half by a matmul, in
-      float32 by a sum.
     """
     application = Application(
         get_policy(policy),
@@ -129,13 +86,12 @@ def describe(
     )
     if isinstance(module, nn.Module):
         rows = _rows_of_linen(module, application, example_args)
-        replaced = application_of(module)
     elif isinstance(module, nnx.Module):
         rows = _rows_of_nnx(module, application)
-        replaced = getattr(type(module), "_application", None)
     else:
-        rows, replaced = _rows_of_variables(module, application), None
+        rows = _rows_of_variables(module, application)
     title = f"policy {application.policy}"
+    replaced = application_of(module)
     if replaced is not None and replaced.policy != application.policy:
         title += f", in place of {replaced.policy}"
     return Description(title, tuple(rows))
@@ -178,7 +134,7 @@ def _rows_of_linen(
             author=getattr(visit.module, "dtype", None),
             is_applied=visit.path == "" or not is_transparent(visit.module),
         )
-    return _outer_first(rows.values())
+    return outer_first(rows.values())
 
 
 def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
@@ -190,8 +146,7 @@ def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
     rows = []
     layer: Any
     for path, (layer, dtypes) in layers_of(policied, application).items():
-        parameters = own_parameters(layer).values()
-        stored = _joined({str(p.dtype) for found in parameters for p in found})
+        stored = _joined({str(p.dtype) for p in own_parameters(layer)})
         origin = origins.get(path, Origin.POLICY)
         is_authors = origin is Origin.AUTHOR
         is_applied = path == "" or not is_transparent_in_nnx(type(layer))
@@ -212,7 +167,7 @@ def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
                 is_applied=is_applied,
             )
         )
-    return sorted(rows, key=_natural_order)
+    return sorted(rows, key=natural_order)
 
 
 def _rows_of_variables(variables: Any, application: Application) -> list[Row]:
@@ -243,10 +198,10 @@ def _row(
 
 
 def _is_planned(module: Any, dtypes: LayerDtypes, application: Application) -> bool:
-    """Whether the plan decides in which dtype a layer's result is read."""
-    if application.own_code != "autocast" or application.policy.compute_dtype == F32:
-        return False
-    return not is_of_flax(type(module)) and not dtypes.names_output
+    """Whether a plan decides the dtype in which a layer's result is read."""
+    is_half = application.policy.compute_dtype != _tree.FLOAT32
+    is_own_code = application.own_code == "autocast" and not is_of_flax(type(module))
+    return is_half and is_own_code and not dtypes.names_output
 
 
 def _rule_text(rule: PolicyRule | None) -> str:
@@ -257,11 +212,9 @@ def _rule_text(rule: PolicyRule | None) -> str:
 
 
 def _class_name(cls: type[nn.Module]) -> str:
-    """The name of the class before nn.remat, nn.jit and their like renamed it."""
-    for base in original_class(cls).__mro__:
-        if not is_lifted(base):
-            return base.__name__
-    return cls.__name__
+    """The name of a class before nn.remat, nn.jit and the like renamed it."""
+    bases = original_class(cls).__mro__
+    return next(base.__name__ for base in bases if not is_lifted(base))
 
 
 def _stored(params: Mapping[str, Any]) -> dict[str, str]:
@@ -278,39 +231,3 @@ def _dtypes_in(output: Any) -> str:
 
 def _joined(names: Iterable[str]) -> str:
     return ", ".join(sorted(name for name in names if name))
-
-
-def _outer_first(rows: Iterable[Row]) -> list[Row]:
-    """Orders layers as they were entered; a call ends after those inside of it."""
-    rows = list(rows)
-    first: dict[str, int] = {}
-    for i, row in enumerate(rows):
-        parts = row.path.split("/") if row.path else []
-        for depth in range(len(parts) + 1):
-            first.setdefault("/".join(parts[:depth]), i)
-    return sorted(rows, key=lambda row: _order(row.path, first))
-
-
-def _order(path: str, first: dict[str, int]) -> list[int]:
-    parts = path.split("/") if path else []
-    return [first["/".join(parts[:depth])] for depth in range(len(parts) + 1)]
-
-
-def _natural_order(row: Row) -> list[Any]:
-    """Orders paths as a person would: blocks_2 comes before blocks_10."""
-    parts = re.split(r"(\d+)", row.path.replace("/", " "))
-    return [int(part) if part.isdigit() else part for part in parts]
-
-
-def _folded(rows: tuple[Row, ...]) -> list[Row]:
-    """Gives blocks that are equal but for their number one line each row."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        pattern = re.sub(r"_\d+(?=/|$)", "_*", row.path)
-        groups.setdefault((pattern, *row[1:]), []).append(row)
-    return [
-        group[0]._replace(path=f"{pattern} ({len(group)} times)")
-        if len(group) > 1
-        else group[0]._replace(path=group[0].path or "(model)")
-        for (pattern, *_), group in groups.items()
-    ]

@@ -1,7 +1,7 @@
-"""Says so where a half policy changes nothing, or little.
+"""Reports a half policy that changes nothing, or little.
 
-A policy that leaves a model in float32 looks like one that works: the losses are right
-and only the machine's bill is not.
+A policy that leaves a model in float32 seems to work: the losses are right, and only
+the machine's bill is not.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ class Leaf(NamedTuple):
     """One of Flax's layers, as it computes under a policy.
 
     Attributes:
-      type: the name of its class.
-      origin: who decided about its dtype.
-      dtype: what it computes in.
-      size: how many parameters it has.
+      type: name of its class.
+      origin: who decided its dtype.
+      dtype: dtype that it computes in.
+      size: number of its parameters.
     """
 
     type: str
@@ -44,10 +44,10 @@ def check_plan(
     """Raises if a half policy leaves every matmul of a model in float32.
 
     Args:
-      plan: of a whole call of the model.
+      plan: plan of a whole call of the model.
       leaves: its layers, by path.
-      name: of the model's class.
-      application: what was applied.
+      name: name of the model's class.
+      application: the policy and its options.
     """
     if _is_by_rule(leaves, application):
         return
@@ -71,9 +71,9 @@ def check_leaves(
 
     Args:
       leaves: the layers of a model that multiply or look up, by path.
-      name: of the model's class.
-      application: what was applied.
-      said: remembers what was warned of, so that it is said once.
+      name: name of the model's class.
+      application: the policy and its options.
+      said: remembers the warnings, so that each is given once.
     """
     if application.policy.compute_dtype not in _tree.HALF or not leaves:
         return
@@ -96,16 +96,16 @@ def check_leaves(
 def _repair(application: Application) -> str:
     dtype = application.policy.compute_dtype
     return (
-        "If that is not meant, apply_policy(model, policy, explicit_dtype='override') "
-        "gives every layer the policy's dtype, and a rule gives it to some: "
-        f"rules=[PolicyRule(path=..., compute='{dtype}')]."
+        "If this is not intended, apply_policy(model, policy, "
+        "explicit_dtype='override') gives every layer the policy's dtype, and a rule "
+        f"gives it to some: rules=[PolicyRule(path=..., compute='{dtype}')]."
     )
 
 
 def _is_by_rule(leaves: Mapping[str, Leaf], application: Application) -> bool:
     """Whether a rule of the user's keeps a layer in float32.
 
-    Where the layers are not known, any rule of the user's that could do so counts.
+    If the layers are not known, any rule of the user's that could do so counts.
     """
     if leaves:
         return any(

@@ -1,16 +1,16 @@
 """A `dtype` that a model hands down to its layers: plumbing, not intent.
 
-By Flax's convention a module's `dtype` is what it computes in, and a module passes it
-on to the layers that it makes: `nn.Dense(4, dtype=self.dtype)`. Most public models
-declare `dtype: Any = jnp.float32`, in a field or in a config, because something has to
-stand there. A layer that was handed it does not mean float32; one that says so itself,
-as `nn.Dense(4, dtype=jnp.float32)` does, means it.
+By Flax's convention a module computes in its `dtype` and passes it on to the layers
+that it makes: `nn.Dense(4, dtype=self.dtype)`. Most public models declare
+`dtype: Any = jnp.float32`, in a field or in a config, because it needs some default. A
+layer that was handed this default does not insist on float32; a layer that is written
+with it, such as `nn.Dense(4, dtype=jnp.float32)`, does.
 
-The two are told apart by what they were given: while a module runs, a float32 in such a
-field is `HandedDown`, which is float32 in every respect but that it can be recognised.
-The code of the module is then the program that its author wrote and tried in float32,
-its casts and masks included, and is planned as a whole. Where nothing is planned, the
-field holds the policy's dtype.
+To distinguish the two, a float32 in such a field is replaced by `HandedDown` while the
+module runs: it is float32 in every respect, but can be recognised. The code of the
+module then is the program that its author wrote and tested in float32, casts and masks
+included, and is planned as a whole. Where nothing is planned, the field holds the
+policy's dtype.
 
 Configs are copied; nothing that the caller holds is changed.
 """
@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmp._tree import FLOAT32
+
 # The names that public configs use: Flax, MaxText, EasyLM, Big Vision, Scenic.
 _COMPUTE = frozenset(
     [
@@ -39,9 +41,8 @@ _COMPUTE = frozenset(
     ]
 )
 _PARAMS = frozenset(["param_dtype", "params_dtype", "weight_dtype", "weights_dtype"])
-_FLOAT32 = jnp.dtype(jnp.float32)
 _ScalarType: Any = type(jnp.float32)
-HandedDown = _ScalarType("float32", (jnp.float32,), {"dtype": _FLOAT32})
+HandedDown = _ScalarType("float32", (jnp.float32,), {"dtype": FLOAT32})
 """float32, as a module hands it down."""
 
 
@@ -50,7 +51,7 @@ def is_float32(value: Any) -> bool:
     if not isinstance(value, (str, type, np.dtype)):
         return False
     try:
-        return jnp.dtype(value) == _FLOAT32
+        return jnp.dtype(value) == FLOAT32
     except TypeError:
         return False
 
@@ -64,7 +65,7 @@ def fields_of(module: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _of_class(cls: type) -> dict[str, Any]:
-    """The float32 dtypes that are attributes of a class."""
+    """The attributes of a class that are float32 dtypes."""
     of_class = {
         name: inspect.getattr_static(cls, name, None) for name in _COMPUTE | _PARAMS
     }
@@ -72,12 +73,12 @@ def _of_class(cls: type) -> dict[str, Any]:
 
 
 def was_handed_down(dtype: Any, by_module: bool) -> bool:
-    """Tells whether a layer's float32 is one that a module has handed down.
+    """Returns whether a module has handed a layer its float32.
 
     Args:
-      dtype: the layer's.
-      by_module: whether a module around it has a float32 to hand down. It may have
-        written it in another way: a name and a NumPy dtype cannot be recognised.
+      dtype: the layer's `dtype`.
+      by_module: whether a module around it has a float32 to hand down. If so, a name or
+        a NumPy dtype, which cannot be marked, counts as handed down too.
     """
     if dtype is HandedDown:
         return True
@@ -85,21 +86,21 @@ def was_handed_down(dtype: Any, by_module: bool) -> bool:
 
 
 def hands_down(fields: Mapping[str, Any]) -> bool:
-    """Whether there is a float32 compute dtype among fields, or in their configs."""
-    return bool(handed_down(fields, jnp.dtype(jnp.bfloat16), _FLOAT32))
+    """Whether fields, or configs in them, hold a float32 compute dtype."""
+    return bool(handed_down(fields, jnp.dtype(jnp.bfloat16), FLOAT32))
 
 
 def handed_down(
     fields: Mapping[str, Any], compute: Any, params: np.dtype, depth: int = 3
 ) -> dict[str, Any]:
-    """What the fields of a module become for it to hand dtypes down.
+    """Returns new values for the fields in which a module hands dtypes down.
 
     Args:
       fields: its fields or attributes, by name: dtypes, configs that hold dtypes, and
         layer classes with a dtype bound by `functools.partial`.
-      compute: what a float32 compute dtype becomes, a dtype or `HandedDown`.
-      params: what a float32 parameter dtype becomes.
-      depth: how deep configs inside of configs are looked into.
+      compute: replaces a float32 compute dtype; a dtype or `HandedDown`.
+      params: replaces a float32 parameter dtype.
+      depth: how many levels of nested configs to search.
 
     Returns:
       The fields that change, with their new values.
@@ -115,14 +116,14 @@ def handed_down(
 
 
 def _new_dtype(name: str, value: Any, compute: Any, params: np.dtype) -> Any | None:
-    """The dtype that stands in a field now, as the author wrote dtypes there."""
+    """The new dtype of a field, written in the form that the author used there."""
     dtype = compute if name in _COMPUTE else params if name in _PARAMS else None
     if dtype is None or not is_float32(value):
         return None
     if dtype is HandedDown:
         is_marked = value is HandedDown or not isinstance(value, _ScalarType)
         return None if is_marked else HandedDown
-    if dtype == _FLOAT32:
+    if dtype == FLOAT32:
         return None
     if isinstance(value, str):
         return dtype.name
@@ -130,7 +131,7 @@ def _new_dtype(name: str, value: Any, compute: Any, params: np.dtype) -> Any | N
 
 
 def _new_holder(value: Any, compute: Any, params: np.dtype, depth: int) -> Any | None:
-    """A copy of a config or a partial whose dtypes are others, if it has any."""
+    """A copy of a config or a partial with new dtypes; None if it holds none."""
     if isinstance(value, functools.partial):
         new = handed_down(value.keywords, compute, params, depth)
         if not new:
@@ -144,7 +145,7 @@ def _new_holder(value: Any, compute: Any, params: np.dtype, depth: int) -> Any |
 
 
 def _is_config(value: Any) -> bool:
-    """True for a plain object with fields: no array, module, class or function."""
+    """True for a plain object with fields, but not arrays, modules or functions."""
     if value is None or callable(value) or isinstance(value, (nn.Module, nnx.Module)):
         return False
     if type(value).__module__.split(".")[0] in ("builtins", "numpy", "jax", "jaxlib"):
@@ -174,6 +175,6 @@ def _copied(config: Any, new: Mapping[str, Any]) -> Any:
 
 
 def _is_mapping(config: Any) -> bool:
-    """True for dictionaries and what is like one, as a config of ml_collections is."""
+    """True for dictionaries and the like, such as configs of ml_collections."""
     is_like_one = hasattr(config, "items") and hasattr(config, "__getitem__")
     return is_like_one and not dataclasses.is_dataclass(config)

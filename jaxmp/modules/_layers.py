@@ -1,4 +1,4 @@
-"""What is known of a layer: its kind, and its dtypes under a policy and rules."""
+"""The kind of a layer, and its dtypes under a policy and rules."""
 
 import difflib
 import enum
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp import _tree
 from jaxmp._jaxpr.flax_internals import is_flax_layer
 from jaxmp.errors import UnusedRule
 from jaxmp.policy import Policy, PolicyRule
@@ -39,8 +40,8 @@ _KIND_OF_FLAX_CLASS = {
     "InstanceNorm": "norm",
 }
 
-# A norm written by hand goes by one of these names wherever we looked (LLaMA's RMSNorm,
-# T5's LayerNorm); a "PreNorm" wraps another layer and is none, and neither is a whole
+# Norms written by hand have one of these names in every model seen (LLaMA's RMSNorm,
+# T5's LayerNorm). A "PreNorm" wraps another layer and is not a norm, nor is a whole
 # layer that is named after its norm (Wav2Vec2's EncoderLayerStableLayerNorm).
 _NORM_NAME = re.compile(
     r"(?!.*(Encoder|Decoder|Attention|Block|Layer(?!_?Norm)))"
@@ -49,21 +50,21 @@ _NORM_NAME = re.compile(
 
 
 def original_class(cls: Any) -> Any:
-    """Returns the class that the user wrote, of one that a policy made of it."""
+    """Returns the class that the user wrote, given the one that a policy made of it."""
     return getattr(cls, "_original_class", cls)
 
 
 def is_of_flax(cls: type) -> bool:
-    """True for Flax's own layers and what inherits from them, under a policy or not."""
+    """True for Flax's own layers and their subclasses, under a policy or not."""
     return any(map(is_flax_layer, cls.__mro__))
 
 
 def declared_dtype(param_dtype: Any) -> np.dtype:
-    """The dtype in which an author stores parameters; float32 if none is said."""
+    """The dtype in which an author stores parameters; float32 by default."""
     try:
-        return jnp.dtype(jnp.float32 if param_dtype is None else param_dtype)
+        return jnp.dtype(_tree.FLOAT32 if param_dtype is None else param_dtype)
     except (TypeError, ValueError):  # it means something else to the user
-        return jnp.dtype(jnp.float32)
+        return _tree.FLOAT32
 
 
 def kind_of(module: Any) -> str | None:
@@ -77,16 +78,16 @@ def kind_of(module: Any) -> str | None:
 
 
 class Application(NamedTuple):
-    """What is applied to one module.
+    """A policy and its options, as applied to one module.
 
     Attributes:
       policy: the policy.
       rules: the rules, in order.
       named_scopes: whether layers are named in HLO dumps and profiles.
-      explicit_dtype: "override" or "keep" a layer's own dtype; None keeps what was not
-        handed down.
-      own_code: "autocast" plans the code of the user's layers, "half" casts what goes
-        in and out.
+      explicit_dtype: "override" or "keep" a layer's own dtype; None keeps those that
+        were not handed down.
+      own_code: "autocast" plans the code of the user's layers, "half" casts their
+        inputs, parameters and outputs.
     """
 
     policy: Policy
@@ -96,14 +97,19 @@ class Application(NamedTuple):
     own_code: str = "autocast"
 
 
+def application_of(module: Any) -> Application | None:
+    """What was applied to a module by `apply_policy`; None if nothing was."""
+    return getattr(type(module), "_application", None)
+
+
 def scope_of(module: Any, dtype: Any) -> str | None:
-    """The name scope of a layer that computes in a dtype; None for one of no kind."""
+    """The name scope of a layer that computes in a dtype; None without a kind."""
     kind = kind_of(module)
     return None if kind is None else f"jaxmp/{kind}/{jnp.dtype(dtype)}"
 
 
 class Origin(enum.Enum):
-    """Who decided about the dtype of a layer."""
+    """Who decided the dtype of a layer."""
 
     POLICY = "policy"
     RULE = "rule"
@@ -118,14 +124,14 @@ def origin_of(
     explicit_dtype: str | None,
     was_handed: bool = False,
 ) -> Origin:
-    """Tells who decides about a layer of Flax.
+    """Returns who decides the dtype of a layer of Flax.
 
     Args:
       author: the layer's own `dtype`.
-      expected: the one that the policy would give it.
-      was_handed: whether it was handed down.
+      expected: the `dtype` that the policy would give it.
       dtypes: the layer's dtypes under policy and rules.
       explicit_dtype: as in `Application`.
+      was_handed: whether the layer's own `dtype` was handed down.
     """
     if dtypes.rule is not None and not dtypes.rule.yields_to_author:
         return Origin.RULE
@@ -143,9 +149,9 @@ class LayerDtypes(NamedTuple):
     output: np.dtype
     rule: PolicyRule | None
     precision: Any = None
-    """What a layer's matmuls take as `precision=`; None leaves it as it is."""
+    """`precision=` of the layer's matmuls; None leaves it alone."""
     outside: Any = None
-    """Of what is a norm by its name, the dtypes around it, for the layers in it."""
+    """For a layer named like a norm: the dtypes around it, for the layers inside."""
 
     @property
     def names_output(self) -> bool:
@@ -153,7 +159,7 @@ class LayerDtypes(NamedTuple):
         return self.rule is not None and self.rule.output is not None
 
     def expected(self, module: Any) -> np.dtype:
-        """The `dtype` of one of Flax's layers that was built for the policy."""
+        """The `dtype` that one of Flax's layers would have if built for the policy."""
         is_norm = kind_of(module) == "norm" and self.compute.itemsize >= 4
         return self.output if is_norm else self.compute
 
@@ -161,35 +167,41 @@ class LayerDtypes(NamedTuple):
 def of_root(policy: Policy, rules: Iterable[PolicyRule], module: Any) -> LayerDtypes:
     """Returns the dtypes of the module that a policy was applied to."""
     rule = first_match(rules, "", module, kind_of(module))
-    return LayerDtypes(
-        params=_either(rule and rule.params, policy.param_dtype),
-        compute=_either(rule and rule.compute, policy.compute_dtype),
-        output=_either(rule and rule.output, policy.output_dtype),
-        rule=rule,
-        precision=policy.lax_precision,
-    )
+    dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
+    return by_rule(rule, *dtypes)._replace(precision=policy.lax_precision)
 
 
 def of_layer(
     enclosing: LayerDtypes, rules: Iterable[PolicyRule], path: str, module: Any
 ) -> LayerDtypes:
-    """Returns the dtypes of a layer inside of another one.
+    """Returns the dtypes of a layer inside another one.
 
-    What is called a norm and holds other layers, such as a convolution and its norm, is
-    float32 for itself and not for them.
+    A layer that is called a norm and holds other layers, such as a convolution and its
+    norm, is float32 for itself and not for them.
     """
     kind = kind_of(module)
     rule = first_match(rules, path, module, kind)
     is_ready_made_norm = rule in norms_in_float32
     if enclosing.outside is not None and kind != "norm":
         enclosing = enclosing.outside
-    return LayerDtypes(
-        params=_either(rule and rule.params, enclosing.params),
-        compute=_either(rule and rule.compute, enclosing.compute),
-        output=_either(rule and rule.output, enclosing.compute),
-        rule=rule,
+    dtypes = by_rule(rule, enclosing.params, enclosing.compute, enclosing.compute)
+    return dtypes._replace(
         precision=enclosing.precision,
         outside=enclosing if is_ready_made_norm else None,
+    )
+
+
+def by_rule(
+    rule: PolicyRule | None, params: np.dtype, compute: np.dtype, output: np.dtype
+) -> LayerDtypes:
+    """The dtypes that a rule gives, and the given ones where it gives none."""
+    if rule is None:
+        return LayerDtypes(params, compute, output, None)
+    return LayerDtypes(
+        params if rule.params is None else rule.params,
+        compute if rule.compute is None else rule.compute,
+        output if rule.output is None else rule.output,
+        rule,
     )
 
 
@@ -212,7 +224,3 @@ def check_all_used(
 def _few(paths: list[str]) -> str:
     shown = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
     return f"Paths: {shown}." if paths else "The module has no layers."
-
-
-def _either(first: Any, otherwise: Any) -> Any:
-    return otherwise if first is None else first

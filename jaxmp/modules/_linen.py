@@ -1,24 +1,24 @@
 """Policies for linen modules, by an interceptor of Flax's method calls.
 
 `apply_policy` makes a subclass of the module's class whose methods run under an
-interceptor. On every call of every layer inside, the interceptor finds the layer's
-dtypes and, for the time of the call,
+interceptor. On every call of a layer inside, the interceptor finds the layer's dtypes.
+For the time of the call, it
 
 - sets `dtype` on a layer of Flax's own, which then casts its inputs and parameters just
   as if the dtype had been written into the model;
-- runs the code of a layer of the user's as it was written, in a region that is planned
+- runs the code of a user's layer as it was written, in a region that is planned
   (`_own_code`), or, with `own_code="half"`, casts its inputs, parameters and outputs.
 
-Parameters are cast where they are initialised, and stored so.
+Parameters are cast when they are initialised, and stored in that dtype.
 
 Sharp edges
-- `nn.jit` reuses a trace where the module's fingerprint is the same. The application is
-  therefore put into the scope's flags, which are part of the fingerprint, and which
-  also tell the layers inside from those of another model that is called meanwhile.
-- A cell hands its carry back in the dtype in which it came, or a scan over it would not
+- `nn.jit` reuses a trace if the module's fingerprint is the same. So the application is
+  put into the scope's flags, which are part of the fingerprint. The flags also
+  distinguish the layers inside from those of another model that is called meanwhile.
+- A cell returns its carry in the dtype in which it came, or a scan over it would not
   have equal types at both ends.
 - Layers of a bound module can be called without it, as in
-  `model.bind(variables).encoder(x)`; they get a subclass of their own when looked up.
+  `model.bind(variables).encoder(x)`; they get their own subclass when looked up.
 """
 
 import functools
@@ -30,32 +30,28 @@ from flax.core import Scope
 
 from jaxmp._jaxpr.flax_internals import CALL_WRAPPED_METHOD, is_lifted
 from jaxmp.casting.local import region_settings, run_region
-from jaxmp.modules._casts import cast_carry
+from jaxmp.casting.plan.plan import JaxprPlan
+from jaxmp.modules._casts import carry_of, cast_carry
 from jaxmp.modules._effect import check_plan
-from jaxmp.modules._layers import Application, of_root, original_class
-from jaxmp.modules._linen_interceptor import (
-    Interceptor,
-    Path,
-    linen_fields,
-    modules_in,
-    running,
+from jaxmp.modules._layers import (
+    Application,
+    application_of,
+    of_root,
+    original_class,
 )
-from jaxmp.modules._linen_layers import carry_in, is_leaf
+from jaxmp.modules._linen_fields import linen_fields, modules_in
+from jaxmp.modules._linen_interceptor import Interceptor, Path, running
+from jaxmp.modules._linen_layers import is_leaf
 from jaxmp.modules._own_code import opens_region, region
 
 
 def apply_to_linen(module: nn.Module, application: Application) -> nn.Module:
-    """Returns the module with a policy applied; `apply_policy` has the whole story."""
+    """Returns the module with a policy applied, as `apply_policy` documents."""
     fields = linen_fields(module)
     cls = _policied(original_class(type(module)), application, ())
-    # A module made inside of @compact is bound already; the new one takes its scope.
+    # A module made inside @compact is already bound; the new one takes its scope.
     parent = module.parent if module.scope is None else module.scope
     return cls(**fields, parent=parent, name=module.name)
-
-
-def application_of(module: nn.Module) -> Application | None:
-    """Returns what was applied to a module, if anything was."""
-    return getattr(type(module), "_application", None)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -64,38 +60,48 @@ def _policied(
 ) -> type[nn.Module]:
     """The same-name subclass for one application; equal applications share it.
 
-    `inside` is the module's path below the one that the policy was applied to.
+    `inside` is the module's path below the module that the policy was applied to.
     """
 
-    def run(self, name, call):
+    def run(self: Any, name: str, call: Callable[[], Any]) -> Any:
         if self.scope is None or any(i.covers(self.scope) for i in running.get()):
             return call()
         return Interceptor(application, self.path, inside).run(self, name, call)
 
-    def call_wrapped_method(self, fun, args, kwargs):
+    def call_wrapped_method(self: Any, fun: Any, args: Any, kwargs: Any) -> Any:
         wrapped = getattr(cls, CALL_WRAPPED_METHOD)
         call = functools.partial(wrapped, self, fun, args, kwargs)
         return run(self, getattr(fun, "__name__", ""), call)
 
-    def call_lifted_method(name):
-        def method(self, *args, **kwargs):
-            return run(
-                self, name, functools.partial(lifted[name], self, *args, **kwargs)
-            )
+    def call_lifted_method(name: str) -> Callable[..., Any]:
+        @functools.wraps(lifted[name])
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            call = functools.partial(lifted[name], self, *args, **kwargs)
+            return run(self, name, call)
 
-        return functools.wraps(lifted[name])(method)
+        return method
 
-    # nn.remat and its like make classes whose methods do not pass through the above.
-    methods = vars(cls).items() if is_lifted(cls) else ()
-    lifted = {name: fun for name, fun in methods if hasattr(fun, "__wrapped__")}
+    # The methods of classes that nn.remat and the like make do not pass through there.
+    lifted = {
+        name: fun
+        for name, fun in vars(cls).items()
+        if is_lifted(cls) and hasattr(fun, "__wrapped__")
+    }
 
-    def get_attribute(self, name):
+    def get_attribute(self: Any, name: str) -> Any:
         return _policy_children(self, name, cls.__getattribute__(self, name))
 
-    def get_missing_attribute(self, name):
+    def get_missing_attribute(self: Any, name: str) -> Any:
         return _policy_children(self, name, cls.__getattr__(self, name))
 
-    def apply(self, variables, *args, rngs=None, mutable=False, **kwargs):
+    def apply(
+        self: Any,
+        variables: Any,
+        *args: Any,
+        rngs: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Any:
         run = functools.partial(cls.apply, self, mutable=mutable)
         if self.scope is not None or not _plans_own_code(self, application):
             return run(variables, *args, rngs=rngs, **kwargs)
@@ -103,7 +109,7 @@ def _policied(
             self, application, run, variables, args, rngs, mutable, kwargs
         )
 
-    def reduce(self):
+    def reduce(self: Any) -> tuple[Any, ...]:
         return _rebuild, (cls, linen_fields(self), self.name, application, inside)
 
     overrides = {
@@ -133,7 +139,7 @@ def _policied(
 
 
 def _plans_own_code(module: nn.Module, application: Application) -> bool:
-    """Whether the code of a module, and of what is inside, is planned when applied."""
+    """Whether the code of a module and its layers is planned when it is applied."""
     dtype = of_root(application.policy, application.rules, module).compute
     is_planned = application.own_code == "autocast" and opens_region(dtype)
     return is_planned and not is_leaf(module)
@@ -154,13 +160,13 @@ def _apply_in_region(
     static = ("method", "capture_intermediates")
     static_kwargs = {name: kwargs.pop(name) for name in static if name in kwargs}
 
-    def run(variables, args, rngs, kwargs):
+    def run(variables: Any, args: Any, rngs: Any, kwargs: Any) -> Any:
         output = apply(variables, *args, rngs=rngs, **kwargs, **static_kwargs)
         output, *updates = output if mutable is not False else (output,)
-        output = cast_carry(carry_in(module, args, kwargs), output, dtypes.output)
+        output = cast_carry(carry_of(module, args, kwargs), output, dtypes.output)
         return (output, *updates) if updates else output
 
-    def watch(plan):
+    def watch(plan: JaxprPlan) -> None:
         if static_kwargs.get("method") in (None, "__call__"):
             name = original_class(type(module)).__name__
             check_plan(plan, type(module)._leaves, name, application)
@@ -180,7 +186,13 @@ def _apply_in_region(
         )
 
 
-def _rebuild(cls, fields, name, application, inside):
+def _rebuild(
+    cls: type[nn.Module],
+    fields: dict[str, Any],
+    name: str | None,
+    application: Application,
+    inside: Path,
+) -> nn.Module:
     return _policied(cls, application, inside)(**fields, name=name)
 
 

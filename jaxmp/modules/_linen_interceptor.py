@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import Scope, freeze
+from flax.linen.module import InterceptorContext
 
+from jaxmp._tree import FLOAT32
 from jaxmp.casting.local import region_settings
-from jaxmp.modules._casts import cast_carry
+from jaxmp.casting.plan.plan import JaxprPlan
+from jaxmp.modules._casts import carry_of, cast_carry
 from jaxmp.modules._effect import Leaf, check_leaves, check_plan
 from jaxmp.modules._handed_down import HandedDown, fields_of, handed_down, hands_down
 from jaxmp.modules._layers import (
@@ -28,14 +31,13 @@ from jaxmp.modules._layers import (
     original_class,
     scope_of,
 )
+from jaxmp.modules._linen_fields import attributes, scopes_of
 from jaxmp.modules._linen_layers import (
     LayerCall,
     adapt_flax_layer,
     adapt_transparent_layer,
     adapt_user_layer,
     as_written,
-    attributes,
-    carry_in,
     is_leaf,
     is_transparent,
     origin_in,
@@ -50,7 +52,6 @@ from jaxmp.modules._own_code import (
 from jaxmp.policy import PolicyRule
 
 Path = tuple[str, ...]
-FLOAT32 = jnp.dtype(jnp.float32)
 _FLAG = "jaxmp"
 _REGION_FLAG = "jaxmp_region"
 
@@ -73,10 +74,10 @@ running: contextvars.ContextVar[tuple["Interceptor", ...]] = contextvars.Context
 class Interceptor:
     """What happens on every method call while a module with a policy runs."""
 
-    def __init__(self, application: Application, path: Path, inside: Path):
+    def __init__(self, application: Application, path: Path, inside: Path) -> None:
         self.application = application
         is_bound = path[len(path) - len(inside) :] == inside
-        # A layer that was unbound from its model keeps the dtypes that it has there.
+        # A layer that was unbound from its model keeps the dtypes that it has in it.
         self.root = path[: len(path) - len(inside)] if is_bound else path
         self.unbound_from = () if is_bound else inside
         self.layers: dict[tuple[Path, type], LayerDtypes] = {}
@@ -101,13 +102,13 @@ class Interceptor:
         token = running.set((*running.get(), self))
         try:
             with contextlib.ExitStack() as stack:
-                for scope in _scopes(module):
+                for scope in scopes_of(module):
                     stack.enter_context(self._flagged(scope))
                 stack.enter_context(nn.intercept_methods(self))
                 output = call()
         finally:
             running.reset(token)
-        # What nn.jit takes from its cache is not seen again, so it is remembered.
+        # Layers that nn.jit takes from its cache are not seen again: remember them.
         used = type(module)._used_rules  # pyright: ignore[reportAttributeAccessIssue]
         used.update(self.used)
         if method == "__call__" and self._path_in_model(module) == ():
@@ -122,13 +123,19 @@ class Interceptor:
             name = original_class(cls).__name__
             check_leaves(self.leaves, name, self.application, cls._said)
 
-    def __call__(self, next_fun, args, kwargs, context):
-        module = context.module
+    def __call__(
+        self,
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: InterceptorContext,
+    ) -> Any:
+        module: Any = context.module
         if not self.covers(module.scope):
             return next_fun(*args, **kwargs)
         if not hasattr(type(module), context.method_name):
-            # A function that is run as if it were a method, as `nn.vjp` runs what it is
-            # given; it calls the methods that this is about.
+            # A function that is run like a method, as `nn.vjp` runs its argument. The
+            # methods that it calls come here in turn.
             with self._flagged(module.scope):
                 return next_fun(*args, **kwargs)
         dtypes = self._dtypes_of(module)
@@ -139,7 +146,7 @@ class Interceptor:
                 return self._run_region(module, dtypes, context, args, kwargs)
             with inside_region(dtypes.compute):
                 output = self(next_fun, args, kwargs, context)
-            return cast_carry(carry_in(module, args, kwargs), output, dtypes.output)
+            return cast_carry(carry_of(module, args, kwargs), output, dtypes.output)
         handed = self._handed_down(module, dtypes)
         call = LayerCall(
             module,
@@ -166,7 +173,7 @@ class Interceptor:
         return as_written(call, output) if is_flax else output
 
     def _note(self, call: LayerCall) -> None:
-        """Remembers a layer of Flax, to tell whether the policy has an effect."""
+        """Remembers a layer of Flax, to see whether the policy has an effect."""
         module, kind = call.module, kind_of(call.module)
         if not is_leaf(module) or kind in (None, "norm"):
             return
@@ -185,24 +192,31 @@ class Interceptor:
     def _opens_region(self, dtypes: LayerDtypes) -> bool:
         return self.application.own_code == "autocast" and opens_region(dtypes.compute)
 
-    def _run_region(self, module, dtypes, context, args, kwargs) -> Any:
-        """Runs a method whose own operations are planned, and those of layers inside.
+    def _run_region(
+        self,
+        module: nn.Module,
+        dtypes: LayerDtypes,
+        context: InterceptorContext,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Runs a method in a region: its operations, and those of layers inside.
 
-        The method is traced by a lifted transformation, as by `nn.remat`.
+        The method is traced by a lifted transformation, as `nn.remat` traces it.
         """
 
-        def finish(output):
-            return cast_carry(carry_in(module, args, kwargs), output, dtypes.output)
+        def finish(output: Any) -> Any:
+            return cast_carry(carry_of(module, args, kwargs), output, dtypes.output)
 
-        def watch(plan):
+        def watch(plan: JaxprPlan) -> None:
             is_whole = self._path_in_model(module) == ()
             if is_whole and context.method_name == "__call__":
                 name = original_class(type(module)).__name__
                 check_plan(plan, self.leaves, name, self.application)
 
-        method = context.orig_method.func
+        bound: Any = context.orig_method
         lifted = planned_method(
-            method,
+            bound.func,
             region_settings(dtypes.compute, dtypes.precision),
             self.application.named_scopes,
             finish,
@@ -214,9 +228,9 @@ class Interceptor:
 
     @contextlib.contextmanager
     def around_rules(self, dtype: np.dtype) -> Iterator[None]:
-        """Around custom derivative rules, which are traced after the module has run.
+        """Covers custom derivative rules, which are traced after the module has run.
 
-        Their scopes are made then, and nothing else than the module's layers is called.
+        Their scopes are made then, and they call nothing but the module's layers.
         """
         token = running.set((*running.get(), self))
         self.covers_all = True
@@ -228,7 +242,7 @@ class Interceptor:
             running.reset(token)
 
     def _handed_down(self, module: nn.Module, dtypes: LayerDtypes) -> dict[str, Any]:
-        """The fields in which a module hands a dtype down, as they are meanwhile."""
+        """The fields in which a module hands a dtype down, with their new values."""
         if self.application.explicit_dtype == "keep":
             return {}
         is_flax = is_of_flax(type(module))
@@ -288,7 +302,7 @@ class Interceptor:
         parent = module.parent
         if isinstance(parent, nn.Module) and self.root == parent.path[: len(self.root)]:
             return self._dtypes_of(parent)
-        # In a lifted transformation, a clone has a scope in place of a parent.
+        # In a lifted transformation, a clone has a scope instead of a parent.
         around = [
             key
             for key in self.layers
@@ -315,7 +329,7 @@ class Interceptor:
     @contextlib.contextmanager
     def _flagged(self, scope: Scope) -> Iterator[None]:
         flags = scope.flags
-        # What runs in a region is traced otherwise than what does not.
+        # A module is traced differently inside a region and outside.
         flag = {_FLAG: self.application, _REGION_FLAG: region_dtype()}
         scope.flags = freeze({**flags, **flag})
         try:
@@ -341,35 +355,9 @@ _watchers: contextvars.ContextVar[tuple[Callable[[Visit], None], ...]] = (
 
 @contextlib.contextmanager
 def watch(watcher: Callable[[Visit], None]) -> Iterator[None]:
-    """Shows every call of a layer to a function, which changes nothing."""
+    """Calls a function with every visit of a layer."""
     token = _watchers.set((*_watchers.get(), watcher))
     try:
         yield
     finally:
         _watchers.reset(token)
-
-
-def linen_fields(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: getattr(module, name)
-        for name, field in module.__dataclass_fields__.items()
-        if field.init and name not in ("parent", "name")
-    }
-
-
-def modules_in(value: Any) -> list[nn.Module]:
-    if isinstance(value, nn.Module):
-        return [value]
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    items = value if isinstance(value, (list, tuple)) else ()
-    return [module for item in items for module in modules_in(item)]
-
-
-def _scopes(module: nn.Module) -> list[Scope]:
-    """The scopes of a bound module and of the modules in its fields."""
-    scopes = [] if module.scope is None else [module.scope]
-    for value in linen_fields(module).values():
-        for child in modules_in(value):
-            scopes += _scopes(child)
-    return scopes

@@ -1,4 +1,4 @@
-"""What a policy changes on one call of one linen layer."""
+"""What a policy changes in one call of one linen layer."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from jaxmp import _tree
 from jaxmp._jaxpr.flax_internals import is_flax_layer, is_lifted
 from jaxmp.casting.kernels.border import shown
 from jaxmp.modules._attention import dot_product_attention
-from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs
+from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs, show_result
 from jaxmp.modules._handed_down import was_handed_down
 from jaxmp.modules._layers import (
     LayerDtypes,
@@ -22,6 +22,7 @@ from jaxmp.modules._layers import (
     kind_of,
     origin_of,
 )
+from jaxmp.modules._linen_fields import attributes, has_field
 from jaxmp.modules._own_code import (
     as_decided,
     has_half,
@@ -29,30 +30,30 @@ from jaxmp.modules._own_code import (
     region_dtype,
 )
 
-# They have a `dtype` and are not to be given another one: FP8 operations manage their
-# own, and these norms normalise the parameters of the layer that they wrap.
+# Their `dtype` must not change: FP8 operations manage their own, and these norms
+# normalise the parameters of the layer that they wrap.
 _WITH_THEIR_OWN_DTYPE = ("Fp8", "NANOOFp8", "SpectralNorm", "WeightNorm")
 
 
 def is_transparent(module: nn.Module) -> bool:
-    """True for layers of Flax that hand on what they get: Dropout, Sequential, RNN."""
+    """True for layers of Flax that pass values on: Dropout, Sequential, RNN."""
     for cls in type(module).__mro__:
         if is_flax_layer(cls):
             has_own = cls.__name__.startswith(_WITH_THEIR_OWN_DTYPE)
-            return has_own or "dtype" not in module.__dataclass_fields__
+            return has_own or not has_field(module, "dtype")
         if not is_lifted(cls):
             return False
     return False
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """True for layers of Flax that compute in a `dtype` of theirs."""
-    has_dtype = "dtype" in module.__dataclass_fields__
-    return is_of_flax(type(module)) and has_dtype and not is_transparent(module)
+    """True for layers of Flax that compute in their own `dtype`."""
+    is_flax = is_of_flax(type(module)) and has_field(module, "dtype")
+    return is_flax and not is_transparent(module)
 
 
 class LayerCall(NamedTuple):
-    """One call of one layer, with the dtypes that it is to have.
+    """One call of one layer, with the dtypes that it should have.
 
     Attributes:
       module: the layer.
@@ -60,9 +61,9 @@ class LayerCall(NamedTuple):
       dtypes: its dtypes.
       explicit_dtype: as in `Application`.
       by_module: whether a module around it hands a float32 down.
-      is_entry: whether it is called from outside, and not by itself.
+      is_entry: whether it is called from outside, not by itself.
       fun: the method.
-      args, kwargs: what it is called with.
+      args, kwargs: the arguments of the call.
     """
 
     module: nn.Module
@@ -77,22 +78,16 @@ class LayerCall(NamedTuple):
 
     @property
     def carry(self) -> Any:
-        """What a cell is called with as its carry; None for other layers."""
-        return carry_in(self.module, self.args, self.kwargs)
+        """The carry that a cell is called with; None for other layers."""
+        return carry_of(self.module, self.args, self.kwargs)
 
     def run(self) -> Any:
         """Calls the method."""
         return self.fun(*self.args, **self.kwargs)
 
 
-def carry_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a cell is called with as its carry; None for other layers."""
-    is_cell = isinstance(module, nn.RNNCellBase)
-    return carry_of(args, kwargs) if is_cell else None
-
-
 def adapt_flax_layer(call: LayerCall) -> Any:
-    """Calls a layer of Flax's own with `dtype` set to what it has to compute in."""
+    """Calls a layer of Flax's own with its `dtype` set to the one to compute in."""
     module, dtypes = call.module, call.dtypes
     settings = _settings(module, call.method, dtypes)
     origin = origin_in(call)
@@ -112,8 +107,8 @@ def adapt_flax_layer(call: LayerCall) -> Any:
 def adapt_user_layer(call: LayerCall) -> Any:
     """Calls a layer of the user's.
 
-    In a region its code is planned, or left in float32 where a rule says so. Outside of
-    every region, its inputs, parameters and outputs are cast.
+    In a region its code is planned, or left in float32 if a rule says so. Outside every
+    region, its inputs, parameters and outputs are cast.
     """
     dtypes, region = call.dtypes, region_dtype()
     if region is None:
@@ -129,7 +124,7 @@ def adapt_user_layer(call: LayerCall) -> Any:
             )
             with in_float32(dtypes.compute):
                 output = call.fun(*args, **kwargs)
-        # What took half is to return half; what took float32 is read as it has to be.
+        # A layer that took half returns half; the plan reads any other result.
         is_narrowed = dtypes.compute != region and has_half((call.args, call.kwargs))
         if is_narrowed or dtypes.names_output:
             return cast_carry(call.carry, output, dtypes.output)
@@ -137,7 +132,7 @@ def adapt_user_layer(call: LayerCall) -> Any:
 
 
 def _cast_around(call: LayerCall, dtype: np.dtype) -> Any:
-    def read(x):
+    def read(x: Any) -> Any:
         return _tree.cast_floating(x, dtype)
 
     with _parameters(call.module, call.dtypes.params, read):
@@ -149,9 +144,9 @@ def _cast_around(call: LayerCall, dtype: np.dtype) -> Any:
 
 
 def adapt_transparent_layer(call: LayerCall) -> Any:
-    """Calls a layer that hands on what it gets; only its parameters are stored alike.
+    """Calls a layer that passes values on; only its parameters are stored as others.
 
-    The `dtype` of a norm of parameters is that of the parameters which it returns.
+    The `dtype` of a norm of parameters is the dtype of the parameters that it returns.
     """
     module, stored = call.module, call.dtypes.params
     is_weight_norm = isinstance(module, (nn.SpectralNorm, nn.WeightNorm))
@@ -165,11 +160,7 @@ def as_written(call: LayerCall, output: Any) -> Any:
     is_kept = origin_in(call) is Origin.AUTHOR
     if region_dtype() is None or is_kept or call.dtypes.names_output:
         return output
-    declared = _declared(call.module)
-    if call.carry is None or not isinstance(output, tuple) or len(output) != 2:
-        return shown(output, declared)
-    new_carry, result = output
-    return new_carry, shown(result, declared)
+    return show_result(call.carry, output, _declared(call.module))
 
 
 def _show_parameter(x: Any) -> Any:
@@ -177,15 +168,15 @@ def _show_parameter(x: Any) -> Any:
 
 
 def _declared(module: nn.Module) -> np.dtype:
-    is_field = "param_dtype" in module.__dataclass_fields__
+    is_field = has_field(module, "param_dtype")
     return declared_dtype(vars(module).get("param_dtype") if is_field else None)
 
 
 def _settings(module: nn.Module, method: str, dtypes: LayerDtypes) -> dict[str, Any]:
-    """The fields of a Flax layer that make it compute as it should."""
+    """The fields that make a layer of Flax compute in its dtypes."""
     settings = _dtype_settings(module, method, dtypes)
-    sets_precision = "precision" in module.__dataclass_fields__
-    if dtypes.precision is not None and sets_precision and module.precision is None:
+    has_precision = has_field(module, "precision")
+    if dtypes.precision is not None and has_precision and module.precision is None:
         settings["precision"] = dtypes.precision
     return settings
 
@@ -193,8 +184,8 @@ def _settings(module: nn.Module, method: str, dtypes: LayerDtypes) -> dict[str, 
 def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, Any]:
     kind = kind_of(module)
     if kind == "norm":
-        # Statistics and arithmetic are float32 whatever the dtype, which is that of
-        # the output alone, unless Flax is told to reduce in half.
+        # Flax computes statistics and arithmetic in float32 unless it is told to reduce
+        # in half; `dtype` is the dtype of the output alone.
         if dtypes.compute.itemsize >= 4:
             return {"dtype": dtypes.output}
         settings: dict[str, Any] = {"dtype": dtypes.compute}
@@ -202,7 +193,7 @@ def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, 
             settings["force_float32_reductions"] = False
         return settings
     if kind == "embed" and method == "__call__":
-        # With a dtype, the whole table would be cast and the gradient summed in half.
+        # With a dtype, Flax would cast the whole table and sum its gradient in half.
         return {"dtype": None}
     if kind == "attention" and dtypes.compute.itemsize < 4:
         settings = {"dtype": dtypes.compute, "force_fp32_for_softmax": True}
@@ -215,7 +206,7 @@ def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, 
 
 
 def origin_in(call: LayerCall) -> Origin:
-    """Who decides about the dtype of a layer, of Flax or of the user's."""
+    """Who decides the dtype of a layer, be it Flax's or the user's."""
     module: Any = call.module
     dtypes = call.dtypes
     if not is_leaf(module):
@@ -228,36 +219,18 @@ def origin_in(call: LayerCall) -> Origin:
 
 
 @contextlib.contextmanager
-def attributes(module: nn.Module, settings: dict[str, Any]) -> Iterator[None]:
-    before = {name: vars(module).get(name, _MISSING) for name in settings}
-    for name, value in settings.items():
-        object.__setattr__(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is _MISSING:
-                object.__delattr__(module, name)
-            else:
-                object.__setattr__(module, name, value)
-
-
-_MISSING = object()
-
-
-@contextlib.contextmanager
 def _parameters(
     module: nn.Module, stored: np.dtype, read: Callable[[Any], Any] | None
 ) -> Iterator[None]:
-    """Makes `module.param` store in one dtype, and return what `read` makes of it."""
+    """Makes `module.param` store in one dtype, and return the parameter as read."""
     if "param" in vars(module):
         yield
         return
     declared = _declared(module)
     stored = stored if declared == jnp.float32 else declared
 
-    def param(name, init_fn, *args, **kwargs):
-        def init_as_stored(*args, **kwargs):
+    def param(name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def init_as_stored(*args: Any, **kwargs: Any) -> Any:
             return _tree.cast_floating(init_fn(*args, **kwargs), stored)
 
         value = type(module).param(module, name, init_as_stored, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""A linen method whose operations are planned, as a lifted transformation.
+"""Runs a linen method in a region, as a lifted transformation.
 
-Flax functionalises the module around it, as for `nn.remat`: variables and random keys
-go in as arrays, and what the method writes comes out.
+Flax makes the module functional around it, as for `nn.remat`: variables and random keys
+go in as arrays, and the variables that the method writes come out.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from flax.core import lift
 from flax.linen import transforms
 
 from jaxmp.casting.local import run_region
-from jaxmp.casting.plan.plan import Settings
+from jaxmp.casting.plan.plan import JaxprPlan, Settings
 
 
 def planned_method(
@@ -19,22 +19,29 @@ def planned_method(
     settings: Settings,
     named_scopes: bool,
     finish: Callable[[Any], Any],
-    watch: Callable[[Any], None],
+    watch: Callable[[JaxprPlan], None],
     around_rules: Callable[[], Any],
 ) -> Callable[..., Any]:
-    """Returns a method like `method`, run in a region.
+    """Returns a method like `method` that runs in a region.
 
     Args:
       method: an unbound method of a linen class.
       settings, named_scopes: as for `run_region`.
-      finish: what happens to its output inside of the region.
-      watch: is shown the region's plan.
+      finish: function of its output, applied inside the region.
+      watch: is called with the region's plan.
       around_rules: as for `run_region`.
     """
 
-    def transform(fn):
-        def inner(scope_fn, repack_fn, variables, keys, *args, **kwargs):
-            def run(variables, keys, args, kwargs):
+    def transform(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(
+            scope_fn: Callable[..., Any],
+            repack_fn: Callable[..., Any],
+            variables: Any,
+            keys: Any,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            def run(variables: Any, keys: Any, args: Any, kwargs: Any) -> Any:
                 scope = scope_fn(variables, keys)
                 output = finish(fn(scope, *args, **kwargs))
                 return output, repack_fn(scope)

@@ -1,16 +1,16 @@
 """Policies for nnx modules: a new graph, with other settings and same-name subclasses.
 
-Layers of Flax's own have a `dtype` and a `promote_dtype` function, and are set to what
-they would have been built with. A module whose inputs, parameters or outputs have to be
-cast at its border, as every module of the user's, becomes an instance of a subclass of
-its own class, whose methods cast. Variables stay what they were: nothing that is saved,
-split or optimised shows the policy, but for the dtype in which parameters are stored.
+Layers of Flax's own have a `dtype` and a `promote_dtype` function, and get the values
+that they would have been built with. A module whose inputs, parameters or outputs have
+to be cast at its border, as every module of the user's, becomes an instance of a
+subclass of its own class, whose methods cast. Variables keep their types: nothing that
+is saved, split or optimised shows the policy, except the dtype of stored parameters.
 
 Sharp edges
-- While a method runs, the module's own parameters are replaced by cast ones, and so is
-  a cache, which is written back in its own dtype.
-- Only methods are borders: parameters that other code reads from a module are as
-  stored.
+- While a method runs, the module's own parameters are replaced by cast ones. So is a
+  cache, which is written back in its own dtype.
+- Only methods are borders: other code that reads parameters from a module finds them as
+  they are stored.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ import math
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -39,11 +38,7 @@ from jaxmp.modules._layers import (
     original_class,
     scope_of,
 )
-from jaxmp.modules._nnx_border import (
-    Border,
-    map_variables,
-    with_border,
-)
+from jaxmp.modules._nnx_border import Border, with_border
 from jaxmp.modules._nnx_settings import (
     WEIGHT_NORMS,
     author_dtype,
@@ -53,13 +48,14 @@ from jaxmp.modules._nnx_settings import (
     settings_for,
     undo_settings,
 )
+from jaxmp.modules._nnx_variables import own_parameters
 
 M = TypeVar("M", bound=nnx.Module)
 Layers = dict[str, tuple[nnx.Module, LayerDtypes]]
 
 
 def apply_to_nnx(module: M, application: Application, check: bool = True) -> M:
-    """Returns a new graph with a policy applied; `apply_policy` has the whole story."""
+    """Returns a new graph with a policy applied, as `apply_policy` documents."""
     new = nnx.clone(module)
     layers = layers_of(new, application)
     used = [dtypes.rule for _, dtypes in layers.values() if dtypes.rule is not None]
@@ -75,7 +71,7 @@ def apply_to_nnx(module: M, application: Application, check: bool = True) -> M:
 
 
 def layers_of(module: nnx.Module, application: Application) -> Layers:
-    """Lists every layer by its path, a shared one by its first, with its dtypes."""
+    """Lists every layer with its dtypes by path; a shared one by its first path."""
     layers: Layers = {}
     for parts, layer in sorted(nnx.iter_modules(module), key=lambda x: len(x[0])):
         if isinstance(layer, (nnx.List, nnx.Dict)):
@@ -90,22 +86,8 @@ def layers_of(module: nnx.Module, application: Application) -> Layers:
     return layers
 
 
-def own_parameters(layer: nnx.Module) -> dict[str, list[nnx.Param]]:
-    """Lists a layer's parameters by attribute, without those of the layers inside."""
-    found: dict[str, list[nnx.Param]] = {}
-    for name, value in vars(layer).items():
-
-        def collect(variable, name=name):
-            if isinstance(variable, nnx.Param):
-                found.setdefault(name, []).append(variable)
-            return variable
-
-        map_variables(collect, value)
-    return found
-
-
 def forget_earlier_policy(layer: Any) -> None:
-    """Makes a layer again what its author built."""
+    """Turns a layer back into the one that its author built."""
     object.__setattr__(layer, "__class__", original_class(type(layer)))
     undo_settings(layer)
     forget_default(layer)
@@ -151,37 +133,36 @@ def _apply_to_layer(
 def _leaf_border(
     layer: Any, dtypes: LayerDtypes, border: Border, origin: Origin
 ) -> Border:
-    """Sets one of Flax's layers up, and returns what is left to do around it."""
+    """Sets up one of Flax's layers, and returns what remains to be done around it."""
     if origin is Origin.AUTHOR:
         return dataclasses.replace(border, is_leaf=True, output=None)
-    shown = (
-        None if border.names_output else declared_dtype(vars(layer).get("param_dtype"))
-    )
+    declared = declared_dtype(vars(layer).get("param_dtype"))
+    shown = None if border.names_output else declared
     for name, value in settings_for(layer, dtypes).items():
         setattr(layer, name, value)
     return dataclasses.replace(border, is_leaf=True, shown=shown)
 
 
 def origins_of(layers: Layers, application: Application) -> dict[str, Origin]:
-    """Tells for every layer of Flax who decided about its dtype.
+    """Returns for every layer of Flax who decided its dtype.
 
-    A layer that is built with float32 was handed it where a module around it has a
-    float32 `dtype`, in an attribute or in a config, or where every layer says so.
+    The float32 of a layer was handed down if a module around it has a float32 `dtype`,
+    in an attribute or in a config, or if all layers are built with float32.
     """
     leaves = {
         path: (layer, dtypes)
         for path, (layer, dtypes) in layers.items()
         if has_settings(layer)
     }
-    # An embedding without a dtype looks like one with that of its parameters.
+    # An embedding without a dtype looks like one with the dtype of its parameters.
     counted = [x for x, _ in leaves.values() if kind_of(x) not in ("norm", "embed")]
-    all_say_so = all(author_dtype(layer) == _FLOAT32 for layer in counted)
+    all_in_float32 = all(author_dtype(x) == _tree.FLOAT32 for x in counted)
     origins = {}
     for path, (layer, dtypes) in leaves.items():
         author = author_dtype(layer)
         around = _modules_around(path, layers)
-        was_handed = author == _FLOAT32 and (
-            all_say_so or path == "" or any(map(_hands_down, around))
+        was_handed = author == _tree.FLOAT32 and (
+            all_in_float32 or path == "" or any(map(_hands_down, around))
         )
         origins[path] = origin_of(
             author,
@@ -194,7 +175,7 @@ def origins_of(layers: Layers, application: Application) -> dict[str, Origin]:
 
 
 def _modules_around(path: str, layers: Layers) -> list[Any]:
-    """The modules around a layer, the nearest first."""
+    """The modules around a layer, nearest first."""
     around = []
     while path:
         path = path.rpartition("/")[0]
@@ -222,16 +203,12 @@ def _leaves(layers: Layers, origins: dict[str, Origin]) -> dict[str, Leaf]:
     return leaves
 
 
-_FLOAT32 = jnp.dtype(jnp.float32)
-
-
 def _store_parameters(layer: nnx.Module, dtype: np.dtype) -> None:
     declared = declared_dtype(vars(layer).get("param_dtype"))
-    dtype = dtype if declared == jnp.float32 else declared
-    for parameters in own_parameters(layer).values():
-        for parameter in parameters:
-            stored = _tree.cast_floating(parameter.get_raw_value(), dtype)
-            parameter.set_raw_value(stored)
+    dtype = dtype if declared == _tree.FLOAT32 else declared
+    for parameter in own_parameters(layer):
+        stored = _tree.cast_floating(parameter.get_raw_value(), dtype)
+        parameter.set_raw_value(stored)
 
 
 def _path_string(parts: tuple[Any, ...]) -> str:

@@ -1,10 +1,10 @@
-"""An nnx method whose operations are planned.
+"""Runs an nnx method in a region.
 
 The modules among its arguments are split, and merged again inside: the method is traced
-on copies, whose variables hold what is traced. What it writes is written to the modules
+on copies, whose variables hold tracers. What it changes is then written to the modules
 outside: variables with another value, new ones as `sow` makes them, and plain
-attributes. A variable that it only reads is left alone, so that a module from outside
-of a `vmap` or a gradient can be called inside.
+attributes. A variable that it only reads is left alone, so that a module from outside a
+`vmap` or a gradient can be called inside.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from jaxmp.casting.plan.plan import Settings
 
 
 class ReturnsModule(Exception):
-    """A method returned a module, whose copy would be of no use outside."""
+    """A method returned a module, whose copy would be useless outside."""
 
 
 def run_method(
@@ -34,15 +34,15 @@ def run_method(
     """Calls a method in a region.
 
     Args:
-      method: takes the arguments; the first is the module itself.
-      args, kwargs: pytrees of arrays, modules and whatever else.
+      method: a function of the arguments; the first is the module itself.
+      args, kwargs: pytrees of arrays, modules and anything else.
       settings, named_scopes, watch, around_rules: as for `run_region`.
 
     Returns:
-      What the method returns.
+      The result of the method.
 
     Raises:
-      ReturnsModule: if there are modules in it; nothing has been written then.
+      ReturnsModule: if the result contains modules; nothing has been written then.
     """
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
     nodes = [x for x in leaves if _is_node(x)]
@@ -50,7 +50,7 @@ def run_method(
     others = [None if _is_node(x) else x for x in leaves]
     attributes: dict[Any, Any] = {}
 
-    def run(state, others):
+    def run(state: Any, others: Any) -> tuple[Any, ...]:
         copies = nnx.merge(graphdef, state)
         before = _values(copies)
         remaining = iter(copies)
@@ -95,7 +95,7 @@ def _raw(value: Any) -> Any:
 
 
 def _plain(module: nnx.Module) -> dict[str, Any]:
-    """The attributes that hold neither variables nor modules nor arrays."""
+    """The attributes without variables, modules and arrays."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -110,7 +110,7 @@ def _plain(module: nnx.Module) -> dict[str, Any]:
 def _changed_attributes(
     nodes: Sequence[Any], copies: Sequence[Any]
 ) -> dict[tuple[Any, ...], Any]:
-    """What a method set in the copies: `(node, path, name) -> value`."""
+    """The attributes that a method set in the copies: `(node, path, name) -> value`."""
     changed = {}
     for i, (node, copied) in enumerate(zip(nodes, copies, strict=True)):
         originals = dict(nnx.iter_modules(node))
@@ -127,7 +127,7 @@ def _changed_attributes(
 def _differs(before: Any, after: Any) -> bool:
     try:
         return before is not after and bool(before != after)
-    except Exception:  # what cannot be compared was at least replaced
+    except Exception:  # values that cannot be compared count as changed
         return True
 
 

@@ -1,7 +1,7 @@
-"""The settings that make one of Flax's own nnx layers compute as it should.
+"""The settings that make one of Flax's own nnx layers compute in its dtypes.
 
-What the author wrote is remembered in the layer's `promote_dtype` function, so that
-another policy starts from there.
+The layer's `promote_dtype` function remembers what the author wrote, so that another
+policy can start from there.
 """
 
 import dataclasses
@@ -11,16 +11,16 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmp._jaxpr.flax_internals import PROMOTIONS, is_flax_layer
+from jaxmp._jaxpr.flax_internals import is_flax_layer, promotion_of
 from jaxmp.modules._attention import dot_product_attention
 from jaxmp.modules._layers import LayerDtypes, is_of_flax, kind_of
 
-# Their `dtype` is that of the parameters that they normalise; they hand on all else.
+# Their `dtype` is the dtype of the parameters that they normalise.
 WEIGHT_NORMS = (nnx.SpectralNorm, nnx.WeightNorm)
 
 
 def is_transparent(cls: type) -> bool:
-    """True for layers of Flax that hand on what they get: Dropout, Sequential, RNN."""
+    """True for layers of Flax that pass values on: Dropout, Sequential, RNN."""
     if not is_flax_layer(cls):
         return False
     if issubclass(cls, WEIGHT_NORMS):
@@ -30,26 +30,26 @@ def is_transparent(cls: type) -> bool:
 
 
 def has_settings(layer: nnx.Module) -> bool:
-    """True for layers of Flax's own that compute in a dtype they are built with."""
-    has_dtype = hasattr(layer, "dtype") and _promotion_name(layer) is not None
-    return has_dtype and is_of_flax(type(layer))
+    """True for layers of Flax's own that compute in the `dtype` they are built with."""
+    has_dtype = hasattr(layer, "dtype") and promotion_of(layer) is not None
+    return is_of_flax(type(layer)) and has_dtype
 
 
 def author_dtype(layer: Any) -> Any:
-    """The `dtype` that a layer of Flax was built with, None if none was given."""
+    """The `dtype` that a layer of Flax was built with; None if it got none."""
     dtype = layer.dtype
     if isinstance(layer, nnx.Embed) and dtype == layer.param_dtype:
-        return None  # what Embed makes of no dtype at all
+        return None  # Embed's value for no dtype at all
     return None if dtype is None else jnp.dtype(dtype)
 
 
 def settings_for(layer: Any, dtypes: LayerDtypes) -> dict[str, Any]:
-    """The attributes to set."""
-    kind, name = kind_of(layer), _promotion_name(layer)
+    """The attributes that make a layer compute in its dtypes."""
+    kind, name = kind_of(layer), promotion_of(layer)
     assert name is not None
     dtype, promotes = dtypes.compute, "dtype"
     if kind == "norm" and dtypes.compute.itemsize >= 4:
-        # Flax casts the arguments to `dtype` before, and the result after.
+        # Flax casts the arguments to `dtype` before it computes, and the result after.
         dtype, promotes = dtypes.output, "float32"
     if kind == "embed":
         # The rows are cast after the lookup, not the whole table before it.
@@ -69,8 +69,8 @@ def settings_for(layer: Any, dtypes: LayerDtypes) -> dict[str, Any]:
 
 
 def undo_settings(layer: Any) -> None:
-    """Sets what an earlier policy set back to what the author wrote."""
-    name = _promotion_name(layer)
+    """Resets the attributes that an earlier policy set to what the author wrote."""
+    name = promotion_of(layer)
     promotion = getattr(layer, name) if name else None
     if name and isinstance(promotion, _Promotion):
         layer.dtype = promotion.author_dtype
@@ -82,9 +82,9 @@ def undo_settings(layer: Any) -> None:
 
 
 def forget_default(layer: nnx.Module) -> None:
-    """Sets the float32 to None that `SimpleCell`, alone among the cells, starts with.
+    """Removes the float32 that `SimpleCell`, alone among the cells, has by default.
 
-    In the two layers that it makes with it, that would look like an author's choice.
+    In the two layers inside, it would look like an author's choice.
     """
     if isinstance(layer, nnx.SimpleCell) and layer.dtype == jnp.float32:
         for part in (layer, layer.dense_h, layer.dense_i):
@@ -93,6 +93,8 @@ def forget_default(layer: nnx.Module) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Promotion:
+    """A layer's promotion to one dtype, which remembers the author's settings."""
+
     author: Any
     author_dtype: Any
     promotes: str
@@ -104,7 +106,3 @@ class _Promotion:
         if self.promotes == "table" and len(args) == 1:
             return args
         return self.author(args, dtype=dtype, **kwargs)
-
-
-def _promotion_name(layer: nnx.Module) -> str | None:
-    return next((name for name in PROMOTIONS if hasattr(layer, name)), None)

@@ -1,11 +1,11 @@
-"""Where the code of users' layers runs, and how layers of Flax appear to it.
+"""Regions: where the code of users' layers runs, and how Flax's layers appear there.
 
-The outermost layer of the user's opens a *region*: its code, and that of all layers
-inside, is traced and planned as `autocast` would plan it. A layer of Flax inside has
-been decided by the policy and stays as it is. Its half result is shown to the code
-around as the float32 that it would be without a policy: scans find the carries that
-they started with, a constant such as 1 - 1e-6 is not rounded, and the plan decides
-where the value is read in half, where in float32.
+The outermost layer of the user's opens a *region*: its code, and the code of all layers
+inside, is traced and planned as `autocast` would plan it. The plan leaves a layer of
+Flax inside alone, since the policy has already decided it, and shows its half result
+to the code around as float32, as it would be without a policy. So a scan finds the
+carry type that it started with, a constant such as 1 - 1e-6 is not rounded, and the
+plan decides where the value is read in half and where in float32.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ _dtype: contextvars.ContextVar[np.dtype | None] = contextvars.ContextVar(
 
 
 def region_dtype() -> np.dtype | None:
-    """The compute dtype of the code that runs now; None outside of every region."""
+    """The compute dtype of the code that runs now; None outside every region."""
     return _dtype.get()
 
 
 def opens_region(dtype: np.dtype) -> bool:
-    """Whether the code of a layer with this compute dtype needs a region of its own."""
+    """Whether a layer with this compute dtype opens a region for its code."""
     return dtype in _tree.HALF and _dtype.get() != dtype
 
 
 @contextlib.contextmanager
 def inside_region(dtype: np.dtype) -> Iterator[None]:
-    """Marks what runs as planned with a compute dtype."""
+    """Marks the code that runs as planned with a compute dtype."""
     token = _dtype.set(dtype)
     try:
         yield
@@ -49,7 +49,7 @@ def inside_region(dtype: np.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def region(dtype: np.dtype) -> Iterator[None]:
-    """Around a region; an error of tracing says what runs without it."""
+    """Enters a region; errors of tracing say how to do without one."""
     with inside_region(dtype):
         try:
             yield
@@ -62,21 +62,21 @@ def region(dtype: np.dtype) -> Iterator[None]:
 _NEEDS_VALUES = (ConcretizationTypeError, TracerArrayConversionError)
 _HINT = (
     "apply_policy() traces the code of your layers to plan it, as jax.jit does. Code "
-    "that needs the values of arrays runs outside of jax.jit with "
+    "that needs the values of arrays runs outside jax.jit with "
     "apply_policy(model, policy, own_code='half')."
 )
 
 
 @contextlib.contextmanager
 def in_float32(dtype: np.dtype) -> Iterator[None]:
-    """Keeps what runs in the float32 that it is written in."""
+    """Keeps the code that runs in float32, as it was written."""
     with inside_region(dtype), jax.named_scope(FULL_PRECISION_SCOPE), as_written():
         yield
 
 
 @contextlib.contextmanager
 def as_decided() -> Iterator[None]:
-    """Around a layer of Flax's: the plan outside leaves it as it is."""
+    """Marks a layer of Flax, which the plan around leaves alone."""
     if _dtype.get() is None:
         yield
         return
@@ -89,7 +89,7 @@ def as_decided() -> Iterator[None]:
 
 
 def has_half(tree: Any) -> bool:
-    """Whether an array of a tree is in half."""
+    """Whether a tree holds an array in half."""
     return any(
         _tree.is_array(x) and jnp.result_type(x) in _tree.HALF
         for x in jax.tree.leaves(tree)

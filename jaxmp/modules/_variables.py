@@ -1,4 +1,4 @@
-"""Variables without their module: what is known of them, and casts of whole trees."""
+"""Variables without their module: the dtypes of their layers, and casts of trees."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from flax import nnx, traverse_util
 
 from jaxmp import _tree
 from jaxmp.modules._apply import apply_policy
-from jaxmp.modules._layers import Application, LayerDtypes
+from jaxmp.modules._layers import Application, LayerDtypes, by_rule
 from jaxmp.policy import Policy, default_rules, get_policy
 from jaxmp.policy.rule_sets import check_rules, first_match
 
@@ -20,10 +20,10 @@ T = TypeVar("T")
 def layer_dtypes_of_variables(
     variables: Mapping[str, Any], application: Application
 ) -> dict[str, LayerDtypes]:
-    """Finds the dtypes of layers that nothing but parameters are known of.
+    """Finds the dtypes of layers of which only the parameters are known.
 
-    Rules by path apply. A layer whose parameters are a `scale`, with or without a
-    `bias`, is a norm: no other layer of Flax has a parameter of that name.
+    Rules by path apply. A layer with a `scale`, and at most a `bias` beside it, is a
+    norm: no other layer of Flax has a parameter of that name.
     """
     policy, rules = application[:2]
     params = variables.get("params", variables)
@@ -34,12 +34,8 @@ def layer_dtypes_of_variables(
     for path, names in found.items():
         is_norm = _are_of_norm(names)
         rule = first_match(rules, path, None, "norm" if is_norm else None)
-        layers[path] = LayerDtypes(
-            params=(rule and rule.params) or policy.param_dtype,
-            compute=(rule and rule.compute) or policy.compute_dtype,
-            output=(rule and rule.output) or policy.compute_dtype,
-            rule=rule,
-        )
+        compute = policy.compute_dtype
+        layers[path] = by_rule(rule, policy.param_dtype, compute, compute)
     return layers
 
 
@@ -48,8 +44,8 @@ def cast_for_eval(
 ) -> T:
     """Casts parameters to the compute dtype once, for evaluation or serving in half.
 
-    Under a mixed policy every call casts the float32 parameters again. Where they are
-    not trained any more, half of them is enough.
+    Under a mixed policy every call casts the float32 parameters again. Once they are no
+    longer trained, half-precision copies are enough.
 
     Args:
       module_or_variables: an nnx module; a linen module, bound or not; variables: a
@@ -57,16 +53,16 @@ def cast_for_eval(
         arrays, such as an Equinox module or the parameters of Haiku.
       policy: what `get_policy` takes; its `param_dtype` does not matter.
       rules: as for `apply_policy`; the default keeps the parameters of norms in
-        float32. Of variables and other pytrees, rules by path apply, and norms are told
-        by their `scale`, or by an object around them that is called a norm.
+        float32. In variables and other pytrees, rules by path apply, and a norm is
+        recognised by its `scale`, or by an object around it that is called a norm.
 
     Returns:
-      The same kind of thing. Variables that are no parameters keep their dtype. An
+      The same kind of object. Variables other than parameters keep their dtype. An
       unbound linen module is returned under the policy; cast its variables too.
 
     Raises:
       PolicyError: for a policy that cannot be read.
-      InvalidRule: for rules that are none.
+      InvalidRule: for rules that cannot be read.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxmp
@@ -96,18 +92,18 @@ def cast_for_eval(
 
 
 def cast_like(variables: T, like: Any) -> tuple[T, dict[str, float]]:
-    """Casts variables to the dtypes of others, and tells where that rounds.
+    """Casts variables to the dtypes of others, and reports where that rounds.
 
-    For loading a float32 checkpoint into a model in half and back.
+    Use it to load a float32 checkpoint into a half-precision model, or back.
 
     Args:
       variables: pytree of arrays.
       like: pytree of arrays or `jax.ShapeDtypeStruct`s of the same structure.
 
     Returns:
-      The variables in the dtypes of `like`, and the largest relative error by path for
-      every leaf that was rounded. The second is empty where the cast is exact, as every
-      cast from half to float32 is.
+      The variables in the dtypes of `like`, and a dictionary from the path of every
+      leaf that was rounded to its largest relative error. The dictionary is empty if
+      the cast is exact, as every cast from half to float32 is.
 
     Example:
       >>> import jax.numpy as jnp
@@ -142,14 +138,14 @@ def _are_of_norm(names: set[str]) -> bool:
 
 
 def _is_nested(variables: Any) -> bool:
-    """Whether this is dictionaries of arrays all the way down, as Flax makes them."""
+    """Whether these are dictionaries of arrays at every level, as Flax makes them."""
     if isinstance(variables, Mapping):
         return all(map(_is_nested, variables.values()))
     return jax.tree.structure(variables) == jax.tree.structure(0)
 
 
 def _cast_pytree(tree: Any, application: Application) -> Any:
-    """Casts the arrays of any pytree; norms are told by their class or a `scale`."""
+    """Casts the arrays of any pytree; a norm has a `scale` or is called a norm."""
     policy, rules = application[:2]
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     siblings: dict[Any, set[str]] = {}
@@ -157,7 +153,7 @@ def _cast_pytree(tree: Any, application: Application) -> Any:
         siblings.setdefault(path[:-1], set()).add(_tree.path_string(path[-1:]))
     norms = _paths_of_norms(tree)
 
-    def cast(path, x):
+    def cast(path: Any, x: Any) -> Any:
         names = siblings[path[:-1]]
         is_norm = any(path[: len(norm)] == norm for norm in norms)
         is_norm |= _are_of_norm(names)

@@ -221,7 +221,7 @@ def test_a_model_that_wraps_a_module_is_told_apart():
     class FlaxModel:
         module = Model()
 
-    with pytest.raises(NotAModule, match=r"FlaxModel is no module.*model\.module"):
+    with pytest.raises(NotAModule, match=r"FlaxModel is not a module.*model\.module"):
         apply_policy(FlaxModel(), "mixed_bfloat16")
 
 
