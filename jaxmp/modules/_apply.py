@@ -24,7 +24,7 @@ def apply_policy(
     own_code: Literal["autocast", "half"] = "autocast",
     named_scopes: bool = True,
 ) -> M:
-    """Makes a Flax module store, compute and return the dtypes of a policy.
+    """Makes a Flax module, linen or nnx, store, compute and return a policy's dtypes.
 
     Parameters are stored in the policy's `param_dtype`. Flax's own layers compute as if
     `dtype=` had been written into the model: matmuls and convolutions in the compute

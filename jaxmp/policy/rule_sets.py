@@ -46,10 +46,11 @@ def head_in_float32(path: str) -> tuple[PolicyRule, ...]:
 
 
 def matmuls_in_half(dtype: Any) -> tuple[PolicyRule, ...]:
-    """Runs dense, convolution, recurrent and attention layers in half, others not.
+    """Runs layers with matmuls in half precision and all others in float32.
 
-    This is the most careful level short of float32: activations between layers stay
-    float32, as in Apex's O1. `autocast` does the same operation by operation.
+    Dense, convolution, recurrent and attention layers run in half. This is the most
+    careful level short of float32: activations between layers stay float32, as in
+    Apex's O1. `autocast` does the same operation by operation.
 
     Args:
       dtype: `"bfloat16"` or `"float16"`.

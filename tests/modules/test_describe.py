@@ -1,5 +1,7 @@
 """`describe`: the table agrees with what the layers really do."""
 
+import json
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -163,3 +165,21 @@ def test_the_policy_that_is_in_force_is_not_said_to_replace_itself():
     other = jaxmp.describe(policied, "mixed_float16", X)
     assert other.title.endswith("in place of p=full,c=bf16,o=full")
     assert str(same).splitlines()[3].startswith("(model) ")
+
+
+def test_a_description_is_rows_json_and_a_page(tmp_path):
+    description = jaxmp.describe(Net(12), "mixed_bfloat16", X)
+    rows = description.to_rows()
+    assert [row["path"] for row in rows] == [row.path for row in description.rows]
+    written = json.loads(description.to_json())
+    assert written == {"title": description.title, "rows": rows}
+    description.to_html(tmp_path / "layers.html")
+    page = (tmp_path / "layers.html").read_text()
+    assert description.title in page
+    assert "block_*/norm (12 times)" in page
+
+
+def test_a_description_is_shown_as_it_is_printed(capsys):
+    description = jaxmp.describe(Net(), "mixed_bfloat16", X)
+    description.show()
+    assert capsys.readouterr().out == f"{description}\n"
