@@ -1,7 +1,7 @@
 """Policies: which dtypes parameters, computation and outputs have."""
 
 from jaxmp.policy._casts import cast_to_full, cast_to_half
-from jaxmp.policy._grammar import get_policy, presets
+from jaxmp.policy._grammar import get_policy
 from jaxmp.policy._policy import Policy
 from jaxmp.policy._rules import PolicyRule
 from jaxmp.policy.dtypes import half_dtype
@@ -10,7 +10,6 @@ from jaxmp.policy.rule_sets import default_rules, head_in_float32, matmuls_in_ha
 __all__ = [
     "Policy",
     "get_policy",
-    "presets",
     "half_dtype",
     "cast_to_full",
     "cast_to_half",

@@ -13,7 +13,7 @@ from jaxmp.policy._policy import Policy
 from jaxmp.policy._suggestions import near_policy, near_value
 from jaxmp.policy.dtypes import name_to_dtype, policy_name_for, read_dtype
 
-presets = MappingProxyType(
+PRESETS = MappingProxyType(
     {
         "mixed_bfloat16": "p=f32,c=bf16,o=f32",
         "mixed_float16": "p=f32,c=f16,o=f32",
@@ -37,7 +37,7 @@ _FIELD_OF_KEY = {
     "matmul": "matmul_precision",
 }
 _DTYPES = ("half", *name_to_dtype)
-_NAMES = ("auto", *presets, *_DTYPES)
+_NAMES = ("auto", *PRESETS, *_DTYPES)
 
 
 def get_policy(spec: Any, *, device: Any = None) -> Policy:
@@ -130,8 +130,8 @@ def _read_name(spec: str, part: str, device: Any) -> dict[str, Any]:
     name = part.strip()
     if name == "auto":
         name = policy_name_for(device or jax.local_devices()[0])
-    if name in presets:
-        policy = _parse(presets[name], device)
+    if name in PRESETS:
+        policy = _parse(PRESETS[name], device)
         return {
             "param_dtype": policy.param_dtype,
             "compute_dtype": policy.compute_dtype,

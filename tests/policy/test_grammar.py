@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import jaxmp
 from jaxmp.errors import PolicyError
-from jaxmp.policy import Policy, get_policy, presets
+from jaxmp.policy import Policy, get_policy
+from jaxmp.policy._grammar import PRESETS
 from jaxmp.policy._matmul_precision import precision_names
 from jaxmp.policy.dtypes import dtype_to_names
 
@@ -111,7 +112,7 @@ def test_reads(spec, dtypes):
     assert get_policy(str(policy)) == policy
 
 
-@pytest.mark.parametrize("name", presets)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_case_above(name):
     assert name in READ
 
