@@ -34,6 +34,16 @@ def is_inexact(x: Any) -> bool:
     return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
+def is_castable(x: Any) -> bool:
+    """True for arrays of float16, bfloat16 and float32."""
+    return is_array(x) and x.dtype in CASTABLE
+
+
+def is_half(x: Any) -> bool:
+    """True for arrays of float16 and bfloat16."""
+    return is_array(x) and x.dtype in HALF
+
+
 def path_string(path: tuple[Any, ...]) -> str:
     """Writes a key path of `jax.tree_util` as `"block_0/dense/kernel"`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -72,7 +82,7 @@ def cast_floating(
 
 def at_least_float32(x: Any) -> Any:
     """Widens a float16 or bfloat16 array to float32; anything else passes."""
-    return jnp.asarray(x, jnp.float32) if is_array(x) and x.dtype in HALF else x
+    return jnp.asarray(x, jnp.float32) if is_half(x) else x
 
 
 def strong(x: Any) -> Any:

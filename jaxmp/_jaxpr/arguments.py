@@ -208,6 +208,12 @@ class Leaf(NamedTuple):
     position: int | None
     variable: Any = None
 
+    @property
+    def is_module_state(self) -> bool:
+        """Whether an nnx module keeps it, and not as a parameter."""
+        nnx: Any = sys.modules.get("flax.nnx")
+        return self.variable is not None and not isinstance(self.variable, nnx.Param)
+
 
 def named_leaves(
     fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -30,6 +30,11 @@ class Source(NamedTuple):
     def __str__(self) -> str:
         return f"{os.path.basename(self.file)}:{self.line} ({self.function})"
 
+    @property
+    def short(self) -> str:
+        """The line with the function's own name: `"train.py:12 (loss_fn)"`."""
+        return str(self._replace(function=self.function.rpartition(".")[2]))
+
 
 class Written(NamedTuple):
     """How an equation came to be.

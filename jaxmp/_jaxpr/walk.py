@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxmp._jaxpr.atoms import variables
-from jaxmp._jaxpr.calls import BODY, JITS, held
+from jaxmp._jaxpr.calls import BODY, JITS, LOOPS, held, loop
 from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 
@@ -20,6 +20,16 @@ def walk(jaxpr: Jaxpr, into: Callable[[Any], Sequence[Any]] = held) -> Iterator[
         yield eqn
         for inner in into(eqn):
             yield from walk(inner, into)
+
+
+def counted(jaxpr: Jaxpr, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """As `walk`, with how often each is carried out; a `while` runs its body once."""
+    for eqn in open_jaxpr(jaxpr).eqns:
+        yield eqn, times
+        length = loop(eqn).length if eqn.primitive.name in LOOPS else None
+        inside = times if length is None else times * length
+        for inner in held(eqn):
+            yield from counted(inner, inside)
 
 
 def makers(jaxpr: Jaxpr) -> dict[Any, Any]:

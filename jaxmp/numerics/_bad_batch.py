@@ -31,9 +31,9 @@ import numpy as np
 from jax.tree_util import SequenceKey
 
 from jaxmp import _tree
+from jaxmp._jaxpr.execution import cond
 from jaxmp.errors import NotOnHost, NumericsError
 from jaxmp.loss_scale import get_loss_scale, loss_scale_metrics
-from jaxmp.numerics.monitor._eager_cond import branch
 
 PyTree = Any
 
@@ -155,7 +155,7 @@ def record_bad_batch(
     now = BadBatch(batch, params, jnp.asarray(scale, jnp.float32), steps)
     _check_shapes(record, now)
     now = jax.tree.map(_tree.like, now, record)
-    return branch(metrics["grads_finite"], lambda: record, lambda: now)
+    return cond(metrics["grads_finite"], lambda: record, lambda: now)
 
 
 def _check_shapes(record: BadBatch, now: BadBatch) -> None:

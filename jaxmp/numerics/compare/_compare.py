@@ -38,11 +38,10 @@ from jaxmp.numerics.compare._scales import (
     scale_range,
     stand_in,
     stand_in_rules,
-    used_scale,
 )
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program, read_program
-from jaxmp.numerics.replay._site import Site
+from jaxmp.numerics.replay._site import ReplaySite
 from jaxmp.policy import Policy, get_policy
 
 _REFERENCES = ("float32", "float64")
@@ -150,7 +149,7 @@ class _Exact:
         program = read_program(fn, args, kwargs, argnums=argnums)
         self.gradients: dict[str, Any] = {}
         if program.loss_scale is not None:
-            self.gradients = _gradients(program, Interpreter().run_program(program))
+            self.gradients = program.gradients(Interpreter().run_program(program))
 
 
 class _Run:
@@ -197,12 +196,12 @@ class _Run:
     ) -> tuple[list[GradientRow], float]:
         """Compares the gradients; returns the loss scale that was used, too."""
         program = self._read(self.policy, backward=True, loss_scale=loss_scale)
-        scale = used_scale(program)
-        given = _gradients(program, Rounding(self.emulated).run_program(program))
+        scale = program.used_scale
+        given = program.gradients(Rounding(self.emulated).run_program(program))
         unscaled = given
         if scale != 1.0:
             at_one = program.at_scale(1.0)
-            unscaled = _gradients(at_one, Rounding(self.emulated).run_program(at_one))
+            unscaled = at_one.gradients(Rounding(self.emulated).run_program(at_one))
         found, plain = ({name: Distance() for name in wanted} for _ in range(2))
         for parameter, x in wanted.items():
             found[parameter].add(x, given[parameter], scale)
@@ -220,16 +219,8 @@ class _Run:
         return rows, scale
 
 
-def _gradients(program: Program, outputs: Sequence[Any]) -> dict[str, Any]:
-    return {
-        output.name.removeprefix("the gradient of "): x
-        for output, x in zip(program.outputs, outputs, strict=True)
-        if output.kind == "gradient"
-    }
-
-
 def _activation_row(
-    policy: str, order: int, site: Site, distance: Distance, dtype: str
+    policy: str, order: int, site: ReplaySite, distance: Distance, dtype: str
 ) -> ActivationRow:
     line = site.line
     return ActivationRow(

@@ -22,12 +22,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp._jaxpr.primitives import LAYOUT
+from jaxmp._jaxpr.execution import bind
+from jaxmp._jaxpr.primitives import CAST, LAYOUT
 from jaxmp.numerics.compare._distance import Distance
-from jaxmp.numerics.replay._interpreter import Interpreter, bind
-from jaxmp.numerics.replay._site import Site
+from jaxmp.numerics.replay._interpreter import Interpreter
+from jaxmp.numerics.replay._site import ReplaySite
 
-_CAST = "convert_element_type"
 Key = tuple[Any, ...]
 
 
@@ -36,7 +36,9 @@ class Reference(Interpreter):
 
     def __init__(self):
         super().__init__()
-        self.found: dict[Key, list[tuple[Site, Any]]] = collections.defaultdict(list)
+        self.found: dict[Key, list[tuple[ReplaySite, Any]]] = collections.defaultdict(
+            list
+        )
 
     def observe(self, site, operands, results):
         if _is_compared(site, results):
@@ -68,7 +70,7 @@ class Comparing(Rounding):
         self._handed: dict[int, tuple[Any, Key, int]] = {}
 
     def observe(self, site, operands, results):
-        if site.primitive == _CAST:
+        if site.primitive == CAST:
             self._hand_back(operands[0], results[0])
         elif _is_compared(site, results):
             key = _key(site, self.iterations)
@@ -91,9 +93,9 @@ class Comparing(Rounding):
         half = self.emulated if value.dtype == jnp.bfloat16 else None
         return distance, str(jnp.dtype(half or value.dtype))
 
-    def distances(self) -> dict[Site, tuple[Distance, str]]:
+    def distances(self) -> dict[ReplaySite, tuple[Distance, str]]:
         """The distance of each operation of the reference, and the dtype it had."""
-        found: dict[Site, tuple[Distance, str]] = {}
+        found: dict[ReplaySite, tuple[Distance, str]] = {}
         for key, wanted in self.reference.found.items():
             met = self._met.get(key, ())
             if len(met) != len(wanted):
@@ -104,12 +106,12 @@ class Comparing(Rounding):
         return found
 
 
-def _is_compared(site: Site, results: Sequence[Any]) -> bool:
+def _is_compared(site: ReplaySite, results: Sequence[Any]) -> bool:
     is_floating = bool(results) and _tree.is_inexact(results[0])
-    return is_floating and site.primitive not in (*LAYOUT, _CAST)
+    return is_floating and site.primitive not in (*LAYOUT, CAST)
 
 
-def _key(site: Site, iterations: tuple[int, ...]) -> Key:
+def _key(site: ReplaySite, iterations: tuple[int, ...]) -> Key:
     return site.primitive, site.path, site.line, iterations
 
 

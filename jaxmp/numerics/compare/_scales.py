@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.primitives import LAYOUT
-from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE
 from jaxmp.numerics._formats import FormatRange, format_range
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program
@@ -50,15 +49,6 @@ def stand_in_rules(rules: Sequence[Any]) -> list[Any]:
         else rule
         for rule in rules
     ]
-
-
-def used_scale(program: Program) -> float:
-    """The loss scale that a program uses: that of a float16 loss has a limit."""
-    assert program.loss_scale is not None
-    kinds = [output.kind for output in program.outputs]
-    loss = program.jaxpr.out_avals[kinds.index("loss")]
-    limit = LARGEST_FLOAT16_SCALE if loss.dtype == jnp.float16 else math.inf
-    return min(program.loss_scale, limit)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +138,7 @@ class _BackwardRange(Interpreter):
     def observe(self, site, operands, results):
         if site.is_backward and site.primitive not in LAYOUT:
             for x in results:
-                if _tree.is_array(x) and x.dtype in _tree.HALF:
+                if _tree.is_half(x):
                     self._add(x)
 
     def _add(self, x: Any) -> None:

@@ -31,6 +31,7 @@ import numpy as np
 import optax
 
 from jaxmp import _tree
+from jaxmp._jaxpr.execution import cond
 from jaxmp._transformations.rounding import round_to_nearest
 from jaxmp._transformations.wrapping import (
     pinned,
@@ -47,7 +48,6 @@ from jaxmp.numerics._statistics import (
     row,
     stacked_statistics,
 )
-from jaxmp.numerics.monitor._eager_cond import branch
 
 PyTree = Any
 
@@ -165,7 +165,7 @@ def monitor(
         state = state._replace(steps=state.steps + np.int32(1))
         if names:
             is_due = state.steps % np.int32(every) == 0
-            measured = branch(is_due, measure, lambda: before.measured)
+            measured = cond(is_due, measure, lambda: before.measured)
             state = state._replace(measured=measured)
             state = _with_nonfinite(state, names, grads)
         updates, inner_state = update()

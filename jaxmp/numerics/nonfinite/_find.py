@@ -38,9 +38,9 @@ from jaxmp.numerics.nonfinite._remedy import (
     remedy_under_autocast,
 )
 from jaxmp.numerics.nonfinite._report import NonfiniteReport
-from jaxmp.numerics.replay._keep_lines import Line
+from jaxmp.numerics.replay._float32_lines import Line
 from jaxmp.numerics.replay._program import Program, read_program
-from jaxmp.numerics.replay._site import Site
+from jaxmp.numerics.replay._site import ReplaySite
 
 
 def find_nonfinite(
@@ -116,7 +116,7 @@ class _Found(NamedTuple):
 
     report: NonfiniteReport
     origin: Origin
-    site: Site | None
+    site: ReplaySite | None
 
 
 def _look(program: Program, lower_scale: bool = True) -> _Found | None:
@@ -204,11 +204,11 @@ def _alarm(
     origin = _first(ancestors(origin for _, origin in reached))
     site = _place(program, origin)
     report = _report(program, origin, site, in_gradient)
-    names = tuple(output.name for output, _ in reached)
+    names = tuple(str(output) for output, _ in reached)
     return _Found(dataclasses.replace(report, reached=names), origin, site)
 
 
-def _place(program: Program, origin: Origin) -> Site | None:
+def _place(program: Program, origin: Origin) -> ReplaySite | None:
     """Where an operation stands: a cast that autocast makes, where it is read."""
     site = origin.site
     if site is None or not (site.library or "").startswith("jaxmp.casting"):
@@ -216,7 +216,7 @@ def _place(program: Program, origin: Origin) -> Site | None:
     eqn = reader(program.jaxpr, site.eqn)
     if eqn is None:
         return site
-    return Site(eqn, site.parent, site.needed, site.is_later)
+    return ReplaySite(eqn, site.parent, site.needed, site.is_later)
 
 
 def _matters(kind: str, origin: Origin) -> bool:
@@ -243,7 +243,7 @@ def _first(origins: Sequence[Origin]) -> Origin:
 
 
 def _report(
-    program: Program, origin: Origin, place: Site | None, in_gradient: bool
+    program: Program, origin: Origin, place: ReplaySite | None, in_gradient: bool
 ) -> NonfiniteReport:
     site = origin.site
     line = place.line if place else None
@@ -297,7 +297,7 @@ def _report(
     )
 
 
-def _inside_derivatives(site: Site, program: Program) -> str:
+def _inside_derivatives(site: ReplaySite, program: Program) -> str:
     """Says that a value which is not finite is inside of a derivative."""
     order = site.derivatives - (program.loss_scale is not None)
     if order < 1:

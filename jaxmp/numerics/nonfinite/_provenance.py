@@ -11,14 +11,14 @@ by operation. The compiled loops keep every rounding to half precision.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp._jaxpr.calls import LOOPS
+from jaxmp._jaxpr.execution import as_function, bind, jit_exactly
 from jaxmp.numerics.nonfinite._origin import (
     Origin,
     Stacked,
@@ -28,13 +28,8 @@ from jaxmp.numerics.nonfinite._origin import (
     nonfinite,
     row_origin,
 )
-from jaxmp.numerics.replay._interpreter import Interpreter, bind
+from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program
-
-
-def jit_exactly(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function with every rounding to half precision that it asks for."""
-    return jax.jit(run, compiler_options={"xla_allow_excess_precision": False})
 
 
 class Tracked(NamedTuple):
@@ -135,8 +130,8 @@ class Tracker(Interpreter):
         return super().loop(site, operands) if outs is None else outs
 
     def call(self, site, jaxpr, operands):
-        if site.primitive in ("scan", "while"):
-            run = jax.extend.core.jaxpr_as_fun(jaxpr)
+        if site.primitive in LOOPS:
+            run = as_function(jaxpr)
             outs = self._finite_results(id(jaxpr), run, operands)
             if outs is not None:
                 return outs

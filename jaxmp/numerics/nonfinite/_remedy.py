@@ -17,13 +17,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp._jaxpr.calls import held
+from jaxmp._jaxpr.execution import bind
 from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, LAYER_SCOPE
 from jaxmp._jaxpr.scopes import layer_path, scope_names
+from jaxmp._jaxpr.site import Site
 from jaxmp.casting import OpRule
 from jaxmp.numerics.nonfinite._origin import NARROW, Origin
-from jaxmp.numerics.replay._interpreter import bind
-from jaxmp.numerics.replay._keep_lines import Line
-from jaxmp.numerics.replay._site import Site
+from jaxmp.numerics.replay._float32_lines import Line
+from jaxmp.numerics.replay._site import ReplaySite
 
 _MOST_LINES = 6
 
@@ -45,7 +47,7 @@ class Remedy(NamedTuple):
 
 def remedy_under_autocast(
     first: Line | None,
-    site: Site,
+    site: ReplaySite,
     run: Callable[[Sequence[OpRule], frozenset[Line]], Line | bool],
 ) -> Remedy:
     """Finds the layer, or the lines, that float32 mends, by trying them.
@@ -95,7 +97,7 @@ def _rule_of(path: str) -> OpRule:
     return OpRule(path=path, compute="float32", allow_unused=True)
 
 
-def _path(site: Site) -> str:
+def _path(site: ReplaySite) -> str:
     """The path of the layer, as a rule takes it; an einsum opens a scope of its own."""
     scopes = [scope for scope in site.scopes if "->" not in scope]
     path = layer_path(scopes)
@@ -111,7 +113,7 @@ def _shown(lines: Sequence[Line] | dict[Line, None], verb: str = " is") -> str:
 # One operation, on the numbers that it was given
 
 
-def remedy_of_operation(made: Origin, site: Site) -> Remedy:
+def remedy_of_operation(made: Origin, site: ReplaySite) -> Remedy:
     """Tries an operation in float32, and says how to write that at a place."""
     if made.kind != "made":
         return Remedy()
@@ -141,7 +143,7 @@ def _largest_in_float32(made: Origin) -> float | None:
     if not made.values:
         return None
     params = dict(made.site.eqn.params)
-    if any(hasattr(x, "eqns") for x in params.values()):
+    if held(made.site.eqn):
         return None
     for name in ("new_dtype", "preferred_element_type", "dtype"):
         if params.get(name) is not None and str(params[name]) in NARROW:
@@ -161,7 +163,7 @@ def _largest_in_float32(made: Origin) -> float | None:
     return math.inf if math.isnan(largest) else largest
 
 
-def _how(site: Site) -> str:
+def _how(site: ReplaySite) -> str:
     """How float32 is written where an operation stands."""
     path = _path(site)
     rule = f"rules=[jaxmp.PolicyRule(path={path!r}, compute='float32')]"

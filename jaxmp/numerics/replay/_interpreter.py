@@ -7,21 +7,19 @@
     program = read_program(fn, args, kwargs, policy="mixed_float16", loss_scale=1024)
     outputs = Names().run_program(program)
 
-`observe` is called for each operation that was carried out, in order, with the arrays
-that it took and gave; calls (`jit`, `checkpoint`, custom rules) and loops are entered
-and never seen themselves. A subclass that overrides `equation` may round, replace or
-wrap the results: what it returns is what the rest of the program gets.
+`observe` is called for each operation, in order, with the arrays that it took and gave.
+Calls (`jit`, `checkpoint`, custom rules) and loops are entered and never seen
+themselves. A subclass that overrides `equation` may round, replace or wrap the results:
+the rest of the program gets what it returns.
 
 `site` is one object per place in the program: a dictionary keyed by it sums over the
 iterations of a loop, whose numbers, outermost loop first, are in `self.iterations`.
 `site.path` and `site.line` say where it stands, `site.is_backward` whether it is part
-of a backward pass or needed by gradients alone. `program.outputs` names the outputs:
-loss, other outputs, gradients; `program.at_scale(scale)` is the same program under
-another loss scale.
+of a backward pass or needed by gradients alone.
 
 Operations are bound eagerly: JAX compiles each once per shape, every result is rounded
 to its dtype, and no rewriting by XLA hides a value. The cost is linear in the number
-of operations that are carried out.
+of operations.
 
 A subclass that wraps values overrides `constant`, `take` and `stack` as well,
 `concrete` to unwrap the numbers that decide on branches, and `shards`.
@@ -29,9 +27,9 @@ A subclass that wraps values overrides `constant`, `take` and `stack` as well,
 Sharp edges
 - Effects (`debug.print`, callbacks) happen as often as the program is run, and with
   `value_only` only where a result is needed.
-- Inside of `shard_map`, floating values have a first axis for the devices, loops and
+- In a `shard_map`, floating values have a first axis for the devices, loops and
   branches are one operation each, and `equation` is not asked.
-- Primitives that hold jaxprs and are not listed in `_ENTER`, such as `pallas_call` and
+- Primitives that hold jaxprs and are not in `calls.BODY`, such as `pallas_call` and
   `custom_linear_solve`, are one operation.
 """
 
@@ -44,12 +42,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp._jaxpr import calls
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
+from jaxmp._jaxpr.execution import bind, jit_exactly, literal_array
+from jaxmp._jaxpr.types import Array, Atom, Eqn, Jaxpr, Var
+from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.numerics.replay._program import Program
-from jaxmp.numerics.replay._shards import Record, run_shards
-from jaxmp.numerics.replay._site import Site
-from jaxmp.numerics.replay._steps import Steps
+from jaxmp.numerics.replay._schedule import Schedule, Step
+from jaxmp.numerics.replay._shards import Observer, Record, run_shards
+from jaxmp.numerics.replay._site import ReplaySite
 
 
 class Interpreter:
@@ -61,58 +62,59 @@ class Interpreter:
 
     def __init__(self):
         self.iterations: tuple[int, ...] = ()
-        self._sites: dict[tuple[Any, int], Site] = {}
-        self._steps: dict[tuple[int, tuple[bool, ...]], Steps] = {}
+        self._sites: dict[tuple[Any, int], ReplaySite] = {}
+        self._schedules: dict[tuple[int, tuple[bool, ...]], Schedule] = {}
         self._literals: dict[int, Any] = {}
 
     # What subclasses override
 
-    def equation(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+    def equation(self, site: ReplaySite, operands: Sequence[Any]) -> list[Any]:
         """Carries out one operation."""
         results = bind(site.eqn, operands)
         self.observe(site, operands, results)
         return results
 
     def observe(
-        self, site: Site, operands: Sequence[Any], results: Sequence[Any]
+        self, site: ReplaySite, operands: Sequence[Any], results: Sequence[Any]
     ) -> None:
         """Looks at an operation that was carried out."""
 
-    def constant(self, value: jax.Array, site: Site | None) -> Any:
+    def constant(self, value: jax.Array, site: ReplaySite | None) -> Any:
         """A literal of the equation at `site`, or a constant of the program."""
         del site
         return value
 
     def take(self, values: Sequence[Any], index: int) -> list[Any]:
         """The slices with which a scan enters an iteration."""
-        return take(list(values), np.int32(index))
+        return _take(list(values), np.int32(index))
 
-    def stack(self, site: Site, rows: Sequence[Sequence[Any]]) -> list[Any]:
+    def stack(self, site: ReplaySite, rows: Sequence[Sequence[Any]]) -> list[Any]:
         """Joins what the iterations of a scan gave, in the order of their slices."""
         del site
-        return [stack(column) for column in zip(*rows, strict=True)]
+        return [_stack(column) for column in zip(*rows, strict=True)]
 
-    def concrete(self, value: Any) -> Any:
+    def concrete(self, value: Any) -> Array:
         """The array that a value stands for."""
         return value
 
-    def loop(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+    def loop(self, site: ReplaySite, operands: Sequence[Any]) -> list[Any]:
         """Runs a scan or a while loop, iteration by iteration."""
         run = self._scan if site.primitive == "scan" else self._while
         return run(site, operands)
 
-    def call(self, site: Site, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+    def call(
+        self, site: ReplaySite, jaxpr: Jaxpr, operands: Sequence[Any]
+    ) -> list[Any]:
         """Runs the body of a call, of a branch, or of one iteration."""
         needed = site.needed
-        if site.primitive in ("scan", "while"):
-            num_carry = len(site.eqn.outvars)
-            if site.primitive == "scan":
-                num_carry = scan_arity(site.eqn.params)[1]
+        if site.primitive in calls.LOOPS:
+            # The next iteration needs what is carried.
+            carries = calls.loop(site.eqn).carries
             count = len(open_jaxpr(jaxpr).outvars)
-            needed = ((True,) * num_carry + needed[num_carry:])[:count]
+            needed = ((True,) * carries + needed[carries:])[:count]
         return self.run(jaxpr, operands, site, needed)
 
-    def shards(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+    def shards(self, site: ReplaySite, operands: Sequence[Any]) -> list[Any]:
         """Runs a `shard_map` and looks at every operation inside."""
         outs, records = self.look_into_shards(site, operands)
         for record in records:
@@ -137,95 +139,92 @@ class Interpreter:
             outputs without the gradients.
         """
         inputs = program.inputs if inputs is None else inputs
-        is_value = [output.kind != "gradient" for output in program.outputs]
+        is_value = tuple(output.kind != "gradient" for output in program.outputs)
         with jax.debug_nans(False), jax.debug_infs(False):
-            outs = self.run(
-                program.jaxpr, inputs, None, tuple(is_value), value_only=value_only
-            )
+            outs = self.run(program.jaxpr, inputs, None, is_value, value_only)
         return list(itertools.compress(outs, is_value)) if value_only else outs
 
     def run(
         self,
-        jaxpr: Any,
+        jaxpr: Jaxpr,
         args: Sequence[Any],
-        parent: Site | None,
+        parent: ReplaySite | None,
         needed: tuple[bool, ...],
         value_only: bool = False,
     ) -> list[Any]:
         """Runs a jaxpr; a value is dropped after its last use.
 
-        `needed` tells which of its outputs the value of the function needs. With
-        `value_only`, the others are None.
+        Args:
+          jaxpr: what to run.
+          args: its arguments.
+          parent: the site of the call or loop that holds it, or None.
+          needed: which of its outputs the value of the function needs.
+          value_only: leave out what only the other outputs need, which are None then.
         """
-        if (id(jaxpr), needed) not in self._steps:
-            self._steps[id(jaxpr), needed] = Steps(jaxpr, needed)
-        steps = self._steps[id(jaxpr), needed]
-        env = {
-            v: self.constant(x, parent)
-            for v, x in zip(steps.constvars, steps.consts, strict=True)
-        }
-        env.update(zip(steps.invars, args, strict=True))
-        for eqn, of_results, is_later, done in zip(
-            steps.eqns, steps.needed, steps.is_later, steps.done, strict=True
-        ):
-            if not value_only or any(of_results):
-                site = self.site(eqn, parent, of_results, is_later)
-                operands = [self._read(env, atom, site) for atom in eqn.invars]
-                env.update(zip(eqn.outvars, self.run_eqn(site, operands), strict=True))
-            for v in done:
+        if (id(jaxpr), needed) not in self._schedules:
+            self._schedules[id(jaxpr), needed] = Schedule(jaxpr, needed)
+        schedule = self._schedules[id(jaxpr), needed]
+        env: dict[Var, Any] = dict(zip(schedule.invars, args, strict=True))
+        for v, x in zip(schedule.constvars, schedule.consts, strict=True):
+            env[v] = self.constant(x, parent)
+        for step in schedule.steps:
+            if not value_only or any(step.needed):
+                site = self._site(step, parent)
+                operands = [self._read(env, atom, site) for atom in step.eqn.invars]
+                results = self.run_eqn(site, operands)
+                env.update(zip(step.eqn.outvars, results, strict=True))
+            for v in step.done:
                 env.pop(v, None)
         return [
             self._read(env, atom, parent) if is_needed or not value_only else None
-            for atom, is_needed in zip(steps.outvars, needed, strict=True)
+            for atom, is_needed in zip(schedule.outvars, needed, strict=True)
         ]
 
-    def run_eqn(self, site: Site, operands: Sequence[Any]) -> list[Any]:
+    def run_eqn(self, site: ReplaySite, operands: Sequence[Any]) -> list[Any]:
         """Runs one equation: an operation, a call or a loop."""
-        name, params = site.primitive, site.eqn.params
-        if name in ("scan", "while"):
+        name = site.primitive
+        if name in calls.LOOPS:
             return self.loop(site, operands)
         if name == "cond":
-            branches = params["branches"]
+            branches = calls.branches(site.eqn)
             index = int(self.concrete(operands[0]))
             branch = branches[min(max(index, 0), len(branches) - 1)]
             return self.call(site, branch, operands[1:])
         if name == "shard_map":
             return self.shards(site, operands)
-        if name in _ENTER:
-            return self.call(site, params[_ENTER[name]], operands)
+        if name in calls.BODY:
+            return self.call(site, site.eqn.params[calls.BODY[name]], operands)
         return self.equation(site, operands)
 
-    def site(
-        self, eqn: Any, parent: Site | None, needed: tuple[bool, ...], is_later: bool
-    ) -> Site:
-        """The one object that stands for an equation at its place."""
-        key = (parent, id(eqn))
-        if key not in self._sites:
-            self._sites[key] = Site(eqn, parent, needed, is_later)
-        return self._sites[key]
-
     def look_into_shards(
-        self, site: Site, operands: Sequence[Any]
-    ) -> tuple[list[Any], list[Record]]:
+        self, site: ReplaySite, operands: Sequence[Array]
+    ) -> tuple[list[Array], list[Record]]:
         """Runs a `shard_map`; returns its results and a record of each operation."""
 
-        def run(body, args, record):
+        def run(body: Jaxpr, args: Sequence[Array], record: Observer) -> list[Array]:
             inside = _Recorder(record)
             inside._sites = self._sites
             return inside.run(body, args, site, site.needed)
 
         return run_shards(site, operands, run)
 
-    def _read(self, env: dict[Any, Any], atom: Any, site: Site | None) -> Any:
+    def _site(self, step: Step, parent: ReplaySite | None) -> ReplaySite:
+        """The one object that stands for an equation at its place."""
+        key = (parent, id(step.eqn))
+        if key not in self._sites:
+            self._sites[key] = ReplaySite(step.eqn, parent, step.needed, step.is_later)
+        return self._sites[key]
+
+    def _read(self, env: dict[Var, Any], atom: Atom, site: ReplaySite | None) -> Any:
         if not is_literal(atom):
             return env[atom]
         key = id(atom)
         if key not in self._literals:
-            self._literals[key] = jnp.asarray(atom.val, atom.aval.dtype)
+            self._literals[key] = literal_array(atom)
         return self.constant(self._literals[key], site)
 
     @contextlib.contextmanager
-    def iteration(self, number: int) -> Iterator[None]:
+    def _iteration(self, number: int) -> Iterator[None]:
         """What runs inside belongs to one iteration of a loop."""
         around = self.iterations
         self.iterations = (*around, number)
@@ -234,88 +233,75 @@ class Interpreter:
         finally:
             self.iterations = around
 
-    def _scan(self, site: Site, operands: Sequence[Any]) -> list[Any]:
-        params = site.eqn.params
-        num_consts, num_carry = scan_arity(params)
-        consts = operands[:num_consts]
-        carry = operands[num_consts : num_consts + num_carry]
-        slices = operands[num_consts + num_carry :]
-        numbers = range(params["length"])
-        if not numbers:
+    def _scan(self, site: ReplaySite, operands: Sequence[Any]) -> list[Any]:
+        loop = calls.loop(site.eqn)
+        _, consts, carry, slices = loop.split(operands)
+        if not loop.length:
             return self.equation(site, operands)
-        rows: list[Any] = [None] * len(numbers)
-        for i in reversed(numbers) if params["reverse"] else numbers:
-            with self.iteration(i):
+        rows: list[Any] = [None] * loop.length
+        numbers = range(loop.length)
+        for i in reversed(numbers) if site.eqn.params["reverse"] else numbers:
+            with self._iteration(i):
                 inside = [*consts, *carry, *self.take(slices, i)]
-                outs = self.call(site, params["jaxpr"], inside)
-            carry, rows[i] = outs[:num_carry], outs[num_carry:]
+                outs = self.call(site, loop.body, inside)
+            carry, rows[i] = outs[: loop.carries], outs[loop.carries :]
         return [*carry, *self.stack(site, rows)]
 
-    def _while(self, site: Site, operands: Sequence[Any]) -> list[Any]:
-        params = site.eqn.params
-        first = params["cond_nconsts"]
-        second = first + params["body_nconsts"]
-        cond_consts, body_consts = operands[:first], operands[first:second]
-        carry = operands[second:]
+    def _while(self, site: ReplaySite, operands: Sequence[Any]) -> list[Any]:
+        loop = calls.loop(site.eqn)
+        of_condition, consts, carry, _ = loop.split(operands)
         number = 0
         while True:
-            with self.iteration(number):
-                asked = [*cond_consts, *carry]
-                (goes_on,) = self.call(site, params["cond_jaxpr"], asked)
-                if not bool(self.concrete(goes_on)):
+            with self._iteration(number):
+                (goes_on,) = self.call(site, loop.condition, [*of_condition, *carry])
+                if not self.concrete(goes_on):
                     return list(carry)
-                inside = [*body_consts, *carry]
-                carry = self.call(site, params["body_jaxpr"], inside)
+                carry = self.call(site, loop.body, [*consts, *carry])
             number += 1
 
 
 class _Recorder(Interpreter):
     """Runs on tracers: what decides on branches and loops is not known."""
 
-    def __init__(self, record: Callable[..., None]):
+    def __init__(self, record: Observer):
         super().__init__()
-        self.observe = record
+        self._record = record
 
-    def run_eqn(self, site, operands):
-        if site.primitive in ("scan", "while", "cond", "shard_map"):
+    def observe(
+        self, site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
+    ) -> None:
+        self._record(site, operands, results)
+
+    def run_eqn(self, site: ReplaySite, operands: Sequence[Any]) -> list[Any]:
+        if site.primitive in (*calls.LOOPS, "cond", "shard_map"):
             return self.equation(site, operands)
         return super().run_eqn(site, operands)
 
 
-# Primitives that call a jaxpr of their own operands, and where they keep it.
-_ENTER = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "call_jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "call": "call_jaxpr",
-    "eval_jaxpr": "call_jaxpr",
-}
+class CompiledLoops(Interpreter):
+    """Runs operation by operation, and loops, which need no looking into, as one."""
 
+    def __init__(self):
+        super().__init__()
+        self._loops: dict[int, Callable[..., list[Array]]] = {}
 
-def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """Carries out an equation on arrays."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    with eqn.ctx.manager:
-        outs = eqn.primitive.bind(*operands, **params)
-    return list(outs) if eqn.primitive.multiple_results else [outs]
+    def loop(self, site: ReplaySite, operands: Sequence[Array]) -> list[Array]:
+        """Runs a compiled loop."""
+        eqn: Eqn = site.eqn
+        if id(eqn) not in self._loops:
+            self._loops[id(eqn)] = jit_exactly(lambda *values: bind(eqn, values))
+        return self._loops[id(eqn)](*operands)
 
 
 @jax.jit
-def take(values: list[Any], index: Any) -> list[Any]:
+def _take(values: list[Array], index: Array) -> list[Array]:
     """Slice `index` of each array along its first axis."""
     return [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in values]
 
 
-def stack(values: Sequence[Any]) -> Any:
+def _stack(values: Sequence[Array]) -> jax.Array:
     """Joins arrays along a new first axis; on the host, where it compiles nothing."""
     if jnp.issubdtype(values[0].dtype, jax.dtypes.prng_key):
-        data = stack([jax.random.key_data(x) for x in values])
+        data = _stack([jax.random.key_data(x) for x in values])
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(values[0]))
     return jnp.asarray(np.stack([np.asarray(x) for x in values]))

@@ -9,22 +9,24 @@ equation, under the user's source lines and name scopes.
 """
 
 import dataclasses
-import sys
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp._jaxpr.arguments import Leaf, flatten_arguments, named_leaves, state_name
+from jaxmp._jaxpr.execution import as_function
 from jaxmp._jaxpr.rewrite import with_lines_of_custom_rules
+from jaxmp._jaxpr.types import Array, Jaxpr
+from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting import autocast
 from jaxmp.errors import NonScalarLoss
 from jaxmp.loss_scale import get_loss_scale
 from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE, scale_tree
-from jaxmp.numerics.replay._keep_lines import Line, keep_lines
+from jaxmp.numerics.replay._float32_lines import Line, keep_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Output:
     """An output of a program.
 
     Attributes:
-      kind: `"loss"`, `"output"`, `"state"` (what nnx modules are left with) or
-        `"gradient"`.
-      name: for people, such as `"the gradient of params['w']"`.
+      kind: `"state"` is what nnx modules are left with.
+      name: for people, such as `"the output[0]"`; of a gradient, its parameter's.
     """
 
-    kind: str
+    kind: Literal["loss", "output", "state", "gradient"]
     name: str
+
+    def __str__(self) -> str:
+        return f"the gradient of {self.name}" * (self.kind == "gradient") or self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +55,39 @@ class Program:
         among the arguments of the function.
       input_names: for people, such as `"params['w']"`.
       outputs: one `Output` for each, those of the function first.
-      loss_scale: the scale, or None in a program without gradients.
+      loss_scale: the scale that was asked for; None without gradients.
     """
 
-    jaxpr: Any
-    inputs: tuple[Any, ...]
+    jaxpr: Jaxpr
+    inputs: tuple[Array, ...]
     input_names: tuple[str, ...]
     outputs: tuple[Output, ...]
-    loss_scale: float | None
+    loss_scale: float | None = None
 
     def at_scale(self, loss_scale: float) -> "Program":
         """The same program under another loss scale."""
         inputs = (jnp.float32(loss_scale), *self.inputs[1:])
         return dataclasses.replace(self, inputs=inputs, loss_scale=loss_scale)
+
+    @property
+    def loss_index(self) -> int | None:
+        """Which of the outputs is the loss; None if the function returns none."""
+        kinds = [output.kind for output in self.outputs]
+        return kinds.index("loss") if "loss" in kinds else None
+
+    @property
+    def used_scale(self) -> float:
+        """The loss scale that gradients are multiplied by: float16 losses limit it."""
+        assert self.loss_scale is not None
+        assert self.loss_index is not None
+        dtype = open_jaxpr(self.jaxpr).outvars[self.loss_index].aval.dtype
+        limit = LARGEST_FLOAT16_SCALE if dtype == jnp.float16 else math.inf
+        return min(self.loss_scale, limit)
+
+    def gradients(self, outs: Sequence[Array]) -> dict[str, Array]:
+        """The gradients among the values of the outputs, by the parameter's name."""
+        named = zip(self.outputs, outs, strict=True)
+        return {output.name: x for output, x in named if output.kind == "gradient"}
 
 
 def read_program(
@@ -95,69 +119,71 @@ def read_program(
     Raises:
       NonScalarLoss: if `backward` is True and there is no loss.
     """
-    arguments, arrays = flatten_arguments(fn, args, kwargs)
-    arrays = [jnp.asarray(x) for x in arrays]
-    jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=True)
-    leaves, modules = named_leaves(fn, args, kwargs)
-    inputs = [leaf for leaf in leaves if _tree.is_array(leaf.value)]
-    names, argument_of = [leaf.name for leaf in inputs], list(map(_varied_in, inputs))
-    outputs = _outputs(jaxpr, out_tree, modules)
+    program, leaves = _trace(fn, args, kwargs)
     if policy is not None:
-        if in_float32:
-            jaxpr = keep_lines(jaxpr, in_float32)
-        flat = autocast(_function(jaxpr), policy, rules=rules)
-        jaxpr = jax.make_jaxpr(flat)(*arrays)
+        jaxpr = keep_lines(program.jaxpr, in_float32) if in_float32 else program.jaxpr
+        half = autocast(_function(jaxpr), policy, rules=rules)
+        jaxpr = jax.make_jaxpr(half)(*program.inputs)
+        program = dataclasses.replace(program, jaxpr=jaxpr)
     argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    wanted = [i for i, number in enumerate(argument_of) if number in argnums]
-    has_loss = any(output.kind == "loss" for output in outputs)
-    if backward and not (has_loss and wanted):
+    varied = [i for i, leaf in enumerate(leaves) if _varies(leaf, argnums)]
+    if program.loss_index is not None and varied and backward is not False:
+        return _differentiate(program, varied, _read_scale(loss_scale))
+    if backward:
         name = getattr(fn, "__name__", "the function")
         raise NonScalarLoss(
             f"{name} returned no floating scalar, alone or first in a tuple, so there "
             "is no gradient to look at. Return the loss, or leave backward=True out."
-            if not has_loss
+            if program.loss_index is None
             else f"argnums={argnums} name no floating array to differentiate {name} "
             "with respect to. Name the argument that holds the parameters."
         )
-    if backward is False or not (has_loss and wanted):
-        return Program(jaxpr, tuple(arrays), tuple(names), tuple(outputs), None)
-    scale = _read_scale(loss_scale)
-    loss = next(i for i, output in enumerate(outputs) if output.kind == "loss")
-    gradients = [Output("gradient", f"the gradient of {names[i]}") for i in wanted]
-    return Program(
-        _differentiate(jaxpr, loss, wanted, scale, arrays),
-        (jnp.float32(scale), *arrays),
-        ("the loss scale", *names),
-        (*outputs, *gradients),
-        scale,
+    return program
+
+
+def _trace(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Program, list[Leaf]]:
+    """The function alone, and the leaves of its arguments that are its inputs."""
+    arguments, arrays = flatten_arguments(fn, args, kwargs)
+    arrays = tuple(jnp.asarray(x) for x in arrays)
+    jaxpr, out_tree = arguments.trace(fn, arrays, name_modules=True)
+    leaves, modules = named_leaves(fn, args, kwargs)
+    leaves = [leaf for leaf in leaves if _tree.is_array(leaf.value)]
+    names = tuple(leaf.name for leaf in leaves)
+    outputs = tuple(_outputs(jaxpr, out_tree, modules))
+    return Program(jaxpr, arrays, names, outputs), leaves
+
+
+def _outputs(jaxpr: Jaxpr, out_tree: Any, modules: Sequence[str]) -> Iterator[Output]:
+    """Kinds and names of the outputs of `(output of the function, state)`."""
+    avals = [v.aval for v in open_jaxpr(jaxpr).outvars]
+    places = jax.tree.unflatten(out_tree, range(len(avals)))
+    result, _ = places
+    first = result[0] if isinstance(result, (tuple, list)) and result else result
+    is_loss = isinstance(first, int) and (
+        avals[first].shape == () and jnp.issubdtype(avals[first].dtype, jnp.floating)
     )
+    for path, i in jax.tree_util.tree_leaves_with_path(places):
+        if is_loss and i == first:
+            yield Output("loss", "the loss")
+        elif path[0].idx == 0:
+            where = jax.tree_util.keystr(path[1:])
+            yield Output("output", f"the output{where}")
+        else:
+            name = f"{modules[path[1].key]}.{state_name(path[2:])}"
+            yield Output("state", f"the new {name}")
 
 
-def _function(jaxpr: Any) -> Callable[..., list[Any]]:
-    return jax.extend.core.jaxpr_as_fun(with_lines_of_custom_rules(jaxpr))
+def _function(jaxpr: Jaxpr) -> Callable[..., list[Array]]:
+    return as_function(with_lines_of_custom_rules(jaxpr))
 
 
-def _differentiate(jaxpr, loss, wanted, scale, arrays) -> Any:
-    """The jaxpr of outputs and gradients, as a function of the scale and the inputs."""
-    run = _function(jaxpr)
-
-    def scaled(varied, scale, arrays):
-        arrays = list(arrays)
-        for i, x in zip(wanted, varied, strict=True):
-            arrays[i] = x
-        outs = run(*arrays)
-        if outs[loss].dtype == jnp.float16:
-            scale = jnp.minimum(scale, LARGEST_FLOAT16_SCALE)
-        with jax.named_scope("loss_scale"):
-            return scale_tree(outs[loss], scale), outs
-
-    def program(scale, *arrays):
-        varied = [arrays[i] for i in wanted]
-        gradient = jax.value_and_grad(scaled, has_aux=True)
-        (_, outs), gradients = gradient(varied, scale, arrays)
-        return [*outs, *gradients]
-
-    return jax.make_jaxpr(program)(jnp.float32(scale), *arrays)
+def _varies(leaf: Leaf, argnums: Sequence[int]) -> bool:
+    """Whether the loss is differentiated with respect to a leaf of the arguments."""
+    dtype = leaf.value.dtype
+    is_float = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+    return is_float and leaf.position in argnums and not leaf.is_module_state
 
 
 def _read_scale(loss_scale: Any) -> float:
@@ -168,36 +194,34 @@ def _read_scale(loss_scale: Any) -> float:
     return float(get_loss_scale(loss_scale))
 
 
-def _outputs(jaxpr: Any, out_tree: Any, modules: Sequence[str]) -> list[Output]:
-    """Kinds and names of the outputs of `(output of the function, state)`."""
-    avals = [v.aval for v in jaxpr.jaxpr.outvars]
-    result, _ = jax.tree.unflatten(out_tree, range(len(avals)))
-    first = result[0] if isinstance(result, (tuple, list)) and result else result
-    is_loss = isinstance(first, int) and (
-        avals[first].shape == () and jnp.issubdtype(avals[first].dtype, jnp.floating)
+def _differentiate(program: Program, varied: Sequence[int], scale: float) -> Program:
+    """The program with its gradients, as a function of the scale and the inputs."""
+    run, loss = _function(program.jaxpr), program.loss_index
+    assert loss is not None
+
+    def scaled(
+        values: Sequence[Array], scale: Array, inputs: Sequence[Array]
+    ) -> tuple[Array, list[Array]]:
+        inputs = list(inputs)
+        for i, x in zip(varied, values, strict=True):
+            inputs[i] = x
+        outs = run(*inputs)
+        if outs[loss].dtype == jnp.float16:
+            scale = jnp.minimum(scale, LARGEST_FLOAT16_SCALE)
+        with jax.named_scope("loss_scale"):
+            return scale_tree(outs[loss], scale), outs
+
+    def with_gradients(scale: Array, *inputs: Array) -> list[Array]:
+        gradient = jax.value_and_grad(scaled, has_aux=True)
+        (_, outs), gradients = gradient([inputs[i] for i in varied], scale, inputs)
+        return [*outs, *gradients]
+
+    inputs = (jnp.float32(scale), *program.inputs)
+    gradients = [Output("gradient", program.input_names[i]) for i in varied]
+    return Program(
+        jax.make_jaxpr(with_gradients)(*inputs),
+        inputs,
+        ("the loss scale", *program.input_names),
+        (*program.outputs, *gradients),
+        scale,
     )
-    paths = jax.tree_util.tree_leaves_with_path(
-        jax.tree.unflatten(out_tree, range(len(avals)))
-    )
-    found = []
-    for path, i in paths:
-        if is_loss and i == first:
-            found.append(Output("loss", "the loss"))
-        elif path[0].idx == 0:
-            where = jax.tree_util.keystr(path[1:])
-            found.append(Output("output", f"the output{where}"))
-        else:
-            name = f"{modules[path[1].key]}.{state_name(path[2:])}"
-            found.append(Output("state", f"the new {name}"))
-    return found
-
-
-def _is_differentiable(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
-
-
-def _varied_in(leaf: Leaf) -> int | None:
-    """The position of the argument whose gradient a leaf is part of, if it has one."""
-    nnx: Any = sys.modules.get("flax.nnx")
-    is_kept = leaf.variable is not None and not isinstance(leaf.variable, nnx.Param)
-    return leaf.position if not is_kept and _is_differentiable(leaf.value) else None

@@ -1,33 +1,38 @@
-"""Looks at every operation inside of a `shard_map`, on all devices at once.
+"""Looks at every operation in a `shard_map`, on all devices at once.
 
-Collectives run only where the devices meet. So the body is run as it is, in one
-`shard_map`, and hands out the operands and results of its operations beside its own
+Collectives run only where the devices meet. So the body runs as it is, in one
+`shard_map`, and returns the operands and results of its operations beside its own
 outputs, with a first axis for the devices.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxmp._jaxpr.types import Array, Jaxpr
 from jaxmp._jaxpr.versions import shard_map_arguments
+from jaxmp.numerics.replay._site import ReplaySite
 
 
 class Record(NamedTuple):
     """One operation inside; floating values have a first axis for the devices."""
 
-    site: Any
-    operands: list[Any]
-    results: list[Any]
+    site: ReplaySite
+    operands: list[Array]
+    results: list[Array]
+
+
+Observer: TypeAlias = Callable[[ReplaySite, Sequence[Array], Sequence[Array]], None]
 
 
 def run_shards(
-    site: Any,
-    operands: Sequence[Any],
-    run: Callable[[Any, Sequence[Any], Callable[..., None]], list[Any]],
-) -> tuple[list[Any], list[Record]]:
+    site: ReplaySite,
+    operands: Sequence[Array],
+    run: Callable[[Jaxpr, Sequence[Array], Observer], list[Array]],
+) -> tuple[list[Array], list[Record]]:
     """Runs a `shard_map` and returns its results and what happened inside.
 
     Args:
@@ -40,15 +45,17 @@ def run_shards(
     arguments = shard_map_arguments(params)
     names = arguments["axis_names"]
     axes = tuple(name for name in arguments["mesh"].axis_names if name in names)
-    sites: list[Any] = []
+    sites: list[ReplaySite] = []
     counts: list[tuple[int, int]] = []
 
-    def body(*args):
+    def body(*args: Array) -> tuple[tuple[Array, ...], list[Array]]:
         sites.clear()
         counts.clear()
         shown = []
 
-        def record(site, operands, results):
+        def record(
+            site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
+        ) -> None:
             floats = [list(filter(_is_float, values)) for values in (operands, results)]
             sites.append(site)
             counts.append((len(floats[0]), len(floats[1])))
@@ -68,5 +75,5 @@ def run_shards(
     return list(outs), records
 
 
-def _is_float(x: Any) -> bool:
+def _is_float(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.execution import bind
+from jaxmp._jaxpr.primitives import CAST
 from jaxmp.numerics._formats import format_range
 from jaxmp.numerics.compare._distance import Distance
-from jaxmp.numerics.replay._interpreter import Interpreter, bind
+from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program
-from jaxmp.numerics.replay._site import Site
-from jaxmp.numerics.search._units import CAST, Key, Unit, key_of
+from jaxmp.numerics.replay._site import ReplaySite
+from jaxmp.numerics.search._units import Key, Unit, key_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class _Twice(Interpreter):
         super().__init__()
         self.half = half
         self.dtype = dtype
-        self.found: dict[Site, _Found] = {}
+        self.found: dict[ReplaySite, _Found] = {}
 
     def equation(self, site, operands):
         results = bind(site.eqn, operands)
@@ -88,7 +90,7 @@ class _Twice(Interpreter):
     def _compare(self, site, results, given):
         found = self.found.setdefault(site, _Found(site))
         for wanted, x in zip(results, given, strict=True):
-            if _tree.is_array(wanted) and wanted.dtype in _tree.CASTABLE:
+            if _tree.is_castable(wanted):
                 rounded = x.astype(self.dtype)
                 found.distance.add(wanted, rounded)
                 finite = np.abs(np.asarray(wanted, np.float64))
@@ -100,7 +102,7 @@ class _Twice(Interpreter):
 class _Found:
     """What one operation lost, over all iterations."""
 
-    site: Site
+    site: ReplaySite
     distance: Distance = dataclasses.field(default_factory=Distance)
     amax: float = 0.0
 
@@ -127,11 +129,7 @@ _MANY = 0.01
 def _in_half(eqn: Any, operands: Any, dtype: Any) -> list[Any]:
     """An operation on operands that are rounded to half."""
 
-    def rounded(x):
-        is_castable = _tree.is_array(x) and x.dtype in _tree.CASTABLE
-        return x.astype(dtype) if is_castable else x
-
-    half = [rounded(x) for x in operands]
+    half = [x.astype(dtype) if _tree.is_castable(x) else x for x in operands]
     try:
         return bind(eqn, half)
     except (TypeError, ValueError):

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.atoms import is_half
 from jaxmp._jaxpr.flops import matmul_shape
 from jaxmp._jaxpr.primitives import MATMULS
-from jaxmp._jaxpr.versions import open_jaxpr
+from jaxmp._jaxpr.types import Jaxpr
+from jaxmp._jaxpr.walk import counted
 from jaxmp.errors import SearchStateMismatch
 from jaxmp.numerics.compare._distance import Distance, share_least
-from jaxmp.numerics.compare._scales import used_scale
-from jaxmp.numerics.nonfinite._provenance import jit_exactly
-from jaxmp.numerics.replay._interpreter import Interpreter, bind
+from jaxmp.numerics.replay._interpreter import CompiledLoops
 from jaxmp.numerics.replay._program import Program
 
 
@@ -49,20 +49,6 @@ class Evaluation:
         return max(self.loss_error, self.gradient_error)
 
 
-class CompiledLoops(Interpreter):
-    """Runs operation by operation, and loops as one."""
-
-    def __init__(self):
-        super().__init__()
-        self._loops: dict[int, Callable[..., list[Any]]] = {}
-
-    def loop(self, site, operands):
-        eqn = site.eqn
-        if id(eqn) not in self._loops:
-            self._loops[id(eqn)] = jit_exactly(lambda *values: bind(eqn, values))
-        return self._loops[id(eqn)](*operands)
-
-
 class Measured:
     """Loss and gradients of one batch.
 
@@ -72,13 +58,12 @@ class Measured:
     """
 
     def __init__(self, program: Program):
-        scale = used_scale(program)
         outs = CompiledLoops().run_program(program)
-        kinds = [output.kind for output in program.outputs]
-        wide = [np.asarray(x).astype(np.float64) for x in outs]
-        self.loss = float(wide[kinds.index("loss")])
+        assert program.loss_index is not None
+        self.loss = float(outs[program.loss_index])
         self.gradients = [
-            x / scale for x, kind in zip(wide, kinds, strict=True) if kind == "gradient"
+            np.asarray(x).astype(np.float64) / program.used_scale
+            for x in program.gradients(outs).values()
         ]
 
     @property
@@ -99,27 +84,15 @@ class Measured:
         return loss.relative_error, worst
 
 
-def half_flops(jaxpr: Any) -> float:
+def half_flops(jaxpr: Jaxpr) -> float:
     """Share of the matmul FLOPs of a program that run in half."""
-    half, total = _flops(jaxpr)
-    return half / total if total else 0.0
-
-
-def _flops(jaxpr: Any) -> tuple[float, float]:
-    half = total = 0.0
-    for eqn in open_jaxpr(jaxpr).eqns:
+    half = total = 0
+    for eqn, times in counted(jaxpr):
         if eqn.primitive.name in MATMULS:
-            flops = matmul_shape(eqn).flops
+            flops = times * matmul_shape(eqn).flops
             total += flops
-            half += flops * (eqn.invars[0].aval.dtype in _tree.HALF)
-        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple) else (value,):
-                if hasattr(inner, "eqns"):
-                    inner_half, inner_total = _flops(inner)
-                    half += times * inner_half
-                    total += times * inner_total
-    return half, total
+            half += flops * is_half(eqn.invars[0])
+    return half / total if total else 0.0
 
 
 class Saved:

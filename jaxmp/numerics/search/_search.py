@@ -28,7 +28,6 @@ from jaxmp.numerics.compare._scales import (
     scale_range,
     stand_in,
     stand_in_rules,
-    used_scale,
 )
 from jaxmp.numerics.replay._program import Program, read_program
 from jaxmp.numerics.search._attribution import attribute
@@ -135,7 +134,7 @@ def search_policy(
     rules = tuple(dataclasses.replace(rule, allow_unused=True) for rule in rules)
     plain = programs(policy, rules=rules, loss_scale=loss_scale)
     exact = programs(loss_scale=loss_scale)
-    scale = used_scale(plain[0])
+    scale = plain[0].used_scale
     half = find_half_operations(plain)
     ranked = attribute(exact, half, units_of(half), dtype)
     search = {

@@ -12,14 +12,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxmp import _tree
-from jaxmp._jaxpr.primitives import LAYOUT
+from jaxmp._jaxpr.primitives import CAST, LAYOUT
 from jaxmp.casting import OpRule
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program
-from jaxmp.numerics.replay._site import Site
+from jaxmp.numerics.replay._site import ReplaySite
 from jaxmp.policy import PolicyRule
 
-CAST = "convert_element_type"
 Key = tuple[Any, ...]
 
 
@@ -38,7 +37,7 @@ class Unit:
     depth: int
 
 
-def key_of(site: Site) -> Key:
+def key_of(site: ReplaySite) -> Key:
     """What an operation is known by in every program of one function."""
     return site.primitive, site.path, site.line, site.is_backward
 
@@ -53,26 +52,22 @@ class HalfOperations(Interpreter):
 
     def __init__(self):
         super().__init__()
-        self.whole: dict[Key, Site] = {}
-        self.handed_back: dict[Key, Site] = {}
-        self._producers: dict[int, tuple[Any, Site]] = {}
+        self.whole: dict[Key, ReplaySite] = {}
+        self.handed_back: dict[Key, ReplaySite] = {}
+        self._producers: dict[int, tuple[Any, ReplaySite]] = {}
 
     def observe(self, site, operands, results):
         if site.primitive == CAST:
             ref, producer = self._producers.get(id(operands[0]), (lambda: None, site))
-            if ref() is operands[0] and _is_half(results[0]):
+            if ref() is operands[0] and _tree.is_half(results[0]):
                 self.handed_back[key_of(producer)] = producer
         elif site.primitive in LAYOUT:
             return
-        elif any(map(_is_half, (*operands, *results))):
+        elif any(map(_tree.is_half, (*operands, *results))):
             self.whole[key_of(site)] = site
         else:
             for x in results:
                 self._producers[id(x)] = weakref.ref(x), site
-
-
-def _is_half(x: Any) -> bool:
-    return _tree.is_array(x) and x.dtype in _tree.HALF
 
 
 def find_half_operations(programs: Iterable[Program]) -> dict[Key, bool]:

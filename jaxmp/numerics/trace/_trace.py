@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
-from jaxmp._jaxpr.primitives import LAYOUT
+from jaxmp._jaxpr.primitives import CAST, LAYOUT
 from jaxmp.numerics._formats import format_range
 from jaxmp.numerics._statistics import statistics
 from jaxmp.numerics.nonfinite._origin import nonfinite
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import read_program
-from jaxmp.numerics.replay._site import Site
+from jaxmp.numerics.replay._site import ReplaySite
 from jaxmp.numerics.trace._result import Trace, TraceRow
 from jaxmp.policy import get_policy
 
@@ -108,7 +108,7 @@ class _Meter(Interpreter):
     def __init__(self, dtype: Any):
         super().__init__()
         self.dtype = jnp.dtype(dtype)
-        self.totals: dict[Site, _Total] = {}
+        self.totals: dict[ReplaySite, _Total] = {}
 
     def observe(self, site, operands, results):
         results = [x for x in results if _tree.is_inexact(x)]
@@ -178,7 +178,7 @@ class _Total:
         self.sum += total
         self.counts = self.counts + counts
 
-    def row(self, site: Site) -> TraceRow:
+    def row(self, site: ReplaySite) -> TraceRow:
         counts = dict(zip(_COUNTS, map(int, self.counts), strict=True))
         size, line = counts["size"], site.line
         names = ("zeros", "underflows", "subnormals", "overflows")
@@ -203,14 +203,12 @@ class _Total:
         )
 
 
-def _lost_integers(site: Site, operands: Sequence[Any], dtype: Any) -> float:
+def _lost_integers(site: ReplaySite, operands: Sequence[Any], dtype: Any) -> float:
     """Which fraction of integers changes when they are turned into floating numbers."""
     (result,) = (v.aval.dtype for v in site.eqn.outvars[:1])
     if site.primitive == "iota":
         integers = np.arange(site.eqn.params["shape"][site.eqn.params["dimension"]])
-    elif site.primitive == "convert_element_type" and jnp.issubdtype(
-        operands[0].dtype, jnp.integer
-    ):
+    elif site.primitive == CAST and jnp.issubdtype(operands[0].dtype, jnp.integer):
         integers = np.asarray(operands[0])
     else:
         return 0.0

@@ -1,0 +1,43 @@
+"""Carries out equations and jaxprs on arrays, as they were written."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.core
+import jax.extend.core
+import jax.numpy as jnp
+
+from jaxmp._jaxpr.types import Array, Atom, Eqn, Jaxpr
+
+T = TypeVar("T")
+
+
+def bind(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:
+    """The results of an equation on arrays."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        outs = eqn.primitive.bind(*operands, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def literal_array(atom: Atom) -> jax.Array:
+    """The array that a literal stands for."""
+    return jnp.asarray(atom.val, atom.aval.dtype)
+
+
+def as_function(jaxpr: Jaxpr) -> Callable[..., list[Array]]:
+    """A jaxpr with its constants as a function of arrays."""
+    return jax.extend.core.jaxpr_as_fun(jaxpr)
+
+
+def jit_exactly(run: Callable[..., T]) -> Callable[..., T]:
+    """Compiles a function with every rounding to half precision that it asks for."""
+    return jax.jit(run, compiler_options={"xla_allow_excess_precision": False})
+
+
+def cond(pred: Array, on_true: Callable[[], T], on_false: Callable[[], T]) -> T:
+    """`jax.lax.cond`, which outside a compiled function would compile every time."""
+    if isinstance(pred, jax.core.Tracer):
+        return jax.lax.cond(pred, on_true, on_false)
+    return on_true() if pred else on_false()
