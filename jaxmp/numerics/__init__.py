@@ -9,12 +9,8 @@ from jaxmp.numerics._bad_batch import (
 from jaxmp.numerics._plots import plot_exponents, plot_loss_scale, plot_underflow
 from jaxmp.numerics._statistics import EXPONENTS, Statistics, statistics
 from jaxmp.numerics.compare._compare import compare
-from jaxmp.numerics.compare._result import (
-    ActivationRow,
-    Comparison,
-    GradientRow,
-    PolicyRow,
-)
+from jaxmp.numerics.compare._result import Comparison
+from jaxmp.numerics.compare.rows import ActivationRow, GradientRow, PolicyRow
 from jaxmp.numerics.monitor._measurement import Measurement, get_statistics
 from jaxmp.numerics.monitor._monitor import MonitorState, monitor
 from jaxmp.numerics.monitor._report import (

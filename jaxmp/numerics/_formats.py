@@ -36,6 +36,11 @@ class FormatRange(NamedTuple):
     border_overflows: bool
     """Whether `overflows` itself does too."""
 
+    @property
+    def has_range_of_float32(self) -> bool:
+        """Whether gradients fit without a loss scale, as in bfloat16."""
+        return self.smallest_normal <= 2.0**-126
+
 
 @functools.cache
 def format_range(dtype: Any) -> FormatRange:

@@ -256,14 +256,11 @@ class _Format(NamedTuple):
 
 def _moved(dtype: Any, loss_scale: float) -> _Format:
     info = format_range(dtype)
-    has_range_of_float32 = math.log2(info.smallest_normal) <= -126
-    if has_range_of_float32:
-        loss_scale = 1.0
-    shift = math.log2(loss_scale)
+    shift = 0.0 if info.has_range_of_float32 else math.log2(loss_scale)
     scaled = f" under the loss scale $2^{{{shift:g}}}$" if shift else ""
     return _Format(
         label=info.name + scaled,
-        has_range_of_float32=has_range_of_float32,
+        has_range_of_float32=info.has_range_of_float32,
         zero=math.log2(info.smallest_subnormal) - shift,
         normal=math.log2(info.smallest_normal) - shift,
         overflow=math.ceil(math.log2(info.largest)) - shift,

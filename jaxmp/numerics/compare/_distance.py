@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp._jaxpr.types import Array
+
 NEGLIGIBLE = 0.01
 """A gradient this many times smaller than others is zero but for rounding: that of a
 bias before a norm, or of an attention's keys. Its error is measured by the others."""
@@ -40,7 +42,7 @@ class Distance:
     nonzero: int = 0
     zeroed: int = 0
 
-    def add(self, reference: Any, value: Any, scale: float = 1.0) -> None:
+    def add(self, reference: Array, value: Array, scale: float = 1.0) -> None:
         """Adds a pair of arrays of one shape; `value` is divided by `scale`."""
         wide = np.complex128 if jnp.iscomplexobj(reference) else np.float64
         wanted, given = (np.asarray(x).astype(wide) for x in (reference, value))
@@ -96,6 +98,17 @@ class Distance:
     def underflow(self) -> float:
         """Which fraction of what is not zero came out as zero."""
         return self.zeroed / max(self.nonzero, 1)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures that a row of a `Comparison` shows."""
+        return {
+            "relative_error": self.relative_error,
+            "cosine": self.cosine,
+            "snr": self.snr,
+            "zeroed": self.underflow,
+            "nonfinite": self.nonfinite,
+            "size": self.size,
+        }
 
 
 def _square(x: np.ndarray) -> float:

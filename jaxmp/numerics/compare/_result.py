@@ -8,8 +8,9 @@ from typing import Any
 
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
-from jaxmp._views.numbers import power
+from jaxmp._views.numbers import percent
 from jaxmp.errors import NumericsError
+from jaxmp.numerics.compare.rows import ActivationRow, GradientRow, PolicyRow
 
 _SHOWN = 15
 _POLICY_COLUMNS = (
@@ -20,153 +21,12 @@ _FIGURES = ("error", "cosine", "SNR dB", "zeroed", "not finite")
 _LAYER_COLUMNS = ("policy", "layer", "source", "dtype", *_FIGURES)
 _OPERATION_COLUMNS = ("policy", "operation", "source", "path", "dtype", *_FIGURES)
 _GRADIENT_COLUMNS = ("policy", "parameter", *_FIGURES, "zeroed at scale 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Row:
-    """How far an array is from the reference.
-
-    Attributes:
-      policy: as it was given, or as `str` writes it.
-      relative_error: norm of the difference over norm of the reference; infinite if a
-        number came out that is not finite.
-      cosine: of the angle between the two; NaN where one of them is zero.
-      snr: signal-to-noise ratio in decibels: -20 log10 of the relative error.
-      zeroed: which fraction of what is not zero came out as zero.
-      nonfinite: how many numbers came out infinite or NaN, where the reference is not.
-      size: how many numbers were compared.
-    """
-
-    policy: str
-    relative_error: float
-    cosine: float
-    snr: float
-    zeroed: float
-    nonfinite: int
-    size: int
-
-    def _figures(self) -> tuple[str, ...]:
-        return (
-            f"{self.relative_error:.2e}",
-            f"{self.cosine:.6f}",
-            f"{self.snr:.1f}",
-            _percent(self.zeroed),
-            str(self.nonfinite or ""),
-        )
-
-    @property
-    def kind(self) -> str:
-        """`"nonfinite"`, `"inaccurate"` (error above 10 %), `"underflow"`, `"fine"`."""
-        if self.nonfinite:
-            return "nonfinite"
-        if self.relative_error > _INACCURATE:
-            return "inaccurate"
-        return "underflow" if self.zeroed > _LOST else "fine"
-
-
-_INACCURATE = 0.1
-_LOST = 0.001
 _MARKS = {
     "nonfinite": "bad",
     "inaccurate": "bad",
     "underflow": "note",
     "fine": "quiet",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ActivationRow(_Row):
-    """What one operation of the forward pass gave, over all iterations of loops.
-
-    A result that is cast at once is compared after the cast.
-
-    Attributes:
-      path: name scopes and modules around it.
-      operation: name of the primitive.
-      file, line, function: the user's source line.
-      order: place in the order of execution.
-      dtype: of the result under the policy.
-    """
-
-    path: str
-    operation: str
-    file: str
-    line: int
-    function: str
-    order: int
-    dtype: str
-
-    @property
-    def source(self) -> str:
-        """The line, for people."""
-        name = self.file.rpartition("/")[2]
-        return f"{name}:{self.line} ({self.function.rpartition('.')[2]})" * bool(name)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GradientRow(_Row):
-    """The gradient of one parameter, after it was divided by the loss scale.
-
-    The error of a gradient that is far below all others, such as that of a bias before
-    a norm, is relative to one per cent of what is typical.
-
-    Attributes:
-      parameter: its name, such as `"params['w']"`.
-      zeroed_unscaled: what `zeroed` is at loss scale 1.
-    """
-
-    parameter: str
-    zeroed_unscaled: float
-
-    @property
-    def kind(self) -> str:
-        """As of `ActivationRow`; what is lost at scale 1 is an underflow, too."""
-        kind = super().kind
-        lost = self.zeroed_unscaled > _LOST
-        return "underflow" if kind == "fine" and lost else kind
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyRow:
-    """What one policy does.
-
-    Attributes:
-      policy: as it was given, or as `str` writes it.
-      dtype: its compute dtype.
-      is_emulated: whether JAX has no arithmetic in it, so that results were rounded.
-      output_error: relative error of the outputs, all of them together.
-      gradient_error: the worst relative error of a parameter's gradient; None without
-        gradients, and so are the following.
-      loss_scale: that the gradients were computed at.
-      largest_scale: the largest power of two at which nothing overflows in the backward
-        pass; None for a dtype with the range of float32, and so are the following.
-      smallest_scale: the smallest at which nothing becomes zero or subnormal; if it is
-        above `largest_scale`, no scale keeps everything.
-      lost_unscaled, lost_at_largest: which fraction of the backward pass becomes zero
-        at scale 1 and at `largest_scale`.
-    """
-
-    policy: str
-    dtype: str
-    is_emulated: bool
-    output_error: float
-    gradient_error: float | None
-    loss_scale: float | None
-    largest_scale: float | None
-    smallest_scale: float | None
-    lost_unscaled: float | None
-    lost_at_largest: float | None
-
-    def cells(self) -> tuple[str, ...]:
-        """The row as text."""
-        wanted, given = self.gradient_error, self.lost_at_largest
-        return (
-            self.policy + " (emulated)" * self.is_emulated,
-            f"{self.output_error:.2e}",
-            "-" if wanted is None else f"{wanted:.2e}",
-            *map(_scale, (self.loss_scale, self.smallest_scale, self.largest_scale)),
-            *("-" if x is None else _percent(x) for x in (self.lost_unscaled, given)),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,19 +140,19 @@ class Comparison:
 
     def _tables(self) -> list[tuple[str, tuple[str, ...], list[tuple[Any, str]]]]:
         layers = [
-            ((r.policy, r.path or "-", r.source, r.dtype, *r._figures()), r.kind)
+            ((r.policy, r.path or "-", r.source, r.dtype, *r.cells()), r.kind)
             for r in self.layers
         ]
         operations = [
             (
-                (r.policy, r.operation, r.source, r.path, r.dtype, *r._figures()),
+                (r.policy, r.operation, r.source, r.path, r.dtype, *r.cells()),
                 r.kind,
             )
             for r in self.activations
         ]
         gradients = [
             (
-                (r.policy, r.parameter, *r._figures(), _percent(r.zeroed_unscaled)),
+                (r.policy, r.parameter, *r.cells(), percent(r.zeroed_unscaled)),
                 r.kind,
             )
             for r in self.gradients
@@ -305,16 +165,6 @@ class Comparison:
             ("Operations", _OPERATION_COLUMNS, operations),
         ]
         return [table for table in tables if table[2]]
-
-
-def _percent(fraction: float) -> str:
-    if not fraction:
-        return ""
-    return "<0.1 %" if fraction < 0.001 else f"{100 * fraction:.1f} %"
-
-
-def _scale(scale: float | None) -> str:
-    return "-" if scale is None else power(scale)
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The loss scales at which a backward pass fits into a format.
+"""The third stage of `compare`: the loss scales at which a backward pass fits a format.
 
 The numbers are those of the same program with bfloat16 in place of the format: it has
 the range of float32, so that nothing is lost before it is looked at.
@@ -9,46 +9,22 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxmp import _tree
 from jaxmp._jaxpr.primitives import LAYOUT
+from jaxmp._jaxpr.types import Array
 from jaxmp.numerics._formats import FormatRange, format_range
+from jaxmp.numerics.compare._candidates import Candidate
 from jaxmp.numerics.replay._interpreter import Interpreter
-from jaxmp.numerics.replay._program import Program
-from jaxmp.policy import Policy
+from jaxmp.numerics.replay._program import Program, read_scale
+from jaxmp.numerics.replay._site import ReplaySite
 
-_LARGE_RANGE = 1e30
 # The numbers were rounded in another format than the one that is asked about.
 _SPARE = 1.05
-
-
-def needs_scale(dtype: Any) -> bool:
-    """Whether a format's range is so small that gradients do not fit by themselves."""
-    return format_range(dtype).largest < _LARGE_RANGE
-
-
-def stand_in(policy: Policy) -> Policy:
-    """The policy with bfloat16 for its compute dtype."""
-    return Policy(
-        jnp.float32,
-        jnp.bfloat16,
-        jnp.float32,
-        matmul_precision=policy.matmul_precision,
-    )
-
-
-def stand_in_rules(rules: Sequence[Any]) -> list[Any]:
-    """Rules of autocast with bfloat16 for every half dtype."""
-    return [
-        dataclasses.replace(rule, compute=jnp.bfloat16)
-        if getattr(rule, "compute", None) in _tree.HALF
-        else rule
-        for rule in rules
-    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +41,11 @@ class ScaleRange:
         extremes; at least 1.
     """
 
-    largest: float | None
-    smallest: float | None
-    lost_unscaled: float
-    lost_at_largest: float
-    central: float
+    largest: float | None = None
+    smallest: float | None = None
+    lost_unscaled: float = 0.0
+    lost_at_largest: float = 0.0
+    central: float = 1.0
 
     @property
     def suggested(self) -> float:
@@ -79,7 +55,31 @@ class ScaleRange:
         return max(1.0, min(self.largest, self.smallest))
 
 
-def scale_range(programs: Iterable[Program], dtype: Any) -> ScaleRange:
+class Scales(NamedTuple):
+    """Loss scales for the backward pass under a policy.
+
+    Attributes:
+      chosen: the one to compute gradients at; None without gradients.
+      range: those that fit; None for a format with the range of float32.
+    """
+
+    chosen: float | None
+    range: ScaleRange | None
+
+
+def find_scales(candidate: Candidate, loss_scale: Any) -> Scales:
+    """Chooses a loss scale for a policy, unless one is given."""
+    if candidate.backward.loss_scale is None:
+        return Scales(None, None)
+    found = None
+    if candidate.range is not None:
+        found = scale_range([candidate.range], candidate.dtype)
+    if loss_scale is not None:
+        return Scales(read_scale(loss_scale), found)
+    return Scales(1.0 if found is None else found.suggested, found)
+
+
+def scale_range(programs: Iterable[Program], dtype: DTypeLike) -> ScaleRange:
     """Fits the numbers of a backward pass, at loss scale 1, into a format.
 
     Args:
@@ -91,35 +91,22 @@ def scale_range(programs: Iterable[Program], dtype: Any) -> ScaleRange:
     for program in programs:
         found.run_program(program)
     if not found.amax:
-        return ScaleRange(
-            largest=None,
-            smallest=None,
-            lost_unscaled=0.0,
-            lost_at_largest=0.0,
-            central=1.0,
-        )
+        return ScaleRange()
     limits = format_range(dtype)
     high = math.ceil(math.log2(limits.overflows / (found.amax * _SPARE))) - 1
     low = math.ceil(math.log2(limits.becomes_normal / found.smallest))
     return ScaleRange(
         largest=2.0**high,
         smallest=2.0**low,
-        lost_unscaled=_lost(found, limits.becomes_zero, 0),
-        lost_at_largest=_lost(found, limits.becomes_zero, high),
-        central=2.0 ** max(_middle(limits) - _median(found.exponents), 0),
+        lost_unscaled=found.lost(limits, 0),
+        lost_at_largest=found.lost(limits, high),
+        central=2.0 ** max(_middle(limits) - found.median(), 0),
     )
 
 
 def _middle(limits: FormatRange) -> int:
     exponents = map(math.log2, (limits.largest, limits.smallest_subnormal))
     return round(sum(exponents) / 2)
-
-
-def _median(exponents: collections.Counter[int]) -> int:
-    counts = sorted(exponents.items())
-    totals = itertools.accumulate(count for _, count in counts)
-    half = exponents.total() / 2
-    return next(e for (e, _), n in zip(counts, totals, strict=True) if n >= half)
 
 
 class _BackwardRange(Interpreter):
@@ -135,25 +122,32 @@ class _BackwardRange(Interpreter):
         self.exponents = collections.Counter[int]()
         self.amax, self.smallest = 0.0, float("inf")
 
-    def observe(self, site, operands, results):
+    def observe(
+        self, site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
+    ) -> None:
         if site.is_backward and site.primitive not in LAYOUT:
-            for x in results:
-                if _tree.is_half(x):
-                    self._add(x)
+            for x in filter(_tree.is_half, results):
+                self._add(x)
 
-    def _add(self, x: Any) -> None:
+    def _add(self, x: Array) -> None:
         wide = np.abs(np.asarray(x).astype(np.float64))
         wide = wide[np.isfinite(wide) & (wide > 0)]
         if wide.size:
             self.amax = max(self.amax, float(wide.max()))
             self.smallest = min(self.smallest, float(wide.min()))
             exponents, counts = np.unique(np.frexp(wide)[1] - 1, return_counts=True)
-            self.exponents.update(
-                dict(zip(exponents.tolist(), counts.tolist(), strict=True))
-            )
+            pairs = zip(exponents.tolist(), counts.tolist(), strict=True)
+            self.exponents.update(dict(pairs))
 
+    def median(self) -> int:
+        """The exponent that half of the numbers are below or at."""
+        counts = sorted(self.exponents.items())
+        totals = itertools.accumulate(count for _, count in counts)
+        half = self.exponents.total() / 2
+        return next(e for (e, _), n in zip(counts, totals, strict=True) if n >= half)
 
-def _lost(found: _BackwardRange, becomes_zero: float, exponent: int) -> float:
-    border = math.log2(becomes_zero) - exponent
-    lost = sum(n for e, n in found.exponents.items() if e < border)
-    return lost / found.exponents.total()
+    def lost(self, limits: FormatRange, scale_exponent: int) -> float:
+        """Which fraction of the numbers becomes zero at a loss scale."""
+        border = math.log2(limits.becomes_zero) - scale_exponent
+        lost = sum(n for e, n in self.exponents.items() if e < border)
+        return lost / self.exponents.total()

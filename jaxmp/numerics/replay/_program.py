@@ -128,7 +128,7 @@ def read_program(
     argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     varied = [i for i, leaf in enumerate(leaves) if _varies(leaf, argnums)]
     if program.loss_index is not None and varied and backward is not False:
-        return _differentiate(program, varied, _read_scale(loss_scale))
+        return _differentiate(program, varied, read_scale(loss_scale))
     if backward:
         name = getattr(fn, "__name__", "the function")
         raise NonScalarLoss(
@@ -186,7 +186,8 @@ def _varies(leaf: Leaf, argnums: Sequence[int]) -> bool:
     return is_float and leaf.position in argnums and not leaf.is_module_state
 
 
-def _read_scale(loss_scale: Any) -> float:
+def read_scale(loss_scale: Any) -> float:
+    """The number that a loss scale stands for: it may be in a state; None is 1."""
     if loss_scale is None:
         return 1.0
     if isinstance(loss_scale, (int, float)) or _tree.is_array(loss_scale):

@@ -1,6 +1,7 @@
 """`ReplaySite`: a site of a program that is run, and what its results are for."""
 
 import functools
+from typing import Any
 
 from jaxmp._jaxpr.site import Site
 from jaxmp._jaxpr.types import Eqn
@@ -29,3 +30,14 @@ class ReplaySite(Site):
     def is_backward(self) -> bool:
         """Whether it is part of a backward pass, or only gradients need it."""
         return self.is_later or super().is_backward
+
+    def described(self) -> dict[str, Any]:
+        """The columns of a table that say which operation it is, and where."""
+        file, line, function = self.line or ("", 0, "")
+        return {
+            "operation": self.primitive,
+            "file": file,
+            "line": line,
+            "function": function,
+            "path": self.path,
+        }

@@ -23,12 +23,9 @@ import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp.errors import NumericsError
-from jaxmp.numerics.compare._scales import (
-    needs_scale,
-    scale_range,
-    stand_in,
-    stand_in_rules,
-)
+from jaxmp.numerics._formats import format_range
+from jaxmp.numerics.compare._scales import scale_range
+from jaxmp.numerics.compare._stand_in import stand_in, stand_in_rules
 from jaxmp.numerics.replay._program import Program, read_program
 from jaxmp.numerics.search._attribution import attribute
 from jaxmp.numerics.search._evaluate import Saved, digest
@@ -127,7 +124,7 @@ def search_policy(
 
     if loss_scale is None:
         loss_scale = 1.0
-        if needs_scale(dtype):
+        if not format_range(dtype).has_range_of_float32:
             bf16 = programs(stand_in(policy), rules=stand_in_rules(rules))
             loss_scale = scale_range(bf16, dtype).central
     # What is kept may leave nothing for a rule.

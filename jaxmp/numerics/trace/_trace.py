@@ -30,6 +30,8 @@ from jaxmp.policy import get_policy
 
 _COUNTS = ("size", "zeros", "underflows", "subnormals", "overflows", "nonfinite")
 
+_SHARES = ("zeros", "underflows", "subnormals", "overflows")
+
 
 def trace(
     fn: Callable[..., Any],
@@ -180,14 +182,10 @@ class _Total:
 
     def row(self, site: ReplaySite) -> TraceRow:
         counts = dict(zip(_COUNTS, map(int, self.counts), strict=True))
-        size, line = counts["size"], site.line
-        names = ("zeros", "underflows", "subnormals", "overflows")
+        size = counts["size"]
+        shares = {name: counts[name] / max(size, 1) for name in _SHARES}
         return TraceRow(
-            operation=site.primitive,
-            file="" if line is None else line.file,
-            line=0 if line is None else line.line,
-            function="" if line is None else line.function,
-            path=site.path,
+            **site.described(),
             is_backward=site.is_backward,
             order=self.order,
             times=self.times,
@@ -196,7 +194,10 @@ class _Total:
             smallest=0.0 if self.smallest == float("inf") else self.smallest,
             mean=self.sum / max(size - counts["nonfinite"], 1),
             size=size,
-            **{name: counts[name] / max(size, 1) for name in names},
+            zeros=shares["zeros"],
+            underflows=shares["underflows"],
+            subnormals=shares["subnormals"],
+            overflows=shares["overflows"],
             nonfinite=counts["nonfinite"],
             made_nonfinite=self.made_nonfinite,
             lost_integers=self.lost_integers,

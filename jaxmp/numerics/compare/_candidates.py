@@ -1,0 +1,84 @@
+"""`Candidate`: a function under one of the policies that are compared."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.errors import NumericsError
+from jaxmp.numerics._formats import format_range
+from jaxmp.numerics.compare._stand_in import stand_in, stand_in_rules
+from jaxmp.numerics.replay._program import Program
+from jaxmp.policy import Policy, get_policy
+
+Read: TypeAlias = Callable[..., Program]
+"""`read_program`, with the function and its arguments given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A function under one policy, as the programs that `compare` runs.
+
+    Attributes:
+      policy: as it was given, or as `str` writes it.
+      dtype: its compute dtype.
+      emulated: the format that bfloat16 stands in for; None if JAX computes in it.
+      forward: the function.
+      backward: the function with its gradient, if it returns a loss.
+      range: the same in bfloat16, to find loss scales; None if none are needed.
+    """
+
+    policy: str
+    dtype: np.dtype
+    emulated: np.dtype | None
+    forward: Program
+    backward: Program
+    range: Program | None
+
+
+def read_candidates(policies: Any, rules: Sequence[Any], read: Read) -> list[Candidate]:
+    """Traces a function under each policy.
+
+    Args:
+      policies: a policy, or a sequence of them: what `get_policy` takes.
+      rules: of `autocast`, for every policy.
+      read: reads the function.
+
+    Raises:
+      NumericsError: if there is no policy.
+      PolicyError: for a policy that cannot be read.
+    """
+    is_one = isinstance(policies, str) or not isinstance(policies, Sequence)
+    specs = [policies] if is_one else list(policies)
+    if not specs:
+        raise NumericsError(
+            "policies=[] compares nothing. Write policies=['bfloat16', 'float16']."
+        )
+    named = {
+        spec if isinstance(spec, str) else str(get_policy(spec)): get_policy(spec)
+        for spec in specs
+    }
+    return [_candidate(name, policy, rules, read) for name, policy in named.items()]
+
+
+def _candidate(
+    name: str, policy: Policy, rules: Sequence[Any], read: Read
+) -> Candidate:
+    dtype = jnp.dtype(policy.compute_dtype)
+    is_emulated = dtype.itemsize == 1
+    in_bfloat16 = stand_in(policy)
+    run_as = in_bfloat16 if is_emulated else policy
+    backward = read(policy=run_as, rules=rules)
+    range_ = None
+    if backward.loss_scale is not None and not format_range(dtype).has_range_of_float32:
+        range_ = read(policy=in_bfloat16, rules=stand_in_rules(rules))
+    return Candidate(
+        policy=name,
+        dtype=dtype,
+        emulated=dtype if is_emulated else None,
+        forward=read(policy=run_as, rules=rules, backward=False),
+        backward=backward,
+        range=range_,
+    )
