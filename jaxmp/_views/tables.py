@@ -18,6 +18,23 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
+def shortened_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], shown: int
+) -> str:
+    """The first rows as `text_table`, and where the others are.
+
+    Args:
+      columns: their names.
+      rows: their cells, of a `Result`.
+      shown: how many rows to print.
+    """
+    table = text_table(columns, rows[:shown])
+    left = len(rows) - shown
+    return (
+        f"{table}\n... and {left} more: to_rows(), to_html(path)" if left > 0 else table
+    )
+
+
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """As `text_table`, for Markdown.
 

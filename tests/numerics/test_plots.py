@@ -101,7 +101,7 @@ def test_a_report_of_many_leaves_shows_twenty():
     params = {f"w{i}": jnp.ones(1) for i in range(23)}
     tx = monitor(optax.sgd(0.1), every=1)
     _, state = tx.update(params, tx.init(params), params)
-    assert "... and 3 parameters with less." in str(monitor_report(state))
+    assert "... and 3 more: to_rows()" in str(monitor_report(state))
 
 
 def test_a_report_before_the_first_measured_step():

@@ -1,14 +1,14 @@
-"""What `compare` found, as rows, text, JSON and a page."""
+"""`Comparison`: what `compare` found, as rows, text, JSON and a page."""
 
 import dataclasses
 import functools
-import json
-import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from jaxmp._views import html as _html
-from jaxmp._views import tables as _table
+from jaxmp._views import html
 from jaxmp._views.numbers import percent
+from jaxmp._views.result import Result
+from jaxmp._views.tables import shortened_table
 from jaxmp.errors import NumericsError
 from jaxmp.numerics.compare.rows import ActivationRow, GradientRow, PolicyRow
 
@@ -21,7 +21,7 @@ _FIGURES = ("error", "cosine", "SNR dB", "zeroed", "not finite")
 _LAYER_COLUMNS = ("policy", "layer", "source", "dtype", *_FIGURES)
 _OPERATION_COLUMNS = ("policy", "operation", "source", "path", "dtype", *_FIGURES)
 _GRADIENT_COLUMNS = ("policy", "parameter", *_FIGURES, "zeroed at scale 1")
-_MARKS = {
+_STYLES = {
     "nonfinite": "bad",
     "inaccurate": "bad",
     "underflow": "note",
@@ -29,8 +29,17 @@ _MARKS = {
 }
 
 
+class _Table(NamedTuple):
+    """A table to show, with the kind of each row."""
+
+    title: str
+    columns: Sequence[str]
+    cells: list[tuple[str, ...]]
+    kinds: list[str]
+
+
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """A function under policies, held against itself in float32; worst rows first.
 
     Attributes:
@@ -55,7 +64,7 @@ class Comparison:
           Its `PolicyRow`.
 
         Raises:
-          NumericsError: if there is none.
+          NumericsError: if it was not compared.
 
         Example:
           >>> import jax.numpy as jnp
@@ -80,7 +89,7 @@ class Comparison:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Of everything that was found: see `ActivationRow.kind`."""
+        """Of everything that was found: see `kind` of the rows."""
         return frozenset(row.kind for row in (*self.activations, *self.gradients))
 
     def to_rows(self) -> list[dict[str, Any]]:
@@ -99,74 +108,52 @@ class Comparison:
             for row in rows
         ]
 
-    def to_json(self) -> str:
-        """Gives all rows as JSON; what is not finite is null."""
-        rows = [{k: _plain(v) for k, v in row.items()} for row in self.to_rows()]
-        return json.dumps({"reference": self.reference, "rows": rows}, indent=1)
+    def _contents(self) -> dict[str, Any]:
+        return {"reference": self.reference, "rows": self.to_rows()}
 
-    def to_html(self, path: Any) -> None:
-        """Writes one self-contained page.
-
-        Args:
-          path: file to write.
-        """
-        parts = [_html.checkboxes(_MARKS)]
-        for title, columns, rows in self._tables():
-            marks = [_MARKS[kind] for _, kind in rows]
-            parts += [
-                _html.heading(title),
-                _html.table(
-                    columns,
-                    [cells for cells, _ in rows],
-                    code=("operation", "dtype"),
-                    styles=marks,
-                    kinds=[kind for _, kind in rows],
-                ),
-            ]
-        _html.writer(self._title, *parts)(path)
+    def _page(self) -> str:
+        parts = [html.checkboxes(_STYLES)]
+        for title, columns, cells, kinds in self._tables():
+            styles = [_STYLES[kind] for kind in kinds]
+            code = ("operation", "dtype")
+            table = html.table(columns, cells, code=code, styles=styles, kinds=kinds)
+            parts += [html.heading(title), table]
+        return html.page(self._title, *parts)
 
     @property
     def _title(self) -> str:
         return f"Policies against {self.reference}"
 
     def __str__(self) -> str:
-        parts = []
-        for title, columns, rows in self._tables():
-            shown = [cells for cells, _ in rows[:_SHOWN]]
-            left = len(rows) - len(shown)
-            more = f"\n... and {left} more: to_rows(), to_html(path)" if left else ""
-            parts.append(f"{title}\n{_table.text_table(columns, shown)}{more}")
-        return "\n\n".join(parts)
+        return "\n\n".join(
+            f"{title}\n{shortened_table(columns, cells, _SHOWN)}"
+            for title, columns, cells, _ in self._tables()
+        )
 
-    def _tables(self) -> list[tuple[str, tuple[str, ...], list[tuple[Any, str]]]]:
+    def _tables(self) -> list[_Table]:
         layers = [
-            ((r.policy, r.path or "-", r.source, r.dtype, *r.cells()), r.kind)
+            (r.policy, r.path or "-", r.source, r.dtype, *r.figures())
             for r in self.layers
         ]
         operations = [
-            (
-                (r.policy, r.operation, r.source, r.path, r.dtype, *r.cells()),
-                r.kind,
-            )
+            (r.policy, r.operation, r.source, r.path, r.dtype, *r.figures())
             for r in self.activations
         ]
         gradients = [
-            (
-                (r.policy, r.parameter, *r.cells(), percent(r.zeroed_unscaled)),
-                r.kind,
-            )
+            (r.policy, r.parameter, *r.figures(), percent(r.zeroed_unscaled))
             for r in self.gradients
         ]
-        policies = [(row.cells(), "fine") for row in self.policies]
+        policies = [r.cells() for r in self.policies]
         tables = [
-            (self._title, _POLICY_COLUMNS, policies),
-            ("Gradients", _GRADIENT_COLUMNS, gradients),
-            ("What layers return", _LAYER_COLUMNS, layers),
-            ("Operations", _OPERATION_COLUMNS, operations),
+            _Table(self._title, _POLICY_COLUMNS, policies, ["fine"] * len(policies)),
+            _Table("Gradients", _GRADIENT_COLUMNS, gradients, _kinds(self.gradients)),
+            _Table("What layers return", _LAYER_COLUMNS, layers, _kinds(self.layers)),
+            _Table(
+                "Operations", _OPERATION_COLUMNS, operations, _kinds(self.activations)
+            ),
         ]
-        return [table for table in tables if table[2]]
+        return [table for table in tables if table.cells]
 
 
-def _plain(value: Any) -> Any:
-    is_number = isinstance(value, float)
-    return None if is_number and not math.isfinite(value) else value
+def _kinds(rows: Sequence[ActivationRow] | Sequence[GradientRow]) -> list[str]:
+    return [row.kind for row in rows]

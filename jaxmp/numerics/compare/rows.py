@@ -32,7 +32,8 @@ class _Row:
     nonfinite: int
     size: int
 
-    def cells(self) -> tuple[str, ...]:
+    def figures(self) -> tuple[str, ...]:
+        """Its figures as text."""
         return (
             f"{self.relative_error:.2e}",
             f"{self.cosine:.6f}",

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmp._views.tables import text_table
+from jaxmp._views import html
+from jaxmp._views.result import Result
+from jaxmp._views.tables import shortened_table
 from jaxmp.errors import NotOnHost
 from jaxmp.loss_scale.state import find_all
 from jaxmp.numerics._formats import format_range
@@ -16,6 +18,11 @@ from jaxmp.numerics.monitor._measurement import Measurement, get_statistics
 
 _MUCH_LOST, _MUCH_UNDERFLOW = 0.1, 0.05
 _LARGE_RATIO = 0.1
+_SHOWN = 20
+_COLUMNS = (
+    *("parameter", "size", "gradient max", "mean", "zero", "underflow"),
+    *("overflow", "update/weight", "lost", "non-finite"),
+)
 
 
 class LeafReport(NamedTuple):
@@ -44,7 +51,7 @@ class LeafReport(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MonitorReport:
+class MonitorReport(Result):
     """What a `monitor` measured last; prints as a table with the worst leaves first.
 
     Attributes:
@@ -64,7 +71,7 @@ class MonitorReport:
     measurement: Measurement
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """One dictionary for each parameter, for a data frame or a log."""
+        """Gives one dictionary for each parameter, for a data frame or a log."""
         return [{"step": self.step, **row._asdict()} for row in self.rows]
 
     def worst(self, count: int = 10) -> list[LeafReport]:
@@ -80,21 +87,28 @@ class MonitorReport:
         """What to do about what was measured, a sentence for each finding."""
         return list(_warnings(self))
 
-    def __str__(self) -> str:
+    @property
+    def _title(self) -> str:
         if not self.step:
             return "monitor: no step was measured yet."
-        columns = (
-            *("parameter", "size", "gradient max", "mean", "zero", "underflow"),
-            *("overflow", "update/weight", "lost", "non-finite"),
-        )
-        shown = self.worst(20)
-        lines = [
+        return (
             f"Step {self.step}: gradients in {self.dtype} under the loss scale "
-            f"{self.loss_scale:g}, updates and weights as they are.",
-            text_table(columns, map(_cells, shown)),
-        ]
-        if len(self.rows) > len(shown):
-            lines.append(f"... and {len(self.rows) - len(shown)} parameters with less.")
+            f"{self.loss_scale:g}, updates and weights as they are."
+        )
+
+    def _page(self) -> str:
+        rows = self.worst(len(self.rows)) if self.step else []
+        return html.page(
+            self._title,
+            *map(html.paragraph, self.warnings),
+            html.table(_COLUMNS, map(_cells, rows)),
+        )
+
+    def __str__(self) -> str:
+        if not self.step:
+            return self._title
+        cells = list(map(_cells, self.worst(len(self.rows))))
+        lines = [self._title, shortened_table(_COLUMNS, cells, _SHOWN)]
         return "\n".join([*lines, *(f"- {warning}" for warning in self.warnings)])
 
 

@@ -1,14 +1,16 @@
 """`NonfiniteReport`: what `find_nonfinite` found, in plain words."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
+from jaxmp._views import html
 from jaxmp._views.numbers import power
+from jaxmp._views.result import Result
 from jaxmp.numerics.nonfinite._origin import Operand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NonfiniteReport:
+class NonfiniteReport(Result):
     """Where the first NaN or infinity came from. False if nothing was found.
 
     Attributes:
@@ -57,6 +59,19 @@ class NonfiniteReport:
     def __bool__(self) -> bool:
         return self.kind != "finite"
 
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Gives what was found as one row; no row if everything is finite."""
+        found = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        return [{name: _as_cell(x) for name, x in found.items()}] if self else []
+
+    def _contents(self) -> "NonfiniteReport":
+        return self
+
+    def _page(self) -> str:
+        return html.page("What is not finite", html.preformatted(str(self)))
+
     def __str__(self) -> str:
         if not self:
             scale = (
@@ -99,3 +114,9 @@ class NonfiniteReport:
             f"Handled overflow, {first}: the gradients are finite at loss scale "
             f"{power(self.finite_at_scale)}{low}."
         )
+
+
+def _as_cell(value: Any) -> Any:
+    if isinstance(value, tuple) and not isinstance(value, Operand):
+        return "; ".join(map(str, value))
+    return str(value) if isinstance(value, Operand) else value

@@ -1,14 +1,15 @@
-"""What a search for a policy found, as rules, text, rows and a chart."""
+"""`PolicySearch`: what a search for a policy found, as rules, text, rows and a chart."""
 
 import dataclasses
-import json
 import math
+import os
 from typing import Any
 
-from jaxmp._views import html as _html
-from jaxmp._views import tables as _table
+from jaxmp._views import html
 from jaxmp._views.figures import new_figure
 from jaxmp._views.numbers import power
+from jaxmp._views.result import Result
+from jaxmp._views.tables import shortened_table, text_table
 from jaxmp.casting import OpRule
 from jaxmp.numerics.search._evaluate import Evaluation
 from jaxmp.policy import PolicyRule
@@ -38,14 +39,14 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicySearch:
+class PolicySearch(Result):
     """The smallest set of layers and operations that have to stay in float32.
 
     Attributes:
       policy: what was searched from, as `str` writes it.
-      tolerance: what loss and gradients were to be within.
+      tolerance: the error that loss and gradients may have.
       loss_scale: that the gradients were computed at.
-      kept: what stays in float32, the worst first.
+      kept: what stays in float32, the worst first: `name`, `rule`, `error`, `reason`.
       rules: for `autocast(fn, policy, rules=...)`: those of `kept`, then those that the
         search was given. The `PolicyRule`s among them fit `apply_policy` as well.
       result: the evaluation of `kept`.
@@ -76,14 +77,14 @@ class PolicySearch:
             f"{self.tolerance:g}, at loss scale {power(self.loss_scale)} "
             f"({len(self.evaluations)} evaluations)."
         )
-        if not self.is_within:
+        if not self.is_within and self.is_minimal:
             found += (
-                " They still are with everything in float32 that a rule can name."
-                if self.is_minimal
-                else " The budget ended before a set was found that is."
+                " Everything that a rule can name is in float32, and it is not enough."
             )
+        elif not self.is_within:
+            found += " The budget ended before a good set was found."
         elif not self.is_minimal:
-            found += " The budget ended before every one was tried without."
+            found += " The budget ended before a smaller set could be ruled out."
         return found
 
     def to_rows(self) -> list[dict[str, Any]]:
@@ -103,47 +104,38 @@ class PolicySearch:
             for x in self.evaluations
         ]
 
-    def to_json(self) -> str:
-        """Gives what was found as JSON; an infinite error is null."""
-        told = {
+    def _contents(self) -> dict[str, Any]:
+        return {
             "policy": self.policy,
             "tolerance": self.tolerance,
             "loss_scale": self.loss_scale,
             "is_within": self.is_within,
             "is_minimal": self.is_minimal,
             "kept": [
-                {"name": k.name, "error": _finite(k.error), "reason": k.reason}
+                {"name": k.name, "error": k.error, "reason": k.reason}
                 for k in self.kept
             ],
-            "curve": [
-                {name: _finite(x) for name, x in row.items()} for row in self.to_rows()
-            ],
+            "curve": self.to_rows(),
         }
-        return json.dumps(told, indent=1)
 
-    def to_html(self, path: Any) -> None:
-        """Writes one self-contained page.
-
-        Args:
-          path: file to write.
-        """
-        marks = ["good" if row["is_within"] else "bad" for row in self.to_rows()]
-        _html.writer(
+    def _page(self) -> str:
+        styles = ["good" if row["is_within"] else "bad" for row in self.to_rows()]
+        return html.page(
             "What has to stay in float32",
-            _html.paragraph(self.summary),
-            _html.table(_KEPT_COLUMNS, self._kept_cells()),
-            _html.heading("What was tried"),
-            _html.table(_CURVE_COLUMNS, self._curve_cells(), styles=marks),
-        )(path)
+            html.paragraph(self.summary),
+            html.table(_KEPT_COLUMNS, self._kept_cells()),
+            html.heading("What was tried"),
+            html.table(_CURVE_COLUMNS, self._curve_cells(), styles=styles),
+        )
 
-    def plot(self, path: Any) -> None:
-        """Draws the error over the share of FLOPs in half; needs matplotlib.
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the error over the share of FLOPs in half; needs Matplotlib.
 
         Args:
           path: file to write; its ending decides on the format.
 
         Raises:
-          MissingPackage: if matplotlib is not installed.
+          MissingPackage: if Matplotlib is not installed.
         """
         figure = new_figure(7, 4)
         axes = figure.add_subplot()
@@ -160,8 +152,10 @@ class PolicySearch:
                 markersize=11 if is_chosen else 6,
                 markerfacecolor=None if is_chosen else "none",
             )
+        # Along x in coordinates of the axes, along y in those of the data.
+        beside = axes.get_yaxis_transform()
         axes.axhline(self.tolerance, color="#888", linewidth=1)
-        axes.text(0.01, self.tolerance, "tolerance", transform=_beside(axes))
+        axes.text(0.01, self.tolerance, "tolerance", transform=beside)
         axes.set_yscale("log")
         axes.set_xlabel("matmul FLOPs in half, per cent")
         axes.set_ylabel("relative error (triangle: not finite)")
@@ -170,14 +164,10 @@ class PolicySearch:
         figure.savefig(path)
 
     def __str__(self) -> str:
-        parts = [self.summary]
-        if self.kept:
-            parts.append(_table.text_table(_KEPT_COLUMNS, self._kept_cells()))
-        cells = self._curve_cells()
-        left = len(cells) - _SHOWN
-        more = f"\n... and {left} more: to_rows(), to_html(path)" if left > 0 else ""
-        parts.append(_table.text_table(_CURVE_COLUMNS, cells[:_SHOWN]) + more)
-        return "\n\n".join(parts)
+        kept = self._kept_cells()
+        parts = [text_table(_KEPT_COLUMNS, kept)] if kept else []
+        curve = shortened_table(_CURVE_COLUMNS, self._curve_cells(), _SHOWN)
+        return "\n\n".join([self.summary, *parts, curve])
 
     def _kept_cells(self) -> list[tuple[str, ...]]:
         return [(k.name, _error(k.error), k.reason) for k in self.kept]
@@ -195,15 +185,5 @@ class PolicySearch:
         ]
 
 
-def _beside(axes: Any) -> Any:
-    """Coordinates of the axes along x, of the data along y."""
-    return axes.get_yaxis_transform()
-
-
 def _error(error: float) -> str:
     return f"{error:.2g}" if math.isfinite(error) else "overflow"
-
-
-def _finite(value: Any) -> Any:
-    is_number = isinstance(value, float)
-    return None if is_number and not math.isfinite(value) else value

@@ -4,14 +4,18 @@ import collections
 import dataclasses
 from typing import Any
 
-from jaxmp._views import html as _html
-from jaxmp._views import tables as _table
+from jaxmp._jaxpr.sources import Source
+from jaxmp._views import html
+from jaxmp._views.numbers import percent
+from jaxmp._views.result import Result
+from jaxmp._views.tables import shortened_table
 
 _COLUMNS = (
     *("operation", "source", "path", "way", "times", "dtype", "largest", "smallest"),
     *("mean", "zero", "underflow", "subnormal", "overflow", "other"),
 )
 _SHOWN = 40
+_STYLES = {"overflow": "bad", "underflow": "note", "fine": "quiet"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,30 +85,22 @@ class TraceRow:
             other.append(f"{self.nonfinite} not finite")
         if self.lost_integers:
             other.append(f"{self.lost_integers:.0%} of the integers lost")
-        name = self.file.rpartition("/")[2]
+        shares = (self.zeros, self.underflows, self.subnormals, self.overflows)
         return (
             self.operation,
-            f"{name}:{self.line} ({self.function.rpartition('.')[2]})" if name else "",
+            Source(self.file, self.line, self.function).short * bool(self.file),
             self.path,
             "backward" if self.is_backward else "forward",
             str(self.times),
             self.dtype,
             *(f"{x:.3g}" for x in (self.amax, self.smallest, self.mean)),
-            *map(
-                _percent, (self.zeros, self.underflows, self.subnormals, self.overflows)
-            ),
+            *map(percent, shares),
             ", ".join(other),
         )
 
 
-def _percent(fraction: float) -> str:
-    if not fraction:
-        return ""
-    return "<0.1 %" if fraction < 0.001 else f"{100 * fraction:.1f} %"
-
-
 @dataclasses.dataclass(frozen=True)
-class Trace:
+class Trace(Result):
     """The ranges of what a function computed, the worst first.
 
     Attributes:
@@ -129,36 +125,24 @@ class Trace:
         )
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """The rows as dictionaries, for a data frame."""
+        """Gives the rows as dictionaries, for a data frame."""
         return [dataclasses.asdict(row) for row in self.rows]
 
-    def to_html(self, path: Any) -> None:
-        """Writes one self-contained page.
-
-        Args:
-          path: file to write.
-        """
+    def _page(self) -> str:
         kinds = [row.kind for row in self.rows]
-        page = _html.page(
+        return html.page(
             f"What {self.dtype} would lose",
-            _html.paragraph(self.summary),
-            _html.checkboxes(_MARKS),
-            _html.table(
+            html.paragraph(self.summary),
+            html.checkboxes(_STYLES),
+            html.table(
                 _COLUMNS,
                 [row.cells() for row in self.rows],
                 code=("operation", "dtype"),
-                styles=[_MARKS[kind] for kind in kinds],
+                styles=[_STYLES[kind] for kind in kinds],
                 kinds=kinds,
             ),
         )
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
 
     def __str__(self) -> str:
-        shown = [row.cells() for row in self.rows[:_SHOWN]]
-        left = len(self.rows) - len(shown)
-        more = f"\n... and {left} more: to_rows(), to_html(path)" if left > 0 else ""
-        return f"{_table.text_table(_COLUMNS, shown)}{more}\n\n{self.summary}"
-
-
-_MARKS = {"overflow": "bad", "underflow": "note", "fine": "quiet"}
+        cells = [row.cells() for row in self.rows]
+        return f"{shortened_table(_COLUMNS, cells, _SHOWN)}\n\n{self.summary}"
