@@ -29,10 +29,9 @@ def shortened_table(
       shown: how many rows to print.
     """
     table = text_table(columns, rows[:shown])
-    left = len(rows) - shown
-    return (
-        f"{table}\n... and {left} more: to_rows(), to_html(path)" if left > 0 else table
-    )
+    if len(rows) <= shown:
+        return table
+    return f"{table}\n... and {len(rows) - shown} more: to_rows(), to_html(path)"
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -61,10 +61,9 @@ class NonfiniteReport(Result):
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Gives what was found as one row; no row if everything is finite."""
-        found = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-        }
-        return [{name: _as_cell(x) for name, x in found.items()}] if self else []
+        names = [field.name for field in dataclasses.fields(self)]
+        row = {name: _as_cell(getattr(self, name)) for name in names}
+        return [row] if self else []
 
     def _contents(self) -> "NonfiniteReport":
         return self

@@ -1,4 +1,4 @@
-"""`PolicySearch`: what a search for a policy found, as rules, text, rows and a chart."""
+"""`PolicySearch`: what has to stay in float32, as rules, text, rows and a chart."""
 
 import dataclasses
 import math
@@ -78,9 +78,7 @@ class PolicySearch(Result):
             f"({len(self.evaluations)} evaluations)."
         )
         if not self.is_within and self.is_minimal:
-            found += (
-                " Everything that a rule can name is in float32, and it is not enough."
-            )
+            found += " Not even all that a rule can name in float32 is enough."
         elif not self.is_within:
             found += " The budget ended before a good set was found."
         elif not self.is_minimal:
