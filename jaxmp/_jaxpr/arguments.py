@@ -257,6 +257,12 @@ def _state_of(nnx: Any, modules: Sequence[Leaf]) -> Iterator[Leaf]:
             yield Leaf(name, x, module.position, variable)
 
 
+def without_variable(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key path without the last step, if that is into an nnx Variable."""
+    is_inside = bool(path) and getattr(path[-1], "name", None) == "value"
+    return path[:-1] if is_inside else path
+
+
 def state_name(path: Any) -> str:
     """Writes the path of a variable in the state of an nnx module as attributes."""
     return _tree.path_string(path).removesuffix("/value").replace("/", ".")

@@ -21,14 +21,13 @@ from jaxmp.cli._output import Output
 from jaxmp.errors import InvalidStep
 from jaxmp.numerics import (
     Comparison,
-    GradientRow,
     NonfiniteReport,
-    PolicyRow,
     Trace,
     compare,
     find_nonfinite,
     trace,
 )
+from jaxmp.numerics.compare.rows import GradientRow, PolicyRow
 
 KINDS = ("nonfinite", "underflow", "inaccurate")
 _INACCURATE = 0.1

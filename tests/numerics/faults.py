@@ -174,7 +174,7 @@ def odds_of_certainty():
     return loss, (jnp.array([1.0, 40.0]),), {}
 
 
-@fault("rsqrt", "rsqrt of 0: a norm or a variance of zeros", "eps inside of the root")
+@fault("rsqrt", "rsqrt of 0: a norm or a variance of zeros", "eps inside the root")
 def normalised_constant_feature():
     def loss(w, x):
         y = w * (x - x.mean())

@@ -191,7 +191,7 @@ def test_another_file(tmp_path, content):
     with pytest.raises(NumericsError, match=r"other\.npz"):
         load_bad_batch(tmp_path / "other.npz")
     np.savez(tmp_path / "array.npz", x=np.ones(2))
-    with pytest.raises(NumericsError, match="is no bad batch"):
+    with pytest.raises(NumericsError, match="is not a bad batch"):
         load_bad_batch(tmp_path / "array.npz")
 
 

@@ -249,7 +249,7 @@ def test_second_derivatives_overflow_in_the_forward_pass(of_residual):
     assert not found.is_backward
     assert "no loss scale helps" in str(found)
     assert (
-        "inside of a derivative of order 2 that the function takes itself, in the "
+        "inside a derivative of order 2 that the function takes itself, in the "
         "forward pass: the loss scale comes after it" in found.cause
     )
 

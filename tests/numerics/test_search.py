@@ -267,7 +267,7 @@ def test_a_search_goes_on_where_it_stopped(overflowing, tmp_path, monkeypatch):
     assert full == found
     # Everything is in the file now: nothing is evaluated.
     monkeypatch.setattr(
-        "jaxmp.numerics.search._minimise.Problem._measure",
+        "jaxmp.numerics.search._problem.Problem._measure",
         lambda *_: pytest.fail("evaluated"),
     )
     assert search_policy(fn, "mixed_float16", args, resume=file) == found
@@ -281,7 +281,7 @@ def test_a_file_of_another_search_is_refused(overflowing, tmp_path):
     with pytest.raises(SearchStateMismatch, match=r"batches differ.*another file"):
         search_policy(fn, "mixed_float16", (w, 2 * x), **options)
     file.write_text("{}")
-    with pytest.raises(SearchStateMismatch, match=r"holds no search.*another file"):
+    with pytest.raises(SearchStateMismatch, match=r"not hold a search.*another file"):
         search_policy(fn, "mixed_float16", (w, x), resume=file)
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxmp.errors import NumericsError
-from jaxmp.numerics import EXPONENTS, statistics
-from jaxmp.numerics._formats import format_range
+from jaxmp.numerics import statistics
+from jaxmp.numerics.ranges._formats import format_range
+from jaxmp.numerics.ranges._statistics import EXPONENTS
 
 FORMATS = ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float32"]
 SOURCES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]

@@ -7,7 +7,8 @@ import pytest
 from jax import lax
 
 from jaxmp.errors import NonScalarLoss, NumericsError
-from jaxmp.numerics import TraceRow, trace
+from jaxmp.numerics import trace
+from jaxmp.numerics.trace._result import TraceRow
 
 from .faults import Fault
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import NumericsError
-from jaxmp.numerics._formats import format_range
 from jaxmp.numerics.compare._stand_in import stand_in, stand_in_rules
+from jaxmp.numerics.ranges._formats import format_range
 from jaxmp.numerics.replay._program import Program
 from jaxmp.policy import Policy, get_policy
 

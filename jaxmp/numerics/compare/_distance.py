@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -115,8 +115,20 @@ def _square(x: np.ndarray) -> float:
     return float(np.vdot(x, x).real)
 
 
-def share_least(distances: Collection[Distance]) -> None:
-    """Sets what is negligible among arrays, in place."""
-    typical = sum(x.wanted for x in distances) / max(sum(x.size for x in distances), 1)
-    for x in distances:
-        x.least = NEGLIGIBLE**2 * typical * x.size
+def distances(
+    exact: Mapping[str, Array], given: Mapping[str, Array], scale: float = 1.0
+) -> dict[str, Distance]:
+    """The distance of each gradient, those that are zero but for rounding included.
+
+    Args:
+      exact: the reference, by parameter.
+      given: what is compared with it, multiplied by `scale`.
+    """
+    found = {name: Distance() for name in exact}
+    for name, distance in found.items():
+        distance.add(exact[name], given[name], scale)
+    size = sum(x.size for x in found.values())
+    typical = sum(x.wanted for x in found.values()) / max(size, 1)
+    for distance in found.values():
+        distance.least = NEGLIGIBLE**2 * typical * distance.size
+    return found

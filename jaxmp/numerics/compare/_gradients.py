@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jaxmp._jaxpr.types import Array
 from jaxmp.numerics.compare._candidates import Candidate
-from jaxmp.numerics.compare._distance import Distance, share_least
+from jaxmp.numerics.compare._distance import distances
 from jaxmp.numerics.compare._reference import Reference
 from jaxmp.numerics.compare._scales import Scales
 from jaxmp.numerics.compare._stand_in import Rounding
@@ -33,9 +33,8 @@ def compare_gradients(
     scale = program.used_scale
     scaled = _run(candidate, scales.chosen)
     unscaled = scaled if scale == 1.0 else _run(candidate, 1.0)
-    found = _distances(exact.gradients, scaled, scale)
-    plain = _distances(exact.gradients, unscaled, 1.0)
-    share_least(found.values())
+    found = distances(exact.gradients, scaled, scale)
+    plain = distances(exact.gradients, unscaled)
     rows = [
         GradientRow(
             policy=candidate.policy,
@@ -51,12 +50,3 @@ def compare_gradients(
 def _run(candidate: Candidate, loss_scale: float) -> dict[str, Array]:
     program = candidate.backward.at_scale(loss_scale)
     return program.gradients(Rounding(candidate.emulated).run_program(program))
-
-
-def _distances(
-    exact: dict[str, Array], given: dict[str, Array], scale: float
-) -> dict[str, Distance]:
-    found = {parameter: Distance() for parameter in exact}
-    for parameter, distance in found.items():
-        distance.add(exact[parameter], given[parameter], scale)
-    return found

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxmp import _tree
 from jaxmp._jaxpr.primitives import LAYOUT
 from jaxmp._jaxpr.types import Array
-from jaxmp.numerics._formats import FormatRange, format_range
 from jaxmp.numerics.compare._candidates import Candidate
+from jaxmp.numerics.ranges._formats import FormatRange, format_range
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program, read_scale
 from jaxmp.numerics.replay._site import ReplaySite

@@ -1,1 +1,1 @@
-"""Statistics of a training run, kept in the optimizer's state."""
+"""What is kept of a training run: statistics, the last bad batch, plots of both."""

@@ -1,14 +1,17 @@
-"""`get_statistics`: what a `monitor` keeps, sorted by leaf, compiled or not."""
+"""`get_statistics`: what a `monitor` keeps, sorted by leaf."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxmp._transformations import composition as _composition
+from jaxmp._transformations import composition
 from jaxmp.errors import MissingState
-from jaxmp.numerics._statistics import Statistics, row
-from jaxmp.numerics.monitor._monitor import MeasuredArrays, MonitorState, leaf_names
+from jaxmp.numerics.monitor._state import MeasuredArrays, MonitorState, leaf_names
+from jaxmp.numerics.ranges._statistics import Statistics, row
+
+T = TypeVar("T")
 
 
 class Measurement(NamedTuple):
@@ -45,7 +48,7 @@ def get_statistics(opt_state: Any) -> Measurement:
       A `Measurement`; all of it zero before the first measured step.
 
     Raises:
-      MissingState: if there is none.
+      MissingState: if `opt_state` holds no state of `monitor`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -60,7 +63,7 @@ def get_statistics(opt_state: Any) -> Measurement:
     state = _find_monitor(opt_state)
     measured, names = state.measured, leaf_names(state.leaves)
 
-    def by_name(of_leaf, stacked):
+    def by_name(of_leaf: Callable[[Any, int], T], stacked: Any) -> dict[str, T]:
         return {name: of_leaf(stacked, i) for i, name in enumerate(names)}
 
     updates = by_name(row, measured.updates)
@@ -78,12 +81,8 @@ def get_statistics(opt_state: Any) -> Measurement:
 
 
 def _find_monitor(tree: Any) -> MonitorState:
-    """Returns the outermost state of `monitor` in a tree, with arrays for leaves.
-
-    Raises:
-      MissingState: if there is none.
-    """
-    for node in _composition.nodes(tree):
+    """The outermost state of `monitor` in a tree, with arrays for leaves."""
+    for node in composition.nodes(tree):
         if isinstance(node, MonitorState):
             return _without_variables(node)
     raise MissingState(

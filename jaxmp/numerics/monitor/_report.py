@@ -1,53 +1,25 @@
 """`monitor_report`: what a `monitor` measured, on the host, for people to read."""
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxmp._views import html
 from jaxmp._views.result import Result
 from jaxmp._views.tables import shortened_table
 from jaxmp.errors import NotOnHost
 from jaxmp.loss_scale.state import find_all
-from jaxmp.numerics._formats import format_range
-from jaxmp.numerics._statistics import EXPONENTS, Statistics
+from jaxmp.numerics.monitor._leaf_report import COLUMNS, LeafReport, leaf_report
 from jaxmp.numerics.monitor._measurement import Measurement, get_statistics
+from jaxmp.numerics.ranges._formats import format_range
 
 _MUCH_LOST, _MUCH_UNDERFLOW = 0.1, 0.05
 _LARGE_RATIO = 0.1
 _SHOWN = 20
-_COLUMNS = (
-    *("parameter", "size", "gradient max", "mean", "zero", "underflow"),
-    *("overflow", "update/weight", "lost", "non-finite"),
-)
-
-
-class LeafReport(NamedTuple):
-    """One parameter in a `MonitorReport`; shares are of its elements, from 0 to 1."""
-
-    path: str
-    size: int
-    gradient_amax: float
-    """The largest magnitude of a gradient."""
-    gradient_mean: float
-    """The mean magnitude of its gradients."""
-    zero: float
-    """Gradients that are zero."""
-    underflow: float
-    """Gradients that become zero in the dtype, multiplied by the loss scale."""
-    subnormal: float
-    """Gradients that lose digits in it."""
-    overflow: float
-    """Gradients that become infinite in it."""
-    update_ratio: float
-    """Mean magnitude of the updates by that of the parameters."""
-    lost: float
-    """Updates that were not zero and yet left their parameter as it was."""
-    nonfinite: int
-    """Gradients that were not finite in the last step that had such."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +28,9 @@ class MonitorReport(Result):
 
     Attributes:
       step: the update that was measured, counted from 1; 0 before the first.
-      dtype: the dtype in which underflow and overflow are asked about.
+      dtype: the dtype in which underflow and overflow are counted.
       loss_scale: by which gradients are multiplied for that.
-      rows: one `LeafReport` for each parameter.
+      rows: one for each parameter, with the columns of `to_rows`.
       nonfinite_step: the last update with a non-finite gradient; 0 if there was none.
       measurement: the arrays behind it, in NumPy.
     """
@@ -80,7 +52,7 @@ class MonitorReport(Result):
         Args:
           count: how many.
         """
-        return sorted(self.rows, key=_badness, reverse=True)[:count]
+        return sorted(self.rows, key=lambda row: row.badness, reverse=True)[:count]
 
     @property
     def warnings(self) -> list[str]:
@@ -96,45 +68,43 @@ class MonitorReport(Result):
             f"{self.loss_scale:g}, updates and weights as they are."
         )
 
+    def _cells(self) -> list[list[str]]:
+        return [row.cells() for row in self.worst(len(self.rows))]
+
     def _page(self) -> str:
-        rows = self.worst(len(self.rows)) if self.step else []
-        return html.page(
-            self._title,
-            *map(html.paragraph, self.warnings),
-            html.table(_COLUMNS, map(_cells, rows)),
-        )
+        warnings = map(html.paragraph, self.warnings if self.step else ())
+        table = html.table(COLUMNS, self._cells() if self.step else ())
+        return html.page(self._title, *warnings, table)
 
     def __str__(self) -> str:
         if not self.step:
             return self._title
-        cells = list(map(_cells, self.worst(len(self.rows))))
-        lines = [self._title, shortened_table(_COLUMNS, cells, _SHOWN)]
-        return "\n".join([*lines, *(f"- {warning}" for warning in self.warnings)])
+        table = shortened_table(COLUMNS, self._cells(), _SHOWN)
+        return "\n".join([self._title, table, *(f"- {w}" for w in self.warnings)])
 
 
 def monitor_report(
-    opt_state: Any, *, dtype: Any = "float16", loss_scale: float | None = None
+    opt_state: Any, *, dtype: DTypeLike = "float16", loss_scale: float | None = None
 ) -> MonitorReport:
     """Reads on the host what a `monitor` measured last.
 
-    It waits for the step that made the state: call it when something was measured.
+    It waits for the step that made the state: call it after a measured one.
 
     Args:
       opt_state: the state of `monitor`, or anything that contains one.
-      dtype: in which underflow and overflow are asked about. They are counted from
-        the histogram of exponents, so that any dtype and any scale can be asked about
-        afterwards; numbers within a power of two of a border may count on its other
-        side.
+      dtype: in which underflow and overflow are counted. They come from the histogram
+        of exponents, so any dtype and any scale will do, whatever was measured for;
+        numbers within a power of two of a border may count on its other side.
       loss_scale: by which gradients are multiplied for that; by default the one that
-        the state holds now, if it holds one. 1 asks what would be lost without.
+        the state holds now, if it holds one. 1 shows what would be lost without.
 
     Returns:
       A `MonitorReport`.
 
     Raises:
-      MissingState: if there is no state of `monitor`.
+      MissingState: if `opt_state` holds no state of `monitor`.
       NotOnHost: if called in a compiled function.
-      NumericsError: if `dtype` is no floating dtype.
+      NumericsError: if `dtype` is not a floating dtype.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp, optax
@@ -153,15 +123,16 @@ def monitor_report(
     except jax.errors.TracerArrayConversionError:
         raise NotOnHost(
             "monitor_report() reads values and was called in a compiled function. Call "
-            "it outside of jit, on the state that the step returned; within, there is "
+            "it outside of jit, on the state that the step returned; inside, use "
             "get_statistics()."
         ) from None
-    scale = _scale_in(opt_state) if loss_scale is None else float(loss_scale)
+    if loss_scale is None:
+        loss_scale = _scale_in(opt_state)
     return MonitorReport(
         step=int(found.step),
         dtype=format_range(dtype).name,
-        loss_scale=scale,
-        rows=tuple(_leaf(path, found, dtype, scale) for path in found.gradients),
+        loss_scale=float(loss_scale),
+        rows=tuple(leaf_report(p, found, dtype, loss_scale) for p in found.gradients),
         nonfinite_step=int(found.nonfinite_step),
         measurement=found,
     )
@@ -172,77 +143,23 @@ def _scale_in(opt_state: Any) -> float:
     return float(jax.tree.leaves(scales[0].loss_scale)[0]) if scales else 1.0
 
 
-def exponent_shares(
-    statistics: Statistics, dtype: Any, loss_scale: float = 1.0
-) -> dict[str, float]:
-    """The shares that a dtype would lose of numbers times a scale, by their exponents.
-
-    Returns:
-      `underflow`, `subnormal` and `overflow`.
-    """
-    info = format_range(dtype)
-    size = max(int(statistics.size), 1)
-    counts = np.asarray(statistics.exponents) / size
-    exponents = np.array(EXPONENTS) + math.log2(loss_scale)
-    becomes_zero, normal = math.log2(info.becomes_zero), math.log2(info.smallest_normal)
-    is_lost = exponents < becomes_zero
-    return {
-        "underflow": float(counts[is_lost].sum()),
-        "subnormal": float(counts[~is_lost & (exponents < normal)].sum()),
-        "overflow": float(counts[2.0**exponents > info.largest].sum()),
-    }
-
-
-def _leaf(path: str, found: Measurement, dtype: Any, loss_scale: float) -> LeafReport:
-    grads, params = found.gradients[path], found.params[path]
-    return LeafReport(
-        path=path,
-        size=int(params.size),
-        gradient_amax=float(grads.amax),
-        gradient_mean=float(grads.mean),
-        zero=float(grads.zeros) / max(int(grads.size), 1),
-        **exponent_shares(grads, dtype, loss_scale),
-        update_ratio=float(found.update_ratios[path]),
-        lost=float(found.lost_updates[path]) / max(int(params.size), 1),
-        nonfinite=int(found.nonfinite[path]),
-    )
-
-
-def _badness(row: LeafReport) -> tuple[float, ...]:
-    return (row.overflow > 0, row.underflow + row.lost, row.zero, row.subnormal)
-
-
-def _cells(row: LeafReport) -> list[str]:
-    return [
-        *(row.path, f"{row.size:,}", f"{row.gradient_amax:.1e}"),
-        *(f"{row.gradient_mean:.1e}", f"{row.zero:.1%}", f"{row.underflow:.1%}"),
-        *(f"{row.overflow:.1%}", f"{row.update_ratio:.1e}", f"{row.lost:.1%}"),
-        str(row.nonfinite),
-    ]
-
-
-def _warnings(report: MonitorReport) -> Any:
-    def about(rows, share):
-        worst = max(rows, key=share)
-        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-        return f"{share(worst):.0%} of {worst.path!r}{more}"
-
+def _warnings(report: MonitorReport) -> Iterator[str]:
     scaled = f"in {report.dtype} at the loss scale {report.loss_scale:g}"
     if rows := [row for row in report.rows if row.underflow > _MUCH_UNDERFLOW]:
         yield (
-            f"Gradients become zero {scaled}: {about(rows, lambda r: r.underflow)}. A "
+            f"Gradients become zero {scaled}: {_about(rows, lambda r: r.underflow)}. A "
             "higher scale loses fewer; bfloat16 loses none."
         )
     if rows := [row for row in report.rows if row.overflow > 0]:
         yield (
-            f"Gradients overflow {scaled}: {about(rows, lambda r: r.overflow)}. The "
+            f"Gradients overflow {scaled}: {_about(rows, lambda r: r.overflow)}. The "
             "step would be skipped and the scale lowered; if that goes on, look at "
             "these layers, or compute them in bfloat16."
         )
     if rows := [row for row in report.rows if row.lost > _MUCH_LOST]:
         yield (
             "Updates are too small for their weights' dtype and are lost: "
-            f"{about(rows, lambda r: r.lost)}. Keep a float32 copy with "
+            f"{_about(rows, lambda r: r.lost)}. Keep a float32 copy with "
             "jaxmp.master_weights(optimizer), or use jaxmp.stochastic_rounding."
         )
     if rows := [row for row in report.rows if row.zero == 1 and row.size]:
@@ -258,3 +175,10 @@ def _warnings(report: MonitorReport) -> Any:
             f"Step {report.nonfinite_step} had non-finite gradients in "
             f"{', '.join(f'{row.path} ({row.nonfinite})' for row in rows[:5])}."
         )
+
+
+def _about(rows: Sequence[LeafReport], share: Callable[[LeafReport], float]) -> str:
+    """The worst of some rows, and how many more there are."""
+    worst = max(rows, key=share)
+    more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+    return f"{share(worst):.0%} of {worst.path!r}{more}"

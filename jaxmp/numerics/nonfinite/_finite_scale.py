@@ -2,7 +2,7 @@
 
 import math
 
-from jaxmp.numerics.nonfinite._origin import nonfinite
+from jaxmp.numerics.ranges._finiteness import nonfinite
 from jaxmp.numerics.replay._interpreter import CompiledLoops
 from jaxmp.numerics.replay._program import Program
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxmp._jaxpr.types import Array
+from jaxmp.numerics.ranges._finiteness import What
+from jaxmp.numerics.replay._site import ReplaySite
 
 NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
@@ -41,6 +44,37 @@ class Operand(NamedTuple):
         return f"{shape} between {self.low:.4g} and {self.high:.4g}{nonfinite}"
 
 
+def describe(x: Array, at: tuple[int, ...] | None = None) -> Operand:
+    """The range of an array, and its element at an index of an array like it."""
+    shape = tuple(x.shape)
+    nan = float("nan")
+    if not jnp.issubdtype(x.dtype, jnp.number):
+        return Operand(str(x.dtype), shape, nan, nan, nan, 0, None)
+    if jnp.iscomplexobj(x):
+        wide = np.abs(np.asarray(x).astype(np.complex128))
+    else:
+        wide = np.asarray(x).astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    at = () if shape == () else at
+    return Operand(
+        str(x.dtype),
+        shape,
+        float(finite.min()) if finite.size else nan,
+        float(finite.max()) if finite.size else nan,
+        float(np.abs(finite).mean()) if finite.size else nan,
+        int(wide.size - finite.size),
+        None if at is None else float(wide[at]),
+    )
+
+
+def index_in(shape: tuple[int, ...], at: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where an operand of elementwise operations has the element; it may broadcast."""
+    if len(shape) != len(at):
+        return None
+    index = tuple(0 if n == 1 else i for i, n in zip(at, shape, strict=True))
+    return index if all(i < n for i, n in zip(index, shape, strict=True)) else None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
     """Why a value is not finite.
@@ -49,26 +83,50 @@ class Origin:
       kind: `"made"` out of finite numbers, `"undefined"` (a NaN made out of
         infinities), `"passed"` on from operands, or what the value itself is: an
         `"input"` or a `"constant"`.
+      what: what it is.
       parents: the origins that are to blame.
       order: number of the operation in the order of execution.
-      site: the `Site` of the operation; of a constant, of the one that reads it.
+      site: where the operation stands; of a constant, the one that reads it.
       iterations: of the loops around it.
-      what: `"NaN"` or `"Inf"`.
       operands, result: of an operation that made it.
       name: of an input.
       values: what an operation was given, if it computes in 16 bits or fewer.
     """
 
-    kind: str
-    what: str
+    kind: Literal["made", "undefined", "passed", "input", "constant"]
+    what: What
     parents: tuple["Origin", ...] = ()
     order: int = 0
-    site: Any = None
+    site: ReplaySite | None = None
     iterations: tuple[int, ...] = ()
     operands: tuple[Operand, ...] = ()
     result: Operand | None = None
     name: str = ""
-    values: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
+    values: tuple[Array, ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def primitive(self) -> str:
+        """Name of the operation's primitive."""
+        assert self.site is not None
+        return self.site.primitive
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the operation."""
+        assert self.site is not None
+        return self.site.eqn.params
+
+    @property
+    def gave(self) -> Operand:
+        """The range of what the operation made, of kinds `"made"` and `"undefined"`."""
+        assert self.result is not None
+        return self.result
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether an operation took or gave a number of 16 bits or fewer."""
+        numbers = (*self.operands, self.result)
+        return any(x is not None and x.dtype in NARROW for x in numbers)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +137,7 @@ class Stacked(Origin):
 
     @staticmethod
     def of(origins: Sequence[Origin | None]) -> "Origin | None":
+        """The origin of a result with one origin for each iteration."""
         parents = tuple(dict.fromkeys(o for o in origins if o is not None))
         if not parents:
             return None
@@ -86,14 +145,8 @@ class Stacked(Origin):
         return Stacked("passed", what, parents, rows=tuple(origins))
 
 
-def is_narrow(made: Origin) -> bool:
-    """Whether an operation took or gave a number of 16 bits or fewer."""
-    return any(
-        x is not None and x.dtype in NARROW for x in (*made.operands, made.result)
-    )
-
-
 def row_origin(origin: Origin | None, index: int) -> Origin | None:
+    """The origin of one slice of a value."""
     if isinstance(origin, Stacked):
         return origin.rows[index] or origin
     return origin
@@ -109,58 +162,3 @@ def ancestors(origins: Iterable[Origin]) -> list[Origin]:
             found[origin] = None
             pending.extend(origin.parents)
     return sorted(found, key=lambda origin: origin.order)
-
-
-def nonfinite(values: Sequence[Any]) -> list[str | None]:
-    """`"NaN"`, `"Inf"` or None for each array."""
-    floats = [x for x in values if jnp.issubdtype(x.dtype, jnp.inexact)]
-    if not floats:
-        return [None] * len(values)
-    codes = iter(np.asarray(_codes(floats)).tolist())
-    return [
-        _WHAT[next(codes)] if jnp.issubdtype(x.dtype, jnp.inexact) else None
-        for x in values
-    ]
-
-
-_WHAT = (None, "Inf", "NaN")
-
-
-@jax.jit
-def _codes(values: list[Any]) -> Any:
-    return jnp.stack(
-        [
-            jnp.where(jnp.any(jnp.isnan(x)), 2, jnp.where(jnp.isfinite(x).all(), 0, 1))
-            for x in values
-        ]
-    )
-
-
-def index_in(shape: tuple[int, ...], at: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Where an operand of elementwise operations has the element; it may broadcast."""
-    if len(shape) != len(at):
-        return None
-    index = tuple(0 if n == 1 else i for i, n in zip(at, shape, strict=True))
-    return index if all(i < n for i, n in zip(index, shape, strict=True)) else None
-
-
-def describe(x: Any, at: tuple[int, ...] | None = None) -> Operand:
-    """The range of an array, and its element at an index of an array like it."""
-    shape = tuple(x.shape)
-    if not jnp.issubdtype(x.dtype, jnp.number):
-        nan = float("nan")
-        return Operand(str(x.dtype), shape, nan, nan, nan, 0, None)
-    dtype = np.complex128 if jnp.iscomplexobj(x) else np.float64
-    wide = np.asarray(x).astype(dtype)
-    wide = np.abs(wide) if dtype is np.complex128 else wide
-    finite = wide[np.isfinite(wide)]
-    at = () if shape == () else at
-    return Operand(
-        str(x.dtype),
-        shape,
-        float(finite.min()) if finite.size else float("nan"),
-        float(finite.max()) if finite.size else float("nan"),
-        float(np.abs(finite).mean()) if finite.size else float("nan"),
-        int(wide.size - finite.size),
-        None if at is None else float(wide[at]),
-    )

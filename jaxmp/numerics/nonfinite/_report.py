@@ -21,16 +21,15 @@ class NonfiniteReport(Result):
         `"constant"` if the program does.
       path: name scopes and modules around it.
       file, line, function: the user's source line.
-      is_backward: whether it is part of a backward pass, also of one that the function
-        makes itself.
+      is_backward: whether it is part of a backward pass, the function's own included.
       in_gradient: whether only gradients show it.
       iterations: numbers of the iterations of the loops around it, outermost first.
       operands: the ranges of what it was given.
       result: the range of what it made.
       cause: what happened.
       repair: what to write instead.
-      float32_helps: whether float32 was tried there, and mended it; None if it was not
-        tried. The words are in `repair`.
+      float32_helps: whether float32 was tried there and mended it; None if it was not
+        tried. `repair` says it in words.
       reached: what is not finite in the end.
       loss_scale: the scale that was used, None without gradients.
       finite_at_scale: the largest power of two below it at which all gradients are

@@ -18,13 +18,14 @@ class ReplaySite(Site):
     def __init__(
         self,
         eqn: Eqn,
-        parent: "ReplaySite | None",
+        parent: Site | None,
         needed: tuple[bool, ...],
         is_later: bool,
     ):
         super().__init__(eqn, parent)
         self.needed = needed
-        self.is_later = is_later or (parent is not None and parent.is_later)
+        inherited = isinstance(parent, ReplaySite) and parent.is_later
+        self.is_later = is_later or inherited
 
     @functools.cached_property
     def is_backward(self) -> bool:

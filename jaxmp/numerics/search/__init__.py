@@ -1,1 +1,1 @@
-"""What has to stay in float32."""
+"""The fewest layers and operations that have to stay in float32."""

@@ -6,12 +6,12 @@ import os
 from typing import Any
 
 from jaxmp._views import html
-from jaxmp._views.figures import new_figure
+from jaxmp._views.figures import GOOD, LOST, new_axes
 from jaxmp._views.numbers import power
 from jaxmp._views.result import Result
 from jaxmp._views.tables import shortened_table, text_table
 from jaxmp.casting import OpRule
-from jaxmp.numerics.search._evaluate import Evaluation
+from jaxmp.numerics.search._evaluation import Evaluation
 from jaxmp.policy import PolicyRule
 
 _KEPT_COLUMNS = ("float32", "error it adds", "why")
@@ -135,8 +135,7 @@ class PolicySearch(Result):
         Raises:
           MissingPackage: if Matplotlib is not installed.
         """
-        figure = new_figure(7, 4)
-        axes = figure.add_subplot()
+        axes = new_axes(None, 7, 4)
         finite = [x.error for x in self.evaluations if math.isfinite(x.error)]
         top = 10 * max([*finite, self.tolerance])
         for x in self.evaluations:
@@ -146,7 +145,7 @@ class PolicySearch(Result):
                 100 * x.half_flops,
                 max(min(x.error, top), 1e-4 * self.tolerance),
                 marker="^" if x.error > top else "o",
-                color="#2a8a3e" if is_within else "#c43c2c",
+                color=GOOD if is_within else LOST,
                 markersize=11 if is_chosen else 6,
                 markerfacecolor=None if is_chosen else "none",
             )
@@ -158,8 +157,7 @@ class PolicySearch(Result):
         axes.set_xlabel("matmul FLOPs in half, per cent")
         axes.set_ylabel("relative error (triangle: not finite)")
         axes.set_title(f"{self.policy}: filled is what was chosen", fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path)
+        axes.figure.savefig(path)
 
     def __str__(self) -> str:
         kept = self._kept_cells()

@@ -11,33 +11,31 @@ Sharp edges
 - More in float32 is taken to be no worse. Where errors cancel this is not so, and a
   smaller set may exist; the one that is returned is within the tolerance all the same.
 - Of the policy, `compute_dtype` and `matmul_precision` are used, as `autocast` does.
-- The rule of a layer holds for everything inside of it, and so does that of a primitive
+- The rule of a layer holds for everything inside it, and so does that of a primitive
   under a path.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmp import _tree
 from jaxmp.errors import NumericsError
-from jaxmp.numerics._formats import format_range
 from jaxmp.numerics.compare._scales import scale_range
 from jaxmp.numerics.compare._stand_in import stand_in, stand_in_rules
+from jaxmp.numerics.ranges._formats import format_range
 from jaxmp.numerics.replay._program import Program, read_program
-from jaxmp.numerics.search._attribution import attribute
-from jaxmp.numerics.search._evaluate import Saved, digest
-from jaxmp.numerics.search._minimise import (
-    BudgetSpent,
-    Problem,
-    Units,
-    minimise,
-    progress_bar,
-)
+from jaxmp.numerics.search._blame import Blame, rank_by_blame
+from jaxmp.numerics.search._half_operations import find_half_operations
+from jaxmp.numerics.search._minimise import Units, minimise
+from jaxmp.numerics.search._problem import BudgetSpent, Problem, progress_bar
 from jaxmp.numerics.search._result import Kept, PolicySearch
-from jaxmp.numerics.search._units import find_half_operations, rules_of, units_of
+from jaxmp.numerics.search._saved import Saved, digest
+from jaxmp.numerics.search._units import rules_of, units_of
 from jaxmp.policy import get_policy
 
 
@@ -50,13 +48,13 @@ def search_policy(
     rules: Sequence[Any] = (),
     loss_scale: Any = None,
     argnums: int | Sequence[int] = 0,
-    resume: Any = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> PolicySearch:
     """Finds the fewest layers and operations that have to stay in float32.
 
     Layers are the innermost name scopes, which Flax modules open by themselves. An
-    operation outside of all layers is named by its primitive and its function.
+    operation outside all layers is named by its primitive and its function.
 
     Args:
       loss_fn: returns a floating scalar, alone or first in a tuple. nnx modules may be
@@ -65,19 +63,18 @@ def search_policy(
         applied by `autocast`, whose float32 operations stay as they are.
       *batches: for each call of `loss_fn` a tuple of its arguments, such as
         `(params, x, labels)`. The worst of them counts.
-      budget: how many sets may be tried; each is one loss with its gradients for every
-        batch, and those that `resume` holds count as well.
+      budget: how many sets may be tried, those that `resume` holds included; each is
+        one loss with its gradients for every batch.
       tolerance: the relative error that the loss, and the gradient of every parameter,
         may have. In healthy networks it is about 0.002 in float16 and 0.015 in
         bfloat16; the noise of a batch is far above.
       rules: of `autocast`, for what is not kept. `[OpRule(function=".*",
-        compute="float16")]` starts from everything in half.
+        compute="float16")]` starts with everything in half.
       loss_scale: what losses are multiplied by before the backward pass: a number, an
         optimizer state or a `LossScale`. None is the power of two that puts the median
         of the backward pass into the middle of float16, and 1 for bfloat16.
       argnums: arguments to differentiate with respect to.
-      resume: a file that keeps what was evaluated, and from which a search that was
-        stopped goes on.
+      resume: a file that keeps what was evaluated, so that a stopped search goes on.
       progress: whether to show a progress bar, if tqdm is installed; None does in a
         terminal.
 
@@ -85,8 +82,8 @@ def search_policy(
       A `PolicySearch`, whose `rules` are for `autocast`.
 
     Raises:
-      NumericsError: for a policy that has no half dtype, a batch that is no tuple, or a
-        loss that is not finite in float32.
+      NumericsError: for a policy without a half dtype, a batch that is not a tuple, or
+        a loss that is not finite in float32.
       NonScalarLoss: if `loss_fn` returns no loss.
       SearchStateMismatch: if `resume` holds another search.
 
@@ -113,27 +110,22 @@ def search_policy(
     dtype = jnp.dtype(policy.compute_dtype)
     _check(dtype, batches, budget)
 
-    def programs(policy: Any = None, **options: Any) -> list[Program]:
-        return [
-            read_program(
-                *(loss_fn, batch, {}),
-                **{"policy": policy, "argnums": argnums, "backward": True, **options},
-            )
-            for batch in batches
-        ]
+    def read(policy: Any = None, **options: Any) -> list[Program]:
+        options = {"policy": policy, "argnums": argnums, "backward": True, **options}
+        return [read_program(loss_fn, batch, {}, **options) for batch in batches]
 
     if loss_scale is None:
         loss_scale = 1.0
         if not format_range(dtype).has_range_of_float32:
-            bf16 = programs(stand_in(policy), rules=stand_in_rules(rules))
-            loss_scale = scale_range(bf16, dtype).central
+            in_bfloat16 = read(stand_in(policy), rules=stand_in_rules(rules))
+            loss_scale = scale_range(in_bfloat16, dtype).central
     # What is kept may leave nothing for a rule.
     rules = tuple(dataclasses.replace(rule, allow_unused=True) for rule in rules)
-    plain = programs(policy, rules=rules, loss_scale=loss_scale)
-    exact = programs(loss_scale=loss_scale)
-    scale = plain[0].used_scale
+    plain = read(policy, rules=rules, loss_scale=loss_scale)
+    exact = read(loss_scale=loss_scale)
     half = find_half_operations(plain)
-    ranked = attribute(exact, half, units_of(half), dtype)
+    ranked = rank_by_blame(exact, half, units_of(half), dtype)
+    scale = plain[0].used_scale
     search = {
         "policy": str(policy),
         "rules": [str(rule) for rule in rules],
@@ -142,38 +134,30 @@ def search_policy(
         "batches": digest(batches),
     }
     saved = Saved(resume, search)
+
+    def under(kept: Sequence[Any]) -> list[Program]:
+        return read(policy, rules=(*kept, *rules), loss_scale=loss_scale)
+
     with progress_bar(progress, budget) as advance:
-        problem = Problem(
-            lambda kept: programs(policy, rules=(*kept, *rules), loss_scale=loss_scale),
-            exact,
-            saved,
-            budget,
-            advance,
-        )
+        problem = Problem(under, exact, saved, budget, advance)
         units = tuple(blame.unit for blame in ranked)
         found, is_minimal = _search(units, problem, tolerance)
     result = saved.evaluations[frozenset(unit.name for unit in found)]
-    kept = tuple(
-        Kept(blame.unit.name, blame.unit.rule, blame.error, blame.reason)
-        for blame in ranked
-        if blame.unit in found
-    )
     return PolicySearch(
         policy=str(policy),
         tolerance=tolerance,
         loss_scale=scale,
-        kept=kept,
+        kept=tuple(_kept(blame) for blame in ranked if blame.unit in found),
         rules=(*rules_of(found), *rules),
         result=result,
-        evaluations=tuple(
-            sorted(
-                saved.evaluations.values(),
-                key=lambda x: (-x.half_flops, len(x.kept), x.kept),
-            )
-        ),
+        evaluations=saved.most_half_first(),
         is_within=result.error <= tolerance,
         is_minimal=is_minimal,
     )
+
+
+def _kept(blame: Blame) -> Kept:
+    return Kept(blame.unit.name, blame.unit.rule, blame.error, blame.reason)
 
 
 def _search(units: Units, problem: Problem, tolerance: float) -> tuple[Units, bool]:
@@ -188,7 +172,7 @@ def _search(units: Units, problem: Problem, tolerance: float) -> tuple[Units, bo
     return units if found is None else found, True
 
 
-def _check(dtype: Any, batches: Sequence[Any], budget: int) -> None:
+def _check(dtype: np.dtype, batches: Sequence[Any], budget: int) -> None:
     if budget < 1:
         raise NumericsError(f"budget={budget} allows no evaluation. Use 40.")
     if dtype not in _tree.HALF:

@@ -1,25 +1,17 @@
-"""What a search for a policy may keep in float32, and what a policy does there.
+"""What a search for a policy may keep in float32.
 
 A unit is what one rule can name: a layer (the operations under one innermost path), or
 one primitive under a path that holds further layers, or one primitive of a function
-outside of all name scopes.
+outside all name scopes.
 """
 
 import dataclasses
 import re
-import weakref
 from collections.abc import Iterable
-from typing import Any
 
-from jaxmp import _tree
-from jaxmp._jaxpr.primitives import CAST, LAYOUT
 from jaxmp.casting import OpRule
-from jaxmp.numerics.replay._interpreter import Interpreter
-from jaxmp.numerics.replay._program import Program
-from jaxmp.numerics.replay._site import ReplaySite
+from jaxmp.numerics.search._half_operations import Key
 from jaxmp.policy import PolicyRule
-
-Key = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,50 +29,6 @@ class Unit:
     depth: int
 
 
-def key_of(site: ReplaySite) -> Key:
-    """What an operation is known by in every program of one function."""
-    return site.primitive, site.path, site.line, site.is_backward
-
-
-class HalfOperations(Interpreter):
-    """Finds the operations that a policy has in half.
-
-    Attributes:
-      whole: those whose operands or results are in half.
-      handed_back: those that compute in float32, and whose results are cast to half.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.whole: dict[Key, ReplaySite] = {}
-        self.handed_back: dict[Key, ReplaySite] = {}
-        self._producers: dict[int, tuple[Any, ReplaySite]] = {}
-
-    def observe(self, site, operands, results):
-        if site.primitive == CAST:
-            ref, producer = self._producers.get(id(operands[0]), (lambda: None, site))
-            if ref() is operands[0] and _tree.is_half(results[0]):
-                self.handed_back[key_of(producer)] = producer
-        elif site.primitive in LAYOUT:
-            return
-        elif any(map(_tree.is_half, (*operands, *results))):
-            self.whole[key_of(site)] = site
-        else:
-            for x in results:
-                self._producers[id(x)] = weakref.ref(x), site
-
-
-def find_half_operations(programs: Iterable[Program]) -> dict[Key, bool]:
-    """The operations that are in half, and whether their operands are as well."""
-    found: dict[Key, bool] = {}
-    for program in programs:
-        run = HalfOperations()
-        run.run_program(program)
-        found.update(dict.fromkeys(run.handed_back, False))
-        found.update(dict.fromkeys(run.whole, True))
-    return found
-
-
 def units_of(keys: Iterable[Key]) -> dict[Key, Unit]:
     """The unit of each operation, those of the backward pass included.
 
@@ -88,18 +36,17 @@ def units_of(keys: Iterable[Key]) -> dict[Key, Unit]:
     it is.
     """
     keys = list(keys)
-    forward = [key for key in keys if not key[3]]
-    paths = {path for _, path, _, _ in forward if path}
+    forward = [key for key in keys if not key.is_backward]
+    paths = {key.path for key in forward if key.path}
     inner = {path for path in paths if not any(p.startswith(f"{path}/") for p in paths)}
     root = _common_root(paths)
     found = {key: _unit(key, inner, root) for key in forward}
-    lines = {(path, line): unit for (_, path, line, _), unit in found.items()}
+    lines = {(key.path, key.line): unit for key, unit in found.items()}
     for key in keys:
-        _, path, line, is_backward = key
-        if is_backward and path in inner:
+        if key.is_backward and key.path in inner:
             found[key] = _unit(key, inner, root)
-        elif is_backward and (path, line) in lines:
-            found[key] = lines[path, line]
+        elif key.is_backward and (key.path, key.line) in lines:
+            found[key] = lines[key.path, key.line]
     return found
 
 

@@ -1,42 +1,45 @@
 """`statistics`: what range the numbers of a tree take, and what a dtype would lose.
 
-Every count comes from the bits of the numbers, as integers. CPUs and TPUs treat
-float32 numbers below 2^-126 as zero in arithmetic; here they are what they are. The
-borders between zero, subnormal, normal and overflow are those of rounding to nearest.
+Every count comes from the bits of the numbers, as integers: CPUs and TPUs treat float32
+numbers below 2^-126 as zero in arithmetic. The borders between zero, subnormal, normal
+and overflow are those of rounding to nearest.
 
     one leaf  ->  magnitude bits  ->  counts, largest, smallest   (integer comparisons)
                                   ->  exponents                   (a histogram)
 
-Comparisons are one reduction of several operands, which every compiler makes one loop
-of: it compiles in a seventh of the time of nine reductions and runs 25 times as fast on
-a CPU. Arrays of one shape are stacked and compiled once.
+All comparisons are one reduction of several operands, which every compiler turns into
+one loop. It compiles in a seventh of the time of nine reductions and runs 25 times as
+fast on a CPU. Arrays of one shape are stacked and compiled once.
 
 Sharp edges
 - Counts are int32: a leaf holds at most 2^31 - 1 numbers.
-- `mean` is arithmetic in float32: what is below 2^-94 counts as zero in it.
+- `mean` is float32 arithmetic, in which numbers below 2^-94 count as zero.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxmp import _tree
-from jaxmp.numerics._formats import format_range
+from jaxmp._jaxpr.arguments import without_variable
+from jaxmp.numerics.ranges._formats import format_range
 
 EXPONENTS = range(-149, 128)
 """The exponents that `Statistics.exponents` counts: all of float32's."""
 
-_FLOATS = {4: np.float32, 8: np.float64}
+Float: TypeAlias = type[np.float32] | type[np.float64]
+_FLOATS: dict[int, Float] = {4: np.float32, 8: np.float64}
 _INTEGERS = {4: np.int32, 8: np.int64}
-# No sum of 2^31 numbers overflows if they are scaled down by so much.
+# Scaled down by this much, 2^31 numbers can be summed without an overflow.
 _HEADROOM = np.float32(2.0**-32)
-# Arrays of one shape are computed together up to so many numbers, which are copied.
+# Arrays of one shape are copied to be computed together, up to this many numbers.
 _MOST_STACKED = 2**22
 
 
@@ -63,7 +66,7 @@ class Statistics(NamedTuple):
     """int32: how many are infinite or NaN."""
     exponents: jax.Array
     """int32 [277]: how many have the exponent e, that is 2^e <= |x| < 2^(e+1), for
-    each e of `EXPONENTS`. float64 numbers beyond these count at the ends."""
+    each e from -149 to 127. float64 numbers beyond these count at the ends."""
 
     def fraction(self, count: str) -> jax.Array:
         """The share of the numbers that one of the counts is about, as float32."""
@@ -71,24 +74,23 @@ class Statistics(NamedTuple):
         return jnp.asarray(getattr(self, count)).astype(jnp.float32) / size
 
 
-def statistics(tree: Any, dtype: Any = None) -> dict[str, Statistics]:
-    """Tells what range the numbers of each array take, and what a dtype would lose.
+def statistics(tree: Any, dtype: DTypeLike | None = None) -> dict[str, Statistics]:
+    """Measures what range the numbers of each array take, and what a dtype would lose.
 
-    Works in compiled functions. Whatever the dtype of an array, it is looked at in
-    float32, or in float64 if it is that.
+    Works in compiled functions. Numbers are read as float32, float64 ones as they are.
 
     Args:
       tree: pytree of arrays of any floating or complex dtype. Integers, booleans and
         keys have no range to lose and are left out.
-      dtype: the floating dtype in which underflow and overflow are asked about; each
-        array's own by default.
+      dtype: the floating dtype in which underflow and overflow are counted; by default
+        each array's own.
 
     Returns:
       A dictionary from the path of each array, such as `"block_0/dense/kernel"`, to
       its `Statistics`.
 
     Raises:
-      NumericsError: if `dtype` is no floating dtype.
+      NumericsError: if `dtype` is not a floating dtype.
 
     References:
       Micikevicius et al., "Mixed Precision Training", 2018, section 3.2
@@ -122,9 +124,7 @@ def has_range(x: Any) -> bool:
 
 def leaf_path(path: tuple[Any, ...]) -> str:
     """Writes a key path; an nnx Variable goes by the name of its attribute."""
-    if path and getattr(path[-1], "name", None) == "value":
-        path = path[:-1]
-    return _tree.path_string(path)
+    return _tree.path_string(without_variable(path))
 
 
 def row(stacked: Statistics, i: int) -> Statistics:
@@ -134,7 +134,9 @@ def row(stacked: Statistics, i: int) -> Statistics:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def stacked_statistics(arrays: Sequence[jax.Array], dtype: Any = None) -> Statistics:
+def stacked_statistics(
+    arrays: Sequence[jax.Array], dtype: str | None = None
+) -> Statistics:
     """The statistics of several arrays, which are the first axis of the result."""
     if not arrays:
         nothing = jax.eval_shape(_one, jnp.zeros(0))
@@ -158,13 +160,13 @@ def _alike(arrays: Sequence[jax.Array]) -> list[list[int]]:
     return groups
 
 
-def _one(x: jax.Array, dtype: Any = None) -> Statistics:
+def _one(x: jax.Array, dtype: str | None = None) -> Statistics:
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag])
     target = format_range(x.dtype if dtype is None else dtype)
     bits, read_as = _magnitude_bits(x)
 
-    def border(value):
+    def border(value: float) -> np.signedinteger[Any]:
         # A border below the smallest number or above the largest is 0 or infinity.
         with np.errstate(over="ignore", under="ignore"):
             return read_as(value).view(_INTEGERS[read_as().itemsize])
@@ -201,10 +203,12 @@ def _one(x: jax.Array, dtype: Any = None) -> Statistics:
     )
 
 
-def _reduce(for_max: jax.Array, for_min: jax.Array, *masks: jax.Array) -> Any:
+def _reduce(
+    for_max: jax.Array, for_min: jax.Array, *masks: jax.Array
+) -> Sequence[jax.Array]:
     """The largest of one array, the smallest of another, and the counts of masks."""
 
-    def combine(x, y):
+    def combine(x: Sequence[jax.Array], y: Sequence[jax.Array]) -> tuple[Any, ...]:
         counts = [a + b for a, b in zip(x[2:], y[2:], strict=True)]
         return (jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1]), *counts)
 
@@ -216,7 +220,7 @@ def _reduce(for_max: jax.Array, for_min: jax.Array, *masks: jax.Array) -> Any:
     return lax.reduce((for_max, for_min, *counts), starts, combine, axes)
 
 
-def _magnitude_bits(x: jax.Array) -> tuple[jax.Array, Any]:
+def _magnitude_bits(x: jax.Array) -> tuple[jax.Array, Float]:
     """The bits of |x| as signed integers, which are in the order of the magnitudes."""
     read_as = _FLOATS[max(x.dtype.itemsize, 4)]
     integer = _INTEGERS[read_as().itemsize]
@@ -224,7 +228,7 @@ def _magnitude_bits(x: jax.Array) -> tuple[jax.Array, Any]:
     return bits & np.iinfo(integer).max, read_as
 
 
-def _as_float32(bits: jax.Array, read_as: Any) -> jax.Array:
+def _as_float32(bits: jax.Array, read_as: Float) -> jax.Array:
     x = lax.bitcast_convert_type(bits, read_as)
     if read_as is np.float64:
         # What is finite stays finite.
@@ -232,7 +236,7 @@ def _as_float32(bits: jax.Array, read_as: Any) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def _exponent_index(bits: jax.Array, read_as: Any, counts: jax.Array) -> jax.Array:
+def _exponent_index(bits: jax.Array, read_as: Float, counts: jax.Array) -> jax.Array:
     """Where in `EXPONENTS` each number is counted; past the end if it is not."""
     info = np.finfo(read_as)
     leading_bit = jnp.int32(info.bits - 1) - lax.clz(bits).astype(jnp.int32)
@@ -245,13 +249,13 @@ def _exponent_index(bits: jax.Array, read_as: Any, counts: jax.Array) -> jax.Arr
 
 
 def _histogram(index: jax.Array) -> jax.Array:
-    # A processor counts one by one; a TPU or a GPU is faster at comparing each number
-    # with every bin, which it does while it reads the numbers for the other sums.
-    def one_by_one(index):
+    # A CPU counts one by one. A TPU or a GPU is faster at comparing each number with
+    # every bin, while it reads the numbers for the other sums.
+    def one_by_one(index: jax.Array) -> jax.Array:
         bins = jnp.zeros(len(EXPONENTS), jnp.int32)
         return bins.at[index].add(1, mode="drop")
 
-    def bin_by_bin(index):
+    def bin_by_bin(index: jax.Array) -> jax.Array:
         bins = jnp.arange(len(EXPONENTS), dtype=jnp.int32)
         is_in = index[..., None] == bins.reshape((1,) * index.ndim + (-1,))
         return jnp.sum(is_in, axis=tuple(range(index.ndim)), dtype=jnp.int32)

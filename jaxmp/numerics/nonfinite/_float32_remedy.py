@@ -1,12 +1,12 @@
-"""Whether float32 mends what is not finite, and how that is written for the API in use.
+"""Whether float32 mends what is not finite, and how to write that in the API in use.
 
     under autocast      `jaxmp.full_precision`, or a rule: the program is float32 before
                         autocast, so that `x.astype(jnp.float32)` changes nothing
     under apply_policy  `x.astype(jnp.float32)` in the user's own code, a rule in Flax's
     neither             `x.astype(jnp.float32)`
 
-What is advised has been tried: the whole program, if `find_nonfinite` puts autocast on
-it, else the operation on the numbers that it was given.
+Advice is tried before it is given: on the whole program, if `find_nonfinite` puts
+autocast on it, and otherwise on the operation and the numbers that it was given.
 """
 
 import math
@@ -83,7 +83,7 @@ def remedy_under_autocast(
         )
     return Remedy(
         f"Tried: float32 does not mend it, neither for {_shown(lines, '')} alone nor "
-        "for what follows from that.",
+        "for what follows from it.",
         False,
     )
 
@@ -123,12 +123,11 @@ def remedy_of_operation(made: Origin, site: ReplaySite) -> Remedy:
         return Remedy(f"Untried: {how}.")
     if not math.isfinite(largest):
         return Remedy(
-            f"float32 does not help (tried): {made.site.primitive} of these numbers is "
-            "not finite there either.",
+            f"float32 does not help (tried): {made.primitive} of these numbers is not "
+            "finite there either.",
             False,
         )
-    assert made.result is not None
-    dtype = made.result.dtype if made.result.dtype in NARROW else "float16"
+    dtype = made.gave.dtype if made.gave.dtype in NARROW else "float16"
     advice = f"Compute this in float32: {how}. Tried on these numbers: it is finite"
     if largest > float(jnp.finfo(dtype).max):
         advice += (
@@ -139,12 +138,13 @@ def remedy_of_operation(made: Origin, site: ReplaySite) -> Remedy:
 
 
 def _largest_in_float32(made: Origin) -> float | None:
-    """The largest magnitude of the results in float32; infinite if one is none."""
-    if not made.values:
+    """The largest magnitude of the results in float32; infinite if one is NaN.
+
+    None if that cannot be tried.
+    """
+    if not made.values or made.site is None or held(made.site.eqn):
         return None
-    params = dict(made.site.eqn.params)
-    if held(made.site.eqn):
-        return None
+    params = dict(made.params)
     for name in ("new_dtype", "preferred_element_type", "dtype"):
         if params.get(name) is not None and str(params[name]) in NARROW:
             params[name] = np.dtype(np.float32)
@@ -154,7 +154,7 @@ def _largest_in_float32(made: Origin) -> float | None:
     try:
         results = bind(made.site.eqn.replace(params=params), values)
     except Exception:
-        # An algorithm of a matmul, say, that takes no float32.
+        # The algorithm of a matmul may not take float32, for example.
         return None
     floats = [
         np.abs(np.asarray(x)) for x in results if jnp.issubdtype(x.dtype, jnp.inexact)

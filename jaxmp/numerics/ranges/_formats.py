@@ -10,10 +10,10 @@ because the next value is taken by NaN.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import DTypeLike
 
 from jaxmp.errors import NumericsError
 
@@ -43,14 +43,14 @@ class FormatRange(NamedTuple):
 
 
 @functools.cache
-def format_range(dtype: Any) -> FormatRange:
+def format_range(dtype: DTypeLike) -> FormatRange:
     """Returns the range of a real floating dtype.
 
     Args:
       dtype: any dtype with an infinity or a NaN, float8 included.
 
     Raises:
-      NumericsError: if it is no real floating dtype.
+      NumericsError: if it is not a real floating dtype.
     """
     try:
         dtype = jnp.dtype(dtype)
@@ -59,15 +59,15 @@ def format_range(dtype: Any) -> FormatRange:
         info = None
     if info is None or not jnp.issubdtype(dtype, jnp.floating):
         raise NumericsError(
-            f"dtype={dtype!r} is no floating format whose range could be looked at. "
-            "Use float16, bfloat16, float32, float8_e4m3fn or float8_e5m2."
+            f"dtype={dtype!r} is not a floating format with a range. Use float16, "
+            "bfloat16, float32, float8_e4m3fn or float8_e5m2."
         )
     largest, eps = float(info.max), float(info.eps)
     smallest_subnormal = float(info.smallest_subnormal)
     smallest_normal = float(info.smallest_normal)
     last_place = math.ldexp(eps, math.frexp(largest)[1] - 1)
     return FormatRange(
-        name=np.dtype(dtype).name,
+        name=jnp.dtype(dtype).name,
         largest=largest,
         smallest_normal=smallest_normal,
         smallest_subnormal=smallest_subnormal,

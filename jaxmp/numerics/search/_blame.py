@@ -1,4 +1,4 @@
-"""Which operations lose how much under a policy, from one run in float32.
+"""`rank_by_blame`: which units lose how much under a policy, from one run in float32.
 
 Each operation that the policy has in half is carried out twice on the same float32
 operands: as it is, and with operands and result rounded to half. The relative distance
@@ -7,20 +7,21 @@ an overflow is infinite, a difference of nearly equal numbers large.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.execution import bind
 from jaxmp._jaxpr.primitives import CAST
-from jaxmp.numerics._formats import format_range
+from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.numerics.compare._distance import Distance
+from jaxmp.numerics.ranges._formats import format_range
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._site import ReplaySite
-from jaxmp.numerics.search._units import Key, Unit, key_of
+from jaxmp.numerics.search._half_operations import Key, key_of
+from jaxmp.numerics.search._units import Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Blame:
     reason: str
 
 
-def attribute(
+def rank_by_blame(
     programs: Iterable[Program],
     half: Mapping[Key, bool],
     units: Mapping[Key, Unit],
-    dtype: Any,
+    dtype: np.dtype,
 ) -> list[Blame]:
     """Ranks units by the error that they add, the worst first.
 
@@ -59,10 +60,9 @@ def attribute(
         run.run_program(program)
         for site, found in run.found.items():
             unit = units.get(key_of(site))
-            if unit is not None and found.distance.relative_error > worst[unit].error:
-                worst[unit] = Blame(
-                    unit, found.distance.relative_error, found.reason(dtype)
-                )
+            error = found.distance.relative_error
+            if unit is not None and error > worst[unit].error:
+                worst[unit] = Blame(unit, error, found.reason(dtype))
     # Sorting is stable: equals stay in the order of execution.
     return sorted(worst.values(), key=lambda blame: -blame.error)
 
@@ -70,13 +70,14 @@ def attribute(
 class _Twice(Interpreter):
     """Carries out operations in float32, and on the side in half."""
 
-    def __init__(self, half: Mapping[Key, bool], dtype: Any):
+    def __init__(self, half: Mapping[Key, bool], dtype: np.dtype):
         super().__init__()
         self.half = half
         self.dtype = dtype
         self.found: dict[ReplaySite, _Found] = {}
 
-    def equation(self, site, operands):
+    def equation(self, site: ReplaySite, operands: Sequence[Array]) -> list[Array]:
+        """Carries out an operation, and compares it."""
         results = bind(site.eqn, operands)
         key = key_of(site)
         if key in self.half and site.primitive != CAST and not site.eqn.effects:
@@ -87,7 +88,9 @@ class _Twice(Interpreter):
         self.observe(site, operands, results)
         return results
 
-    def _compare(self, site, results, given):
+    def _compare(
+        self, site: ReplaySite, results: Sequence[Array], given: Sequence[Array]
+    ) -> None:
         found = self.found.setdefault(site, _Found(site))
         for wanted, x in zip(results, given, strict=True):
             if _tree.is_castable(wanted):
@@ -106,7 +109,7 @@ class _Found:
     distance: Distance = dataclasses.field(default_factory=Distance)
     amax: float = 0.0
 
-    def reason(self, dtype: Any) -> str:
+    def reason(self, dtype: np.dtype) -> str:
         way = " in the backward pass" if self.site.is_backward else ""
         where = f" at {self.site.line}" if self.site.line is not None else ""
         name = f"{self.site.primitive}{where}{way}"
@@ -126,7 +129,7 @@ class _Found:
 _MANY = 0.01
 
 
-def _in_half(eqn: Any, operands: Any, dtype: Any) -> list[Any]:
+def _in_half(eqn: Eqn, operands: Sequence[Array], dtype: np.dtype) -> list[Array]:
     """An operation on operands that are rounded to half."""
 
     half = [x.astype(dtype) if _tree.is_castable(x) else x for x in operands]

@@ -9,33 +9,29 @@
     ...
     bad.save("bad_batch.npz")                                            # on the host
 
-A pure function: the record is an argument and a result of the step, and nobody waits
-for anything. A skipped step leaves the parameters as they were, so that the parameters
-before the step and the batch are all that it takes to see it again.
+A pure function: the record is an argument and a result of the step, and nothing waits
+for the host. A skipped step leaves the parameters as they were, so the parameters and
+the batch are all it takes to see the step again.
 
-What it costs: the memory of one batch and one set of parameters. They are copied on a
-bad step; on a good one, the TPU compiler moves nothing, and the one for the H100 copies
-some of the parameters, so that the record may have them if it has to. Leave `params`
-out where that is too much, and take them from a checkpoint.
+What it costs: the memory of one batch and one set of parameters, and a copy of them on
+a bad step. On a good one, the TPU compiler moves nothing, and the one for the H100
+copies some of the parameters. Leave `params` out where that is too much, and take them
+from a checkpoint.
 """
 
-import json
 import os
-import zipfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import SequenceKey
 
 from jaxmp import _tree
 from jaxmp._jaxpr.execution import cond
+from jaxmp._tree import PyTree
 from jaxmp.errors import NotOnHost, NumericsError
 from jaxmp.loss_scale import get_loss_scale, loss_scale_metrics
-
-PyTree = Any
+from jaxmp.numerics.monitor import _bad_batch_file
 
 
 class BadBatch(NamedTuple):
@@ -70,16 +66,9 @@ class BadBatch(NamedTuple):
         if step == 0:
             raise NumericsError(
                 "There is no bad batch to save: every step so far had finite "
-                "gradients. Look at record.step, which is 0 until one had not."
+                "gradients. record.step is 0 until one has not."
             )
-        leaves = jax.tree_util.tree_leaves_with_path(self)
-        arrays = {str(i): _to_numpy(x) for i, (_, x) in enumerate(leaves)}
-        index = [[_steps_of(path), _type_of(x)] for path, x in leaves]
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, index=json.dumps(index), **arrays)
-        temporary.replace(path)
+        _bad_batch_file.write(path, self)
 
 
 def no_bad_batch(*, batch: PyTree, params: PyTree = None) -> BadBatch:
@@ -114,7 +103,7 @@ def record_bad_batch(
     params: PyTree = None,
     loss_scale: Any,
 ) -> BadBatch:
-    """Keeps this step if its gradients were not finite, and the record if they were.
+    """Keeps this step if its gradients were not finite; if they were, the old record.
 
     Args:
       record: from the step before; `no_bad_batch` before the first.
@@ -130,7 +119,7 @@ def record_bad_batch(
 
     Raises:
       NumericsError: if shapes differ from those of `record`.
-      MissingLossScale: if `opt_state` or `loss_scale` holds none.
+      MissingLossScale: if `opt_state` or `loss_scale` holds no loss scale.
       MultipleLossScales: if one of them holds several.
 
     Example:
@@ -165,7 +154,7 @@ def _check_shapes(record: BadBatch, now: BadBatch) -> None:
             raise NumericsError(
                 f"The record was made for {name} of shape {kept}, and is given "
                 f"{given}. Start with no_bad_batch(batch=batch, params=params) of what "
-                "the steps are given, and leave params out of both or of none."
+                "the steps are given, and leave params out of both or of neither."
             )
 
 
@@ -176,16 +165,16 @@ def load_bad_batch(
 
     Args:
       path: of the file.
-      batch: a pytree of the structure that the batch had, such as another batch or
-        `jax.eval_shape` of it. Without one, what was a dictionary or a list is one
-        again, and anything else is a dictionary by the names of its fields.
+      batch: a pytree of the batch's structure, such as another batch or the
+        `jax.eval_shape` of one. Without it, dictionaries and lists come back as they
+        were, and anything else as a dictionary of its fields.
       params: the same for the parameters.
 
     Returns:
       A `BadBatch` of NumPy arrays, bit by bit what was saved; keys are arrays of JAX.
 
     Raises:
-      NumericsError: if the file is none of these, or the structures differ.
+      NumericsError: if it is another file, or the structures differ.
 
     Example:
       >>> import os, tempfile
@@ -199,87 +188,10 @@ def load_bad_batch(
       >>> loaded.params["w"].tolist(), int(loaded.step)
       ([1.0, 1.0], 5)
     """
-    saved: dict[str, tuple[list[Any], list[Any]]]
-    saved = {name: ([], []) for name in BadBatch._fields}
-    try:
-        with Path(path).open("rb") as opened, np.load(opened) as file:
-            for i, (steps, type_name) in enumerate(json.loads(str(file["index"]))):
-                paths, leaves = saved[steps[0]]
-                paths.append(steps[1:])
-                leaves.append(_from_numpy(file[str(i)], type_name))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise NumericsError(
-            f"{os.fspath(path)!r} is no bad batch. Pass a file that "
-            "BadBatch.save(path) wrote."
-        ) from error
+    saved = _bad_batch_file.read(path, BadBatch._fields)
     return BadBatch(
-        batch=_restored("batch", *saved["batch"], batch),
-        params=_restored("params", *saved["params"], params),
-        loss_scale=saved["loss_scale"][1][0],
-        step=saved["step"][1][0],
+        batch=saved["batch"].restored("batch", batch),
+        params=saved["params"].restored("params", params),
+        loss_scale=saved["loss_scale"].leaves[0],
+        step=saved["step"].leaves[0],
     )
-
-
-# Arrays
-
-
-def _is_key(x: Any) -> bool:
-    return _tree.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _type_of(x: Any) -> str:
-    if _is_key(x):
-        return f"key<{jax.random.key_impl(x)}>"
-    return np.asarray(x).dtype.name
-
-
-def _to_numpy(x: Any) -> np.ndarray:
-    x = np.asarray(jax.random.key_data(x) if _is_key(x) else x)
-    # NumPy's files know the bytes of bfloat16 and float8 numbers, but not their names.
-    return x.view(f"u{x.dtype.itemsize}") if x.dtype.kind == "V" else x
-
-
-def _from_numpy(x: np.ndarray, type_name: str) -> Any:
-    if type_name.startswith("key<"):
-        return jax.random.wrap_key_data(jnp.asarray(x), impl=type_name[4:-1])
-    return x.view(jnp.dtype(type_name))
-
-
-# Structures
-
-
-def _steps_of(path: tuple[Any, ...]) -> list[str | int]:
-    """A key path as strings for names and integers for places in a list."""
-    return [
-        key.idx if isinstance(key, SequenceKey) else _tree.path_string((key,))
-        for key in path
-    ]
-
-
-def _restored(
-    name: str, paths: list[list[Any]], leaves: list[Any], like: PyTree
-) -> PyTree:
-    if like is None:
-        return _nested(paths, leaves) if leaves else None
-    shapes = [np.shape(x) for x in leaves]
-    wanted = [np.shape(x) for x in jax.tree.leaves(like)]
-    if shapes != wanted:
-        raise NumericsError(
-            f"The {name} in the file has arrays of the shapes {shapes}, and {name}= "
-            f"has {wanted}. Pass one of the same structure, or none."
-        )
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _nested(paths: list[list[Any]], leaves: list[Any]) -> PyTree:
-    """Builds dictionaries and lists from the steps of each path."""
-    if paths == [[]]:
-        return leaves[0]
-    children: dict[Any, tuple[list[Any], list[Any]]] = {}
-    for (first, *rest), leaf in zip(paths, leaves, strict=True):
-        of_child = children.setdefault(first, ([], []))
-        of_child[0].append(rest)
-        of_child[1].append(leaf)
-    made = {name: _nested(*of_child) for name, of_child in children.items()}
-    is_list = all(isinstance(name, int) for name in made)
-    return list(made.values()) if is_list else made

@@ -1,0 +1,1 @@
+"""What range numbers take, and what range a floating format has."""

@@ -1,0 +1,111 @@
+"""`Problem`: evaluates sets of float32 units, within a budget."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxmp.errors import MissingPackage, NumericsError
+from jaxmp.numerics.replay._program import Program
+from jaxmp.numerics.search._evaluation import Evaluation, Measured, half_flops
+from jaxmp.numerics.search._saved import Saved
+from jaxmp.numerics.search._units import Unit, rules_of
+
+
+class BudgetSpent(Exception):
+    """Another evaluation would be one too many."""
+
+
+class Problem:
+    """Evaluates sets of units, each of them once.
+
+    Args:
+      programs: a function of rules that returns the program of each batch.
+      exact: the same programs in float32.
+      saved: what was evaluated so far.
+      budget: how many evaluations there may be, with those that are saved.
+      advance: called after each new one.
+
+    Raises:
+      NumericsError: if a program is not finite in float32.
+    """
+
+    def __init__(
+        self,
+        programs: Callable[[Sequence[Any]], list[Program]],
+        exact: Sequence[Program],
+        saved: Saved,
+        budget: int,
+        advance: Callable[[], Any],
+    ):
+        self.programs = programs
+        self.references = [Measured(program) for program in exact]
+        for i, reference in enumerate(self.references):
+            if not reference.is_finite:
+                raise NumericsError(
+                    f"The loss or a gradient of batch {i} is not finite in float32, so "
+                    "there is nothing to compare half precision with. "
+                    "jaxmp.numerics.find_nonfinite(loss_fn, *batch) says why."
+                )
+        self.saved = saved
+        self.budget = budget
+        self.advance = advance
+        self.spent = 0
+        self._met: set[frozenset[str]] = set()
+
+    def evaluate(self, kept: Sequence[Unit]) -> Evaluation:
+        """What loss and gradients are with these units in float32.
+
+        Raises:
+          BudgetSpent: if that would be one evaluation too many.
+        """
+        names = frozenset(unit.name for unit in kept)
+        if names not in self._met:
+            if len(self._met) >= self.budget:
+                raise BudgetSpent
+            if names not in self.saved.evaluations:
+                self.saved.add(self._measure(kept))
+            self._met.add(names)
+            self.advance()
+        return self.saved.evaluations[names]
+
+    def _measure(self, kept: Sequence[Unit]) -> Evaluation:
+        programs = self.programs(rules_of(kept))
+        errors = [
+            Measured(program).errors(reference)
+            for program, reference in zip(programs, self.references, strict=True)
+        ]
+        losses, gradients = zip(*errors, strict=True)
+        return Evaluation(
+            kept=tuple(unit.name for unit in kept),
+            loss_error=max(losses),
+            gradient_error=max(gradients),
+            half_flops=half_flops(programs[0].jaxpr),
+        )
+
+
+@contextlib.contextmanager
+def progress_bar(shown: bool | None, total: int) -> Iterator[Callable[[], Any]]:
+    """Opens a bar and yields what moves it on by one.
+
+    Args:
+      shown: None shows it in a terminal, if tqdm is installed.
+      total: where it ends.
+
+    Raises:
+      MissingPackage: if it is to be shown and tqdm is not installed.
+    """
+    if shown is False or (shown is None and not sys.stderr.isatty()):
+        yield lambda: None
+        return
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError as error:
+        if shown is None:
+            yield lambda: None
+            return
+        raise MissingPackage(
+            "progress=True needs tqdm, which is not installed. Run: pip install tqdm"
+        ) from error
+    with tqdm(total=total, desc="search_policy", unit="set", leave=False) as bar:
+        yield lambda: bar.update(1)
