@@ -26,6 +26,9 @@ COLLECTIVES = frozenset(
 """Communications between devices."""
 REDUCES = frozenset(("reduce_sum", "reduce_max", "reduce_min", "psum", "pmax"))
 
+RESULT_DTYPES = frozenset(("new_dtype", "preferred_element_type", "dtype"))
+"""The parameters that name the dtype of a result."""
+
 LAYOUT = frozenset(
     [
         "reshape",

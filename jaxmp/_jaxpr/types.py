@@ -1,5 +1,6 @@
 """Names for what JAX leaves untyped, for signatures that say what they take."""
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 Jaxpr: TypeAlias = Any
@@ -12,3 +13,4 @@ Var: TypeAlias = Any
 """A variable of a jaxpr."""
 Array: TypeAlias = Any
 """A `jax.Array`, a tracer of one, or a NumPy array or scalar that stands for one."""
+Arrays: TypeAlias = Sequence[Array]

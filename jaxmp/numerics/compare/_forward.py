@@ -7,7 +7,7 @@ numbers differ, autocast has written the place anew, and nothing is compared.
 
 import collections
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.primitives import CAST
-from jaxmp._jaxpr.types import Array
+from jaxmp._jaxpr.types import Array, Arrays
 from jaxmp.numerics.compare._candidates import Candidate
 from jaxmp.numerics.compare._distance import Distance
 from jaxmp.numerics.compare._reference import Key, Reference, is_activation, key_of
@@ -73,9 +73,7 @@ class _Comparing(Rounding):
         self._met: dict[Key, list[_Measured]] = collections.defaultdict(list)
         self._handed: dict[int, tuple[Any, Key, int]] = {}
 
-    def observe(
-        self, site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
-    ) -> None:
+    def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
         if site.primitive == CAST:
             self._hand_back(operands[0], results[0])
         elif is_activation(site, results):

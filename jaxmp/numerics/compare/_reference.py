@@ -1,7 +1,6 @@
 """The first stage of `compare`: the function in float32, every activation kept."""
 
 import collections
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp._jaxpr.primitives import CAST, LAYOUT
-from jaxmp._jaxpr.types import Array
+from jaxmp._jaxpr.types import Array, Arrays
 from jaxmp.errors import NumericsError
 from jaxmp.numerics.compare._candidates import Read
 from jaxmp.numerics.replay._interpreter import Interpreter
@@ -38,6 +37,8 @@ def run_reference(read: Read) -> Reference:
     run = _Remembering()
     outputs = run.run_program(read(backward=False))
     program = read()
+    if program.loss_scale is None:
+        return Reference(run.found, outputs, {})
     gradients = program.gradients(Interpreter().run_program(program))
     return Reference(run.found, outputs, gradients)
 
@@ -47,7 +48,7 @@ def key_of(site: ReplaySite, iterations: tuple[int, ...]) -> Key:
     return site.primitive, site.path, site.line, iterations
 
 
-def is_activation(site: ReplaySite, results: Sequence[Array]) -> bool:
+def is_activation(site: ReplaySite, results: Arrays) -> bool:
     """Whether an operation computes something that can be compared."""
     is_floating = bool(results) and _tree.is_inexact(results[0])
     return is_floating and site.primitive not in (*LAYOUT, CAST)
@@ -59,9 +60,7 @@ class _Remembering(Interpreter):
         self.found: dict[Key, list[tuple[ReplaySite, Array]]]
         self.found = collections.defaultdict(list)
 
-    def observe(
-        self, site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
-    ) -> None:
+    def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
         if is_activation(site, results):
             self.found[key_of(site, self.iterations)].append((site, results[0]))
 

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxmp import _tree
 from jaxmp._jaxpr.primitives import LAYOUT
-from jaxmp._jaxpr.types import Array
+from jaxmp._jaxpr.types import Array, Arrays
 from jaxmp.numerics.compare._candidates import Candidate
 from jaxmp.numerics.ranges._formats import FormatRange, format_range
 from jaxmp.numerics.replay._interpreter import Interpreter
@@ -122,9 +122,7 @@ class _BackwardRange(Interpreter):
         self.exponents = collections.Counter[int]()
         self.amax, self.smallest = 0.0, float("inf")
 
-    def observe(
-        self, site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
-    ) -> None:
+    def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
         if site.is_backward and site.primitive not in LAYOUT:
             for x in filter(_tree.is_half, results):
                 self._add(x)

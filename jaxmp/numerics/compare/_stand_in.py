@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.execution import bind
-from jaxmp._jaxpr.types import Array
+from jaxmp._jaxpr.types import Array, Arrays
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._site import ReplaySite
 from jaxmp.policy import Policy
@@ -48,8 +48,7 @@ class Rounding(Interpreter):
         super().__init__()
         self.emulated = emulated
 
-    def equation(self, site: ReplaySite, operands: Sequence[Array]) -> list[Array]:
-        """Carries out one operation."""
+    def equation(self, site: ReplaySite, operands: Arrays) -> list[Array]:
         results = bind(site.eqn, operands)
         if self.emulated is not None:
             results = [_rounded(x, self.emulated) for x in results]

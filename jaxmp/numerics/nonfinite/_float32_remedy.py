@@ -17,9 +17,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp import _tree
 from jaxmp._jaxpr.calls import held
 from jaxmp._jaxpr.execution import bind
 from jaxmp._jaxpr.marks import AUTOCAST_SCOPE, LAYER_SCOPE
+from jaxmp._jaxpr.primitives import RESULT_DTYPES
 from jaxmp._jaxpr.scopes import layer_path, scope_names
 from jaxmp._jaxpr.site import Site
 from jaxmp.casting import OpRule
@@ -60,7 +62,8 @@ def remedy_under_autocast(
     """
     path = _path(site)
     while path:
-        if run([_rule_of(path)], frozenset()) is True:
+        rule = OpRule(path=path, compute="float32", allow_unused=True)
+        if run([rule], frozenset()) is True:
             return Remedy(
                 "Tried: everything is finite if this layer stays in float32: "
                 f"rules=[jaxmp.PolicyRule(path={path!r}, compute='float32')]. "
@@ -91,10 +94,6 @@ def remedy_under_autocast(
 _INVISIBLE = (
     "x.astype(jnp.float32) does nothing here: autocast starts from a float32 program."
 )
-
-
-def _rule_of(path: str) -> OpRule:
-    return OpRule(path=path, compute="float32", allow_unused=True)
 
 
 def _path(site: ReplaySite) -> str:
@@ -145,8 +144,8 @@ def _largest_in_float32(made: Origin) -> float | None:
     if not made.values or made.site is None or held(made.site.eqn):
         return None
     params = dict(made.params)
-    for name in ("new_dtype", "preferred_element_type", "dtype"):
-        if params.get(name) is not None and str(params[name]) in NARROW:
+    for name in RESULT_DTYPES.intersection(params):
+        if str(params[name]) in NARROW:
             params[name] = np.dtype(np.float32)
     values = [
         x.astype(jnp.float32) if str(x.dtype) in NARROW else x for x in made.values
@@ -156,9 +155,7 @@ def _largest_in_float32(made: Origin) -> float | None:
     except Exception:
         # The algorithm of a matmul may not take float32, for example.
         return None
-    floats = [
-        np.abs(np.asarray(x)) for x in results if jnp.issubdtype(x.dtype, jnp.inexact)
-    ]
+    floats = [np.abs(np.asarray(x)) for x in results if _tree.is_inexact(x)]
     largest = max((float(x.max()) for x in floats if x.size), default=0.0)
     return math.inf if math.isnan(largest) else largest
 

@@ -1,19 +1,23 @@
 """`look`: runs a program, and reports what comes out that is not finite."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxmp._jaxpr.walk import reader
 from jaxmp._views.numbers import power
 from jaxmp.numerics.nonfinite._explain import explain
-from jaxmp.numerics.nonfinite._finite_scale import finite_scale
 from jaxmp.numerics.nonfinite._origin import Origin, ancestors
 from jaxmp.numerics.nonfinite._report import NonfiniteReport
 from jaxmp.numerics.nonfinite._tracker import Tracked, Tracker
+from jaxmp.numerics.ranges._finiteness import nonfinite
 from jaxmp.numerics.replay._float32_lines import Line
+from jaxmp.numerics.replay._interpreter import CompiledLoops
 from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._site import ReplaySite
+
+_LOWEST_EXPONENT = -24
 
 
 class Found(NamedTuple):
@@ -47,7 +51,7 @@ def look(program: Program, lower_scale: bool = True) -> Found | None:
 
 def _at_lower_scale(found: NonfiniteReport, program: Program) -> NonfiniteReport:
     """Tells an overflow of scaled gradients from one that no scale mends."""
-    scale = finite_scale(program)
+    scale = _finite_scale(program)
     if scale is None:
         return found
     return dataclasses.replace(
@@ -58,6 +62,25 @@ def _at_lower_scale(found: NonfiniteReport, program: Program) -> NonfiniteReport
         repair="Nothing, if it is rare: jaxmp.loss_scaling skips the step and lowers "
         f"the scale. If the scale gets too low for small gradients: {found.repair}",
     )
+
+
+def _finite_scale(program: Program) -> float | None:
+    """The largest power of two below the loss scale at which gradients are finite."""
+    run = CompiledLoops()
+
+    def is_finite(exponent: int) -> bool:
+        outs = run.run_program(program.at_scale(2.0**exponent))
+        return not any(nonfinite(list(program.gradients(outs).values())))
+
+    assert program.loss_scale is not None
+    high = math.ceil(math.log2(program.loss_scale))
+    low = min(_LOWEST_EXPONENT, high - 1)
+    if not is_finite(low):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_finite(middle) else (low, middle)
+    return 2.0**low
 
 
 def _alarm(

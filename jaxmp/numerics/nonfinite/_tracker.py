@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxmp._jaxpr.calls import LOOPS
 from jaxmp._jaxpr.execution import as_function, bind, jit_exactly
-from jaxmp._jaxpr.types import Array, Jaxpr
+from jaxmp._jaxpr.types import Array, Arrays, Jaxpr
 from jaxmp.numerics.nonfinite._origin import (
     Origin,
     Stacked,
@@ -61,7 +61,6 @@ class Tracker(Interpreter):
         return self.run_program(program, inputs, value_only=value_only)
 
     def equation(self, site: ReplaySite, operands: Sequence[Tracked]) -> list[Tracked]:
-        """Carries out one operation."""
         self._count += 1
         values = [x.value for x in operands]
         results = bind(site.eqn, values)
@@ -77,7 +76,7 @@ class Tracker(Interpreter):
     def _origin(
         self,
         site: ReplaySite,
-        values: Sequence[Array],
+        values: Arrays,
         result: Array,
         what: What,
         parents: Sequence[Origin],
@@ -104,18 +103,15 @@ class Tracker(Interpreter):
         return dataclasses.replace(made, values=tuple(values))
 
     def constant(self, value: jax.Array, site: ReplaySite | None) -> Tracked:
-        """A constant, which is its own origin."""
         (what,) = nonfinite([value])
         if what is None:
             return Tracked(value)
         return Tracked(value, Origin("constant", what, order=self._count, site=site))
 
     def concrete(self, value: Tracked) -> Array:
-        """The value without its origin."""
         return value.value
 
     def take(self, values: Sequence[Tracked], index: int) -> list[Tracked]:
-        """The slices of an iteration, each with an origin of its own."""
         slices = super().take([x.value for x in values], index)
         if all(x.origin is None for x in values):
             return list(map(Tracked, slices))
@@ -128,20 +124,17 @@ class Tracker(Interpreter):
     def stack(
         self, site: ReplaySite, rows: Sequence[Sequence[Tracked]]
     ) -> list[Tracked]:
-        """Joins slices, and remembers the origin of each."""
         columns = super().stack(site, [[x.value for x in row] for row in rows])
         origins = ([x.origin for x in column] for column in zip(*rows, strict=True))
         return list(map(Tracked, columns, map(Stacked.of, origins)))
 
     def loop(self, site: ReplaySite, operands: Sequence[Tracked]) -> list[Tracked]:
-        """Runs a loop compiled, and looks into it if that shows something."""
         outs = self._finite_results(id(site.eqn), _whole(site), operands)
         return super().loop(site, operands) if outs is None else outs
 
     def call(
         self, site: ReplaySite, jaxpr: Jaxpr, operands: Sequence[Tracked]
     ) -> list[Tracked]:
-        """Runs a call, or an iteration, which is compiled first."""
         if site.primitive in LOOPS:
             outs = self._finite_results(id(jaxpr), as_function(jaxpr), operands)
             if outs is not None:
@@ -149,7 +142,6 @@ class Tracker(Interpreter):
         return super().call(site, jaxpr, operands)
 
     def shards(self, site: ReplaySite, operands: Sequence[Tracked]) -> list[Tracked]:
-        """Runs a `shard_map` compiled, and looks into it if that shows something."""
         outs = self._finite_results(id(site.eqn), _whole(site), operands)
         if outs is not None:
             return outs
@@ -191,7 +183,7 @@ def _whole(site: ReplaySite) -> Callable[..., list[Array]]:
 
 
 def _to_blame(
-    site: ReplaySite, operands: Sequence[Tracked], results: Sequence[Array]
+    site: ReplaySite, operands: Sequence[Tracked], results: Arrays
 ) -> tuple[list[Origin], bool]:
     """The origins to blame for results, and whether finite numbers are as well."""
     suspects = {i: x.origin for i, x in enumerate(operands) if x.origin is not None}
@@ -218,7 +210,7 @@ def _to_blame(
     return blamed, without > 0
 
 
-def _count_nonfinite(values: Sequence[Array]) -> int:
+def _count_nonfinite(values: Arrays) -> int:
     floats = [x for x in values if jnp.issubdtype(x.dtype, jnp.inexact)]
     return int(_sum_nonfinite(floats))
 

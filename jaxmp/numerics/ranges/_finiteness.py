@@ -1,19 +1,18 @@
 """Which arrays hold a NaN or an infinity."""
 
-from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp._jaxpr.types import Array
+from jaxmp._jaxpr.types import Arrays
 
 What: TypeAlias = Literal["NaN", "Inf"]
 _WHAT: tuple[What | None, ...] = (None, "Inf", "NaN")
 
 
-def nonfinite(values: Sequence[Array]) -> list[What | None]:
+def nonfinite(values: Arrays) -> list[What | None]:
     """`"NaN"`, `"Inf"` or None for each array."""
     is_inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in values]
     floats = [x for x, is_float in zip(values, is_inexact, strict=True) if is_float]

@@ -7,22 +7,18 @@
     program = read_program(fn, args, kwargs, policy="mixed_float16", loss_scale=1024)
     outputs = Names().run_program(program)
 
-`observe` is called for each operation, in order, with the arrays that it took and gave.
-Calls (`jit`, `checkpoint`, custom rules) and loops are entered and never seen
-themselves. A subclass that overrides `equation` may round, replace or wrap the results:
-the rest of the program gets what it returns.
+`observe` sees each operation, in order, with the arrays that it took and gave. Calls
+(`jit`, `checkpoint`, custom rules) and loops are entered and never seen themselves. A
+subclass that overrides `equation` may round, replace or wrap the results. One that
+wraps them overrides `constant`, `take` and `stack` as well, `concrete` to unwrap the
+numbers that decide on branches, and `shards`.
 
 `site` is one object per place in the program: a dictionary keyed by it sums over the
 iterations of a loop, whose numbers, outermost loop first, are in `self.iterations`.
-`site.path` and `site.line` say where it stands, `site.is_backward` whether it is part
-of a backward pass or needed by gradients alone.
 
 Operations are bound eagerly: JAX compiles each once per shape, every result is rounded
 to its dtype, and no rewriting by XLA hides a value. The cost is linear in the number
 of operations.
-
-A subclass that wraps values overrides `constant`, `take` and `stack` as well,
-`concrete` to unwrap the numbers that decide on branches, and `shards`.
 
 Sharp edges
 - Effects (`debug.print`, callbacks) happen as often as the program is run, and with
@@ -45,7 +41,7 @@ import numpy as np
 from jaxmp._jaxpr import calls
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.execution import bind, jit_exactly, literal_array
-from jaxmp._jaxpr.types import Array, Atom, Eqn, Jaxpr, Var
+from jaxmp._jaxpr.types import Array, Arrays, Atom, Jaxpr, Var
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._schedule import Schedule, Step
@@ -74,9 +70,7 @@ class Interpreter:
         self.observe(site, operands, results)
         return results
 
-    def observe(
-        self, site: ReplaySite, operands: Sequence[Any], results: Sequence[Any]
-    ) -> None:
+    def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
         """Looks at an operation that was carried out."""
 
     def constant(self, value: jax.Array, site: ReplaySite | None) -> Any:
@@ -197,11 +191,11 @@ class Interpreter:
         return self.equation(site, operands)
 
     def look_into_shards(
-        self, site: ReplaySite, operands: Sequence[Array]
+        self, site: ReplaySite, operands: Arrays
     ) -> tuple[list[Array], list[Record]]:
         """Runs a `shard_map`; returns its results and a record of each operation."""
 
-        def run(body: Jaxpr, args: Sequence[Array], record: Observer) -> list[Array]:
+        def run(body: Jaxpr, args: Arrays, record: Observer) -> list[Array]:
             inside = _Recorder(record)
             inside._sites = self._sites
             return inside.run(body, args, site, site.needed)
@@ -267,9 +261,7 @@ class _Recorder(Interpreter):
         super().__init__()
         self._record = record
 
-    def observe(
-        self, site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
-    ) -> None:
+    def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
         self._record(site, operands, results)
 
     def run_eqn(self, site: ReplaySite, operands: Sequence[Any]) -> list[Any]:
@@ -285,12 +277,11 @@ class CompiledLoops(Interpreter):
         super().__init__()
         self._loops: dict[int, Callable[..., list[Array]]] = {}
 
-    def loop(self, site: ReplaySite, operands: Sequence[Array]) -> list[Array]:
-        """Runs a compiled loop."""
-        eqn: Eqn = site.eqn
-        if id(eqn) not in self._loops:
-            self._loops[id(eqn)] = jit_exactly(lambda *values: bind(eqn, values))
-        return self._loops[id(eqn)](*operands)
+    def loop(self, site: ReplaySite, operands: Arrays) -> list[Array]:
+        key = id(site.eqn)
+        if key not in self._loops:
+            self._loops[key] = jit_exactly(lambda *values: bind(site.eqn, values))
+        return self._loops[key](*operands)
 
 
 @jax.jit
@@ -299,7 +290,7 @@ def _take(values: list[Array], index: Array) -> list[Array]:
     return [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in values]
 
 
-def _stack(values: Sequence[Array]) -> jax.Array:
+def _stack(values: Arrays) -> jax.Array:
     """Joins arrays along a new first axis; on the host, where it compiles nothing."""
     if jnp.issubdtype(values[0].dtype, jax.dtypes.prng_key):
         data = _stack([jax.random.key_data(x) for x in values])

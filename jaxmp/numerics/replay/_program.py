@@ -20,7 +20,7 @@ from jaxmp import _tree
 from jaxmp._jaxpr.arguments import Leaf, flatten_arguments, named_leaves, state_name
 from jaxmp._jaxpr.execution import as_function
 from jaxmp._jaxpr.rewrite import with_lines_of_custom_rules
-from jaxmp._jaxpr.types import Array, Jaxpr
+from jaxmp._jaxpr.types import Array, Arrays, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting import autocast
 from jaxmp.errors import NonScalarLoss
@@ -42,7 +42,7 @@ class Output:
     name: str
 
     def __str__(self) -> str:
-        return f"the gradient of {self.name}" * (self.kind == "gradient") or self.name
+        return self.name if self.kind != "gradient" else f"the gradient of {self.name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Program:
         limit = LARGEST_FLOAT16_SCALE if dtype == jnp.float16 else math.inf
         return min(self.loss_scale, limit)
 
-    def gradients(self, outs: Sequence[Array]) -> dict[str, Array]:
+    def gradients(self, outs: Arrays) -> dict[str, Array]:
         """The gradients among the values of the outputs, by the parameter's name."""
         named = zip(self.outputs, outs, strict=True)
         return {output.name: x for output, x in named if output.kind == "gradient"}
@@ -201,7 +201,7 @@ def _differentiate(program: Program, varied: Sequence[int], scale: float) -> Pro
     assert loss is not None
 
     def scaled(
-        values: Sequence[Array], scale: Array, inputs: Sequence[Array]
+        values: Arrays, scale: Array, inputs: Arrays
     ) -> tuple[Array, list[Array]]:
         inputs = list(inputs)
         for i, x in zip(varied, values, strict=True):

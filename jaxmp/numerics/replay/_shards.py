@@ -5,14 +5,14 @@ Collectives run only where the devices meet. So the body runs as it is, in one
 outputs, with a first axis for the devices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxmp._jaxpr.types import Array, Jaxpr
+from jaxmp._jaxpr.types import Array, Arrays, Jaxpr
 from jaxmp._jaxpr.versions import shard_map_arguments
 from jaxmp.numerics.replay._site import ReplaySite
 
@@ -25,13 +25,13 @@ class Record(NamedTuple):
     results: list[Array]
 
 
-Observer: TypeAlias = Callable[[ReplaySite, Sequence[Array], Sequence[Array]], None]
+Observer: TypeAlias = Callable[[ReplaySite, Arrays, Arrays], None]
 
 
 def run_shards(
     site: ReplaySite,
-    operands: Sequence[Array],
-    run: Callable[[Jaxpr, Sequence[Array], Observer], list[Array]],
+    operands: Arrays,
+    run: Callable[[Jaxpr, Arrays, Observer], list[Array]],
 ) -> tuple[list[Array], list[Record]]:
     """Runs a `shard_map` and returns its results and what happened inside.
 
@@ -53,9 +53,7 @@ def run_shards(
         counts.clear()
         shown = []
 
-        def record(
-            site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
-        ) -> None:
+        def record(site: ReplaySite, operands: Arrays, results: Arrays) -> None:
             floats = [list(filter(_is_float, values)) for values in (operands, results)]
             sites.append(site)
             counts.append((len(floats[0]), len(floats[1])))

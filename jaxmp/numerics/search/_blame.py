@@ -7,14 +7,15 @@ an overflow is infinite, a difference of nearly equal numbers large.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.execution import bind
 from jaxmp._jaxpr.primitives import CAST
-from jaxmp._jaxpr.types import Array, Eqn
+from jaxmp._jaxpr.types import Array, Arrays, Eqn
+from jaxmp.casting import OpRule
 from jaxmp.numerics.compare._distance import Distance
 from jaxmp.numerics.ranges._formats import format_range
 from jaxmp.numerics.replay._interpreter import Interpreter
@@ -22,20 +23,22 @@ from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._site import ReplaySite
 from jaxmp.numerics.search._half_operations import Key, key_of
 from jaxmp.numerics.search._units import Unit
+from jaxmp.policy import PolicyRule
 
 
 @dataclasses.dataclass(frozen=True)
-class Blame:
-    """What a unit loses.
+class Kept:
+    """What stays in float32, or is a candidate for it, and why.
 
     Attributes:
-      unit: the layer or operation.
-      error: relative error that the worst of its operations adds; infinite for an
-        overflow.
-      reason: that operation and what happens to it, for people.
+      name: path of a layer, or an operation and where it is.
+      rule: a `PolicyRule` for a layer, an `OpRule` for an operation.
+      error: relative error that it adds by itself in half; infinite for an overflow.
+      reason: the operation that does, its line and what happens to it.
     """
 
-    unit: Unit
+    name: str
+    rule: PolicyRule | OpRule
     error: float
     reason: str
 
@@ -45,7 +48,7 @@ def rank_by_blame(
     half: Mapping[Key, bool],
     units: Mapping[Key, Unit],
     dtype: np.dtype,
-) -> list[Blame]:
+) -> dict[Unit, Kept]:
     """Ranks units by the error that they add, the worst first.
 
     Args:
@@ -54,7 +57,7 @@ def rank_by_blame(
       units: the unit of each.
       dtype: the half dtype.
     """
-    worst: dict[Unit, Blame] = {unit: Blame(unit, 0.0, "") for unit in units.values()}
+    worst = {unit: Kept(unit.name, unit.rule, 0.0, "") for unit in units.values()}
     for program in programs:
         run = _Twice(half, dtype)
         run.run_program(program)
@@ -62,9 +65,9 @@ def rank_by_blame(
             unit = units.get(key_of(site))
             error = found.distance.relative_error
             if unit is not None and error > worst[unit].error:
-                worst[unit] = Blame(unit, error, found.reason(dtype))
+                worst[unit] = Kept(unit.name, unit.rule, error, found.reason(dtype))
     # Sorting is stable: equals stay in the order of execution.
-    return sorted(worst.values(), key=lambda blame: -blame.error)
+    return dict(sorted(worst.items(), key=lambda item: -item[1].error))
 
 
 class _Twice(Interpreter):
@@ -76,8 +79,7 @@ class _Twice(Interpreter):
         self.dtype = dtype
         self.found: dict[ReplaySite, _Found] = {}
 
-    def equation(self, site: ReplaySite, operands: Sequence[Array]) -> list[Array]:
-        """Carries out an operation, and compares it."""
+    def equation(self, site: ReplaySite, operands: Arrays) -> list[Array]:
         results = bind(site.eqn, operands)
         key = key_of(site)
         if key in self.half and site.primitive != CAST and not site.eqn.effects:
@@ -88,9 +90,7 @@ class _Twice(Interpreter):
         self.observe(site, operands, results)
         return results
 
-    def _compare(
-        self, site: ReplaySite, results: Sequence[Array], given: Sequence[Array]
-    ) -> None:
+    def _compare(self, site: ReplaySite, results: Arrays, given: Arrays) -> None:
         found = self.found.setdefault(site, _Found(site))
         for wanted, x in zip(results, given, strict=True):
             if _tree.is_castable(wanted):
@@ -129,16 +129,12 @@ class _Found:
 _MANY = 0.01
 
 
-def _in_half(eqn: Eqn, operands: Sequence[Array], dtype: np.dtype) -> list[Array]:
+def _in_half(eqn: Eqn, operands: Arrays, dtype: np.dtype) -> list[Array]:
     """An operation on operands that are rounded to half."""
-
     half = [x.astype(dtype) if _tree.is_castable(x) else x for x in operands]
     try:
         return bind(eqn, half)
     except (TypeError, ValueError):
         # Some parameters name the dtypes that an operation was traced with.
-        wide = [
-            h.astype(x.dtype) if h is not x else x
-            for h, x in zip(half, operands, strict=True)
-        ]
-        return bind(eqn, wide)
+        pairs = zip(half, operands, strict=True)
+        return bind(eqn, [h if h is x else h.astype(x.dtype) for h, x in pairs])

@@ -1,13 +1,13 @@
 """Which operations a policy has in half."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from jaxmp import _tree
 from jaxmp._jaxpr.primitives import CAST, LAYOUT
 from jaxmp._jaxpr.sources import Source
-from jaxmp._jaxpr.types import Array
+from jaxmp._jaxpr.types import Arrays
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._site import ReplaySite
@@ -52,9 +52,7 @@ class _HalfOperations(Interpreter):
         self.handed_back: dict[Key, None] = {}
         self._producers: dict[int, tuple[Any, Key]] = {}
 
-    def observe(
-        self, site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
-    ) -> None:
+    def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
         key = key_of(site)
         if site.primitive == CAST:
             ref, producer = self._producers.get(id(operands[0]), (lambda: None, key))

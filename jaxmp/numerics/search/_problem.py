@@ -1,6 +1,7 @@
 """`Problem`: evaluates sets of float32 units, within a budget."""
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ class Problem:
         exact: Sequence[Program],
         saved: Saved,
         budget: int,
-        advance: Callable[[], Any],
+        advance: Callable[[], object],
     ):
         self.programs = programs
         self.references = [Measured(program) for program in exact]
@@ -50,7 +51,6 @@ class Problem:
         self.saved = saved
         self.budget = budget
         self.advance = advance
-        self.spent = 0
         self._met: set[frozenset[str]] = set()
 
     def evaluate(self, kept: Sequence[Unit]) -> Evaluation:
@@ -85,25 +85,24 @@ class Problem:
 
 
 @contextlib.contextmanager
-def progress_bar(shown: bool | None, total: int) -> Iterator[Callable[[], Any]]:
-    """Opens a bar and yields what moves it on by one.
+def progress_bar(shown: bool | None, total: int) -> Iterator[Callable[[], object]]:
+    """Opens a progress bar, and yields a function that advances it by one.
 
     Args:
       shown: None shows it in a terminal, if tqdm is installed.
       total: where it ends.
 
     Raises:
-      MissingPackage: if it is to be shown and tqdm is not installed.
+      MissingPackage: if `shown` is True and tqdm is not installed.
     """
-    if shown is False or (shown is None and not sys.stderr.isatty()):
+    if shown is None:
+        shown = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+    if not shown:
         yield lambda: None
         return
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
-        if shown is None:
-            yield lambda: None
-            return
         raise MissingPackage(
             "progress=True needs tqdm, which is not installed. Run: pip install tqdm"
         ) from error

@@ -11,6 +11,7 @@ from jaxmp._views.numbers import power
 from jaxmp._views.result import Result
 from jaxmp._views.tables import shortened_table, text_table
 from jaxmp.casting import OpRule
+from jaxmp.numerics.search._blame import Kept
 from jaxmp.numerics.search._evaluation import Evaluation
 from jaxmp.policy import PolicyRule
 
@@ -19,23 +20,6 @@ _CURVE_COLUMNS = (
     *("kept", "matmul FLOPs in half", "loss error", "gradient error", "float32"),
 )
 _SHOWN = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """What stays in float32, and why.
-
-    Attributes:
-      name: path of a layer, or an operation and where it is.
-      rule: a `PolicyRule` for a layer, an `OpRule` for an operation.
-      error: relative error that it adds by itself in half; infinite for an overflow.
-      reason: the operation that does, its line and what happens to it.
-    """
-
-    name: str
-    rule: PolicyRule | OpRule
-    error: float
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)

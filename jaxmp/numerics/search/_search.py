@@ -29,11 +29,11 @@ from jaxmp.numerics.compare._scales import scale_range
 from jaxmp.numerics.compare._stand_in import stand_in, stand_in_rules
 from jaxmp.numerics.ranges._formats import format_range
 from jaxmp.numerics.replay._program import Program, read_program
-from jaxmp.numerics.search._blame import Blame, rank_by_blame
+from jaxmp.numerics.search._blame import rank_by_blame
 from jaxmp.numerics.search._half_operations import find_half_operations
 from jaxmp.numerics.search._minimise import Units, minimise
 from jaxmp.numerics.search._problem import BudgetSpent, Problem, progress_bar
-from jaxmp.numerics.search._result import Kept, PolicySearch
+from jaxmp.numerics.search._result import PolicySearch
 from jaxmp.numerics.search._saved import Saved, digest
 from jaxmp.numerics.search._units import rules_of, units_of
 from jaxmp.policy import get_policy
@@ -130,7 +130,7 @@ def search_policy(
         "policy": str(policy),
         "rules": [str(rule) for rule in rules],
         "loss_scale": scale,
-        "units": sorted(blame.unit.name for blame in ranked),
+        "units": sorted(unit.name for unit in ranked),
         "batches": digest(batches),
     }
     saved = Saved(resume, search)
@@ -140,24 +140,19 @@ def search_policy(
 
     with progress_bar(progress, budget) as advance:
         problem = Problem(under, exact, saved, budget, advance)
-        units = tuple(blame.unit for blame in ranked)
-        found, is_minimal = _search(units, problem, tolerance)
+        found, is_minimal = _search(tuple(ranked), problem, tolerance)
     result = saved.evaluations[frozenset(unit.name for unit in found)]
     return PolicySearch(
         policy=str(policy),
         tolerance=tolerance,
         loss_scale=scale,
-        kept=tuple(_kept(blame) for blame in ranked if blame.unit in found),
+        kept=tuple(kept for unit, kept in ranked.items() if unit in found),
         rules=(*rules_of(found), *rules),
         result=result,
         evaluations=saved.most_half_first(),
         is_within=result.error <= tolerance,
         is_minimal=is_minimal,
     )
-
-
-def _kept(blame: Blame) -> Kept:
-    return Kept(blame.unit.name, blame.unit.rule, blame.error, blame.reason)
 
 
 def _search(units: Units, problem: Problem, tolerance: float) -> tuple[Units, bool]:

@@ -7,7 +7,7 @@ are left out, and so are those whose results are not floating numbers.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.primitives import CAST, LAYOUT
-from jaxmp._jaxpr.types import Array
+from jaxmp._jaxpr.types import Array, Arrays
 from jaxmp.numerics.ranges._finiteness import nonfinite
 from jaxmp.numerics.ranges._statistics import statistics
 from jaxmp.numerics.replay._interpreter import Interpreter
@@ -39,10 +39,7 @@ class Meter(Interpreter):
         self.dtype = dtype
         self._totals: dict[ReplaySite, _Total] = {}
 
-    def observe(
-        self, site: ReplaySite, operands: Sequence[Array], results: Sequence[Array]
-    ) -> None:
-        """Adds an operation to what there is of its place."""
+    def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
         results = [x for x in results if _tree.is_inexact(x)]
         if site.primitive in LAYOUT or not results:
             return
@@ -134,7 +131,7 @@ def _measure_flat(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _lost_integers(site: ReplaySite, operands: Sequence[Array], dtype: str) -> float:
+def _lost_integers(site: ReplaySite, operands: Arrays, dtype: str) -> float:
     """Which fraction of integers changes when they are turned into floating numbers."""
     if site.primitive == "iota":
         integers = np.arange(site.eqn.params["shape"][site.eqn.params["dimension"]])
