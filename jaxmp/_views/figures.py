@@ -1,4 +1,4 @@
-"""Matplotlib, which draws whatever is drawn; the only file that imports it."""
+"""Figures; the only file that imports Matplotlib."""
 
 import os
 from typing import Any
@@ -28,7 +28,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def new_axes(ax: Any, width: float, height: float) -> Any:
-    """Returns the axes that were given, or those of a new figure if they are None."""
+    """Returns the axes, or new ones if they are None."""
     if ax is not None:
         return ax
     ax = new_figure(width, height).add_subplot()

@@ -54,7 +54,7 @@ def writer(title: str, *parts: str) -> Callable[[str], None]:
 
 
 def heading(text: str) -> str:
-    """A heading in a page."""
+    """A heading inside a page."""
     return f"<h2>{html.escape(text)}</h2>"
 
 

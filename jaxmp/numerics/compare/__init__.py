@@ -1,1 +1,1 @@
-"""A function under policies, held against itself in float32."""
+"""A function under policies, compared with itself in float32."""

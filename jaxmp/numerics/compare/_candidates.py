@@ -19,7 +19,7 @@ Read: TypeAlias = Callable[..., Program]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A function under one policy, as the programs that `compare` runs.
+    """The programs that `compare` runs for one policy.
 
     Attributes:
       policy: as it was given, or as `str` writes it.
@@ -27,7 +27,7 @@ class Candidate:
       emulated: the format that bfloat16 stands in for; None if JAX computes in it.
       forward: the function.
       backward: the function with its gradient, if it returns a loss.
-      range: the same in bfloat16, to find loss scales; None if none are needed.
+      range: the same in bfloat16, to find loss scales; None if it needs no scale.
     """
 
     policy: str

@@ -6,15 +6,14 @@
     gradients   the same with its gradient, at that scale  ->  gradients, by parameter
 
 Sharp edges
-- All activations of the reference are kept in memory while the others are compared.
-- Of a policy, `compute_dtype` and `matmul_precision` are used, as `autocast` does.
-- Operations are carried out one at a time, and every result is rounded: XLA may round
-  less.
+- All activations of the reference stay in memory until the last policy is compared.
+- Of a policy, `compute_dtype` and `matmul_precision` count, as in `autocast`.
+- Operations run one at a time, and every result is rounded: XLA may round less.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxmp.numerics.compare._candidates import Candidate, read_candidates
 from jaxmp.numerics.compare._forward import Forward, compare_forward
@@ -22,8 +21,10 @@ from jaxmp.numerics.compare._gradients import Gradients, compare_gradients
 from jaxmp.numerics.compare._reference import run_reference, widened
 from jaxmp.numerics.compare._result import Comparison
 from jaxmp.numerics.compare._scales import Scales, find_scales
-from jaxmp.numerics.compare.rows import PolicyRow
+from jaxmp.numerics.compare.rows import ActivationRow, GradientRow, PolicyRow
 from jaxmp.numerics.replay._program import read_program
+
+Row = TypeVar("Row", ActivationRow, GradientRow)
 
 
 def compare(
@@ -38,8 +39,8 @@ def compare(
 ) -> Comparison:
     """Compares a function with itself under policies, layer by layer.
 
-    A check before a long run: what each policy does to activations and gradients, and
-    which loss scales its backward pass needs. Formats that have no arithmetic, such as
+    Check before a long run what each policy does to activations and gradients, and
+    which loss scales its backward pass needs. Formats without arithmetic, such as
     float8, are emulated: what autocast would compute in half is rounded to them.
 
     Args:
@@ -55,8 +56,8 @@ def compare(
         smallest power of two at which nothing becomes zero or subnormal; if something
         overflows there, the largest at which nothing does; but never less than 1.
       argnums: arguments to differentiate with respect to.
-      reference: `"float32"`, or `"float64"` while x64 is enabled: what the floating
-        arguments are cast to for the reference.
+      reference: the dtype of the reference, to which floating arguments are cast:
+        `"float32"`, or `"float64"` while x64 is enabled.
       **kwargs: passed on to `fn`.
 
     Returns:
@@ -119,5 +120,5 @@ def _policy_row(
     )
 
 
-def _worst_first(rows: list[Any]) -> tuple[Any, ...]:
+def _worst_first(rows: list[Row]) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: row.badness, reverse=True))

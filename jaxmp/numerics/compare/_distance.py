@@ -1,4 +1,4 @@
-"""How far numbers are from what they should be, summed up over arrays."""
+"""`Distance`: how far numbers are from a reference, summed up over arrays."""
 
 import dataclasses
 import math
@@ -11,21 +11,22 @@ import numpy as np
 from jaxmp._jaxpr.types import Array
 
 NEGLIGIBLE = 0.01
-"""A gradient this many times smaller than others is zero but for rounding: that of a
-bias before a norm, or of an attention's keys. Its error is measured by the others."""
+"""A gradient this small relative to the others is zero but for rounding, as for a bias
+before a norm or an attention's keys. Its error is relative to theirs."""
 
 
 @dataclasses.dataclass
 class Distance:
     """Sums over pairs of arrays, in float64 on the host.
 
-    What is not finite in the reference is left out, and so is the largest number of its
-    dtype, which masks are made of.
+    Numbers that are not finite in the reference are left out, and so is the largest of
+    its dtype, which masks are made of.
 
     Attributes:
       size: how many numbers were compared.
-      wanted, given, error, product: sums of the squares of the reference, of what came
-        out, and of the difference; sum of the products of the former two.
+      wanted, given, error: sums of the squares of the reference, of what came out, and
+        of the difference.
+      product: sum of the products of the reference and what came out.
       least: what errors are relative to if `wanted` is less.
       nonfinite: how many came out infinite or NaN.
       nonzero, zeroed: how many are not zero in the reference; how many of these came

@@ -1,8 +1,8 @@
 """The second stage of `compare`: each activation under a policy, and its distance.
 
-Autocast keeps names and source lines, so an operation is found again by its primitive,
-path, line and iteration, and by its number among those that share all four. Where these
-numbers differ, autocast has written the place anew, and nothing is compared.
+Autocast keeps names and source lines, so the primitive, path, line and iteration of an
+operation identify it, with its number among those that share all four. Where their
+count differs, autocast has rewritten the place, and nothing is compared.
 """
 
 import collections
@@ -25,7 +25,7 @@ from jaxmp.numerics.replay._site import ReplaySite
 
 
 class Forward(NamedTuple):
-    """How far a policy takes a function off.
+    """What a policy does to the function itself.
 
     Attributes:
       rows: one for each activation.
@@ -65,7 +65,7 @@ class _Measured(NamedTuple):
 
 
 class _Comparing(Rounding):
-    """Measures how far every activation is from that of the reference."""
+    """Measures how far every activation is from the reference."""
 
     def __init__(self, exact: Reference, emulated: np.dtype | None):
         super().__init__(emulated)

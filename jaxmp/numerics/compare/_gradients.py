@@ -12,7 +12,7 @@ from jaxmp.numerics.compare.rows import GradientRow
 
 
 class Gradients(NamedTuple):
-    """How far a policy takes the gradients off.
+    """What a policy does to the gradients.
 
     Attributes:
       rows: one for each parameter.

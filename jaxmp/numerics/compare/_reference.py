@@ -44,7 +44,7 @@ def run_reference(read: Read) -> Reference:
 
 
 def key_of(site: ReplaySite, iterations: tuple[int, ...]) -> Key:
-    """By what an operation is found again under a policy."""
+    """Identifies an operation, here and under a policy."""
     return site.primitive, site.path, site.line, iterations
 
 
@@ -68,10 +68,10 @@ class _Remembering(Interpreter):
 def widened(tree: Any, reference: str) -> Any:
     """Casts the floating arrays of a tree to the dtype of the reference.
 
-    float8 arrays stay, which have no arithmetic.
+    float8 arrays, which have no arithmetic, stay as they are.
 
     Raises:
-      NumericsError: if `reference` is not a dtype that can be one.
+      NumericsError: if `reference` is not supported, or needs x64.
     """
     if reference not in _REFERENCES:
         raise NumericsError(

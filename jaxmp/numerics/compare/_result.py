@@ -40,7 +40,7 @@ class _Table(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(Result):
-    """A function under policies, held against itself in float32; worst rows first.
+    """A function under policies, compared with itself in float32; worst rows first.
 
     Attributes:
       reference: the dtype of the reference.
@@ -89,7 +89,7 @@ class Comparison(Result):
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Of everything that was found: see `kind` of the rows."""
+        """The kinds of all rows: see `ActivationRow.kind`."""
         return frozenset(row.kind for row in (*self.activations, *self.gradients))
 
     def to_rows(self) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The third stage of `compare`: the loss scales at which a backward pass fits a format.
 
-The numbers are those of the same program with bfloat16 in place of the format: it has
-the range of float32, so that nothing is lost before it is looked at.
+The program runs in bfloat16 in place of the format. bfloat16 has the range of float32,
+so nothing is lost before it is measured.
 """
 
 import collections
@@ -23,7 +23,7 @@ from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program, read_scale
 from jaxmp.numerics.replay._site import ReplaySite
 
-# The numbers were rounded in another format than the one that is asked about.
+# bfloat16 rounds the numbers otherwise than the format does.
 _SPARE = 1.05
 
 
@@ -37,8 +37,8 @@ class ScaleRange:
         above `largest`: then every scale loses something.
       lost_unscaled: which fraction of the backward pass becomes zero at scale 1.
       lost_at_largest: and at `largest`.
-      central: puts the median into the middle of the range, whatever becomes of the
-        extremes; at least 1.
+      central: puts the median into the middle of the range, at the cost of the extremes
+        if need be; at least 1.
     """
 
     largest: float | None = None
@@ -138,7 +138,7 @@ class _BackwardRange(Interpreter):
             self.exponents.update(dict(pairs))
 
     def median(self) -> int:
-        """The exponent that half of the numbers are below or at."""
+        """The exponent of the median."""
         counts = sorted(self.exponents.items())
         totals = itertools.accumulate(count for _, count in counts)
         half = self.exponents.total() / 2

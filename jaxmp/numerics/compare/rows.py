@@ -15,8 +15,8 @@ class _Row:
 
     Attributes:
       policy: as it was given, or as `str` writes it.
-      relative_error: norm of the difference over norm of the reference; infinite if a
-        number came out that is not finite.
+      relative_error: norm of the difference over norm of the reference; infinite if
+        something came out that is not finite.
       cosine: of the angle between the two; NaN where one of them is zero.
       snr: signal-to-noise ratio in decibels: -20 log10 of the relative error.
       zeroed: which fraction of what is not zero came out as zero.
@@ -89,8 +89,8 @@ class ActivationRow(_Row):
 class GradientRow(_Row):
     """The gradient of one parameter, after it was divided by the loss scale.
 
-    The error of a gradient that is far below all others, such as that of a bias before
-    a norm, is relative to one per cent of what is typical.
+    Where a gradient is far smaller than the others, as for a bias before a norm, its
+    error is relative to one per cent of a typical gradient.
 
     Attributes:
       parameter: its name, such as `"params['w']"`.
@@ -102,7 +102,7 @@ class GradientRow(_Row):
 
     @property
     def kind(self) -> str:
-        """As of `ActivationRow`; what is lost at scale 1 is an underflow, too."""
+        """As in `ActivationRow`; losses at scale 1 count as underflow, too."""
         kind = super().kind
         lost = self.zeroed_unscaled > _LOST
         return "underflow" if kind == "fine" and lost else kind
@@ -119,7 +119,7 @@ class PolicyRow:
       output_error: relative error of the outputs, all of them together.
       gradient_error: the worst relative error of a parameter's gradient; None without
         gradients, and so are the following.
-      loss_scale: that the gradients were computed at.
+      loss_scale: the scale that the gradients were computed at.
       largest_scale: the largest power of two at which nothing overflows in the backward
         pass; None for a dtype with the range of float32, and so are the following.
       smallest_scale: the smallest at which nothing becomes zero or subnormal; if it is

@@ -40,7 +40,7 @@ class BadBatch(NamedTuple):
     batch: PyTree
     """What the step was given."""
     params: PyTree
-    """The parameters before the step, which are those after it if it was skipped."""
+    """The parameters before the step, and after it if it was skipped."""
     loss_scale: jax.Array
     """float32: the scale that its gradients were computed with."""
     step: jax.Array
@@ -112,13 +112,13 @@ def record_bad_batch(
       batch: what the step was given.
       params: the parameters before the update.
       loss_scale: the scale that the gradients were computed with: the optimizer state
-        before the update, or whatever else `get_loss_scale` takes.
+        before the update, or anything else that `get_loss_scale` takes.
 
     Returns:
       A `BadBatch` of the same shapes.
 
     Raises:
-      NumericsError: if shapes differ from those of `record`.
+      NumericsError: if shapes differ from the record's.
       MissingLossScale: if `opt_state` or `loss_scale` holds no loss scale.
       MultipleLossScales: if one of them holds several.
 

@@ -34,11 +34,11 @@ class LeafReport(NamedTuple):
     overflow: float
     """Gradients that become infinite in it."""
     update_ratio: float
-    """Mean magnitude of the updates by that of the parameters."""
+    """Mean magnitude of the updates over mean magnitude of the parameters."""
     lost: float
-    """Updates that were not zero and yet left their parameter as it was."""
+    """Updates that are not zero and yet leave their parameter as it was."""
     nonfinite: int
-    """Gradients that were not finite in the last step that had such."""
+    """Gradients that were not finite in the last step that had any."""
 
     @property
     def badness(self) -> tuple[float, ...]:

@@ -20,13 +20,13 @@ class Measurement(NamedTuple):
     step: jax.Array
     """int32: the update that was measured, counted from 1; 0 before the first."""
     gradients: dict[str, Statistics]
-    """Of the gradients, as they were before clipping."""
+    """Of the gradients, before clipping."""
     updates: dict[str, Statistics]
-    """Of what was added to the parameters."""
+    """Of what the step added to the parameters."""
     params: dict[str, Statistics]
     """Of the parameters before the update."""
     update_ratios: dict[str, jax.Array]
-    """float32: mean magnitude of the updates by that of the parameters."""
+    """float32: mean magnitude of the updates over mean magnitude of the parameters."""
     lost_updates: dict[str, jax.Array]
     """int32: updates that were not zero and yet left their parameter as it was."""
     nonfinite_step: jax.Array
@@ -86,7 +86,7 @@ def _find_monitor(tree: Any) -> MonitorState:
         if isinstance(node, MonitorState):
             return _without_variables(node)
     raise MissingState(
-        f"There is no state of monitor() in this {type(tree).__name__}. Wrap the "
+        f"This {type(tree).__name__} holds no state of monitor(). Wrap the "
         "optimizer: monitor(loss_scaling(optax.adamw(1e-3), policy), every=100)."
     )
 

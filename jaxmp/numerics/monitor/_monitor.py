@@ -171,7 +171,7 @@ def _with_nonfinite(
 ) -> MonitorState:
     """Remembers which leaves were non-finite, if any was.
 
-    The sums are those of `all_finite`, so that XLA computes one of the two.
+    The sums are the same as in `all_finite`, so that XLA merges the two.
     """
     counts = jnp.stack([_count_nonfinite(x) for x in leaves_by_name(names, grads)])
     now = (state.steps, counts.astype(jnp.int32))

@@ -8,13 +8,13 @@ What comes out is followed back through the operands that are to blame (`_tracke
 the operations that made a NaN or an infinity out of finite numbers. The first of them
 in the order of execution is the one.
 
-An infinity that reaches no output is nobody's concern: `-inf` in a mask, `exp` that
-overflows in 1 / (1 + exp(x)), `log(0)` behind a `where`. Nor is an infinite constant or
-argument that comes out as it went in, unless as the loss or a gradient.
+An infinity that reaches no output does not matter: `-inf` in a mask, `exp` that
+overflows in 1 / (1 + exp(x)), `log(0)` behind a `where`. Nor does an infinite constant
+or argument that comes out as it went in, unless as the loss or a gradient.
 
 Sharp edges
-- Operations are carried out one at a time, in the dtypes that they have; only loops are
-  compiled, until they show something. XLA simplifies log(exp(x)) to x: in a loop here,
+- Operations run one at a time, in the dtypes that they have; only loops are compiled,
+  until they show something. XLA simplifies log(exp(x)) to x: in a loop here,
   and wherever it compiles the whole step, that exp cannot overflow.
 - The function is run several times, its callbacks never or several times.
 """

@@ -50,7 +50,7 @@ def look(program: Program, lower_scale: bool = True) -> Found | None:
 
 
 def _at_lower_scale(found: NonfiniteReport, program: Program) -> NonfiniteReport:
-    """Tells an overflow of scaled gradients from one that no scale mends."""
+    """Reports a handled overflow if a lower loss scale mends the gradients."""
     scale = _finite_scale(program)
     if scale is None:
         return found

@@ -33,7 +33,7 @@ class NonfiniteReport(Result):
       reached: what is not finite in the end.
       loss_scale: the scale that was used, None without gradients.
       finite_at_scale: the largest power of two below it at which all gradients are
-        finite, None if there is none or none is needed.
+        finite; None if no such scale exists, or none was looked for.
     """
 
     kind: Literal["finite", "handled overflow", "divergence"] = "finite"

@@ -1,13 +1,13 @@
 """`Tracker`: runs a program, and knows where each NaN and infinity came from.
 
-Every value carries an `Origin` if an element of it is not finite, and None if all are.
-An origin knows the operation and the origins of those operands that are to blame: an
-operand is if the result is less finite with it than with 1 in place of its NaNs and
-infinities. Behind `where(x > 0, log(x), 0)` nothing is left to blame.
+Every value carries an `Origin` if an element of it is not finite, and None otherwise.
+An origin knows the operation, and the origins of the operands that are to blame. An
+operand is to blame if ones in place of its NaNs and infinities make the result more
+finite. Behind `where(x > 0, log(x), 0)` nothing is left to blame.
 
-Loops are first run compiled. Only if something that is not finite goes in or comes out
-are they run iteration by iteration, and only the iterations that it concerns operation
-by operation. The compiled loops keep every rounding to half precision.
+Loops run compiled first. Only if something that is not finite goes in or comes out do
+they run iteration by iteration, and only the iterations that it concerns run operation
+by operation. Compiled loops keep every rounding to half precision.
 """
 
 import dataclasses

@@ -1,11 +1,10 @@
 """What floating formats can represent: `format_range`, read off `jnp.finfo`.
 
-The borders are those of rounding to the nearest value, ties to even. A magnitude
-becomes zero up to half of the smallest subnormal, and becomes subnormal up to half a
-step below the smallest normal. It overflows from half a step above the largest value
-on: that half step itself rounds up to infinity in the formats that end in an odd
-significand, and down to the largest value in float8_e4m3fn, whose largest is even
-because the next value is taken by NaN.
+Numbers round to the nearest value, ties to even. A magnitude becomes zero up to half of
+the smallest subnormal, and subnormal up to half a step below the smallest normal. It
+overflows from half a step above the largest value on. That half step itself rounds up
+to infinity in formats that end in an odd significand, and down in float8_e4m3fn, whose
+largest value is even because NaN takes the next one.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """`statistics`: what range the numbers of a tree take, and what a dtype would lose.
 
 Every count comes from the bits of the numbers, as integers: CPUs and TPUs treat float32
-numbers below 2^-126 as zero in arithmetic. The borders between zero, subnormal, normal
-and overflow are those of rounding to nearest.
+numbers below 2^-126 as zero in arithmetic. Numbers round to nearest at the borders
+between zero, subnormal, normal and overflow.
 
     one leaf  ->  magnitude bits  ->  counts, largest, smallest   (integer comparisons)
                                   ->  exponents                   (a histogram)
@@ -57,11 +57,11 @@ class Statistics(NamedTuple):
     zeros: jax.Array
     """int32: how many are zero."""
     underflows: jax.Array
-    """int32: how many are not zero and would be in the dtype that was asked about."""
+    """int32: how many are not zero, and would become zero in the dtype."""
     subnormals: jax.Array
-    """int32: how many would be subnormal in it, and lose digits."""
+    """int32: how many would become subnormal in it, and lose digits."""
     overflows: jax.Array
-    """int32: how many are finite and would not be in it."""
+    """int32: how many are finite, and would become infinite in it."""
     nonfinite: jax.Array
     """int32: how many are infinite or NaN."""
     exponents: jax.Array
@@ -128,7 +128,7 @@ def leaf_path(path: tuple[Any, ...]) -> str:
 
 
 def row(stacked: Statistics, i: int) -> Statistics:
-    """The statistics of one array out of those of several; axes in front stay."""
+    """The statistics of one array among several; axes in front stay."""
     scalars = {name: x[..., i] for name, x in stacked._asdict().items()}
     return Statistics(**{**scalars, "exponents": stacked.exponents[..., i, :]})
 

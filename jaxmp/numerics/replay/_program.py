@@ -3,9 +3,9 @@
     fn(*args)  ->  jaxpr  ->  under autocast, if a policy is given
                           ->  with the gradient of its loss under a loss scale, if asked
 
-Each stage is traced from the jaxpr of the one before. What JAX's differentiation makes
-of custom rules, `jax.checkpoint` and loops is then in the program, equation by
-equation, under the user's source lines and name scopes.
+Each stage is traced from the jaxpr of the one before, so the program holds what JAX's
+differentiation makes of custom rules, `jax.checkpoint` and loops, equation by equation,
+under the user's source lines and name scopes.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Program:
       inputs: its arguments: the loss scale, if there is a gradient, then the arrays
         among the arguments of the function.
       input_names: for people, such as `"params['w']"`.
-      outputs: one `Output` for each, those of the function first.
+      outputs: one `Output` for each, the function's own first.
       loss_scale: the scale that was asked for; None without gradients.
     """
 
@@ -117,7 +117,7 @@ def read_program(
       in_float32: lines that autocast is to leave alone.
 
     Raises:
-      NonScalarLoss: if `backward` is True and there is no loss.
+      NonScalarLoss: if `backward` is True and the function returns no loss.
     """
     program, leaves = _trace(fn, args, kwargs)
     if policy is not None:
@@ -187,7 +187,7 @@ def _varies(leaf: Leaf, argnums: Sequence[int]) -> bool:
 
 
 def read_scale(loss_scale: Any) -> float:
-    """The number that a loss scale stands for: it may be in a state; None is 1."""
+    """The number in whatever holds a loss scale; 1 for None."""
     if loss_scale is None:
         return 1.0
     if isinstance(loss_scale, (int, float)) or _tree.is_array(loss_scale):

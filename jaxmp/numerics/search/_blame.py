@@ -1,9 +1,9 @@
 """`rank_by_blame`: which units lose how much under a policy, from one run in float32.
 
-Each operation that the policy has in half is carried out twice on the same float32
-operands: as it is, and with operands and result rounded to half. The relative distance
-of the two is the error that the operation adds by itself, whatever happened before it:
-an overflow is infinite, a difference of nearly equal numbers large.
+Each operation that the policy has in half runs twice on the same float32 operands: as
+it is, and with operands and result rounded to half. The relative distance of the two is
+the error that the operation adds by itself: infinite for an overflow, large for a
+difference of nearly equal numbers.
 """
 
 import dataclasses

@@ -29,10 +29,10 @@ class PolicySearch(Result):
     Attributes:
       policy: what was searched from, as `str` writes it.
       tolerance: the error that loss and gradients may have.
-      loss_scale: that the gradients were computed at.
+      loss_scale: the scale that the gradients were computed at.
       kept: what stays in float32, the worst first: `name`, `rule`, `error`, `reason`.
-      rules: for `autocast(fn, policy, rules=...)`: those of `kept`, then those that the
-        search was given. The `PolicyRule`s among them fit `apply_policy` as well.
+      rules: for `autocast(fn, policy, rules=...)`: the rules of `kept`, then the ones
+        given to the search. The `PolicyRule`s among them fit `apply_policy` as well.
       result: the evaluation of `kept`.
       evaluations: everything that was tried, by share of FLOPs in half.
       is_within: whether `result` is within the tolerance.
@@ -133,7 +133,7 @@ class PolicySearch(Result):
                 markersize=11 if is_chosen else 6,
                 markerfacecolor=None if is_chosen else "none",
             )
-        # Along x in coordinates of the axes, along y in those of the data.
+        # Axes coordinates along x, data coordinates along y.
         beside = axes.get_yaxis_transform()
         axes.axhline(self.tolerance, color="#888", linewidth=1)
         axes.text(0.01, self.tolerance, "tolerance", transform=beside)

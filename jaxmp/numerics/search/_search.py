@@ -2,17 +2,17 @@
 
     one run in float32       ->  the layers by the error that each adds in half, ranked
     bisection on the ranks   ->  the shortest prefix that is within the tolerance
-    leaving out of it        ->  no member can be left out, singly
+    leaving out by halves    ->  a set from which no single member can be left out
 
 The blame decides how fast the search is, never what it returns: every set is evaluated
 as it will be used, by `autocast` with its rules.
 
 Sharp edges
-- More in float32 is taken to be no worse. Where errors cancel this is not so, and a
-  smaller set may exist; the one that is returned is within the tolerance all the same.
-- Of the policy, `compute_dtype` and `matmul_precision` are used, as `autocast` does.
-- The rule of a layer holds for everything inside it, and so does that of a primitive
-  under a path.
+- The search assumes that more in float32 is never worse. Where errors cancel, a smaller
+  set may exist; the returned one is within the tolerance all the same.
+- Of the policy, `compute_dtype` and `matmul_precision` count, as in `autocast`.
+- The rule of a layer holds for everything inside it, and so does the rule of a
+  primitive under a path.
 """
 
 import dataclasses
@@ -66,8 +66,8 @@ def search_policy(
       budget: how many sets may be tried, those that `resume` holds included; each is
         one loss with its gradients for every batch.
       tolerance: the relative error that the loss, and the gradient of every parameter,
-        may have. In healthy networks it is about 0.002 in float16 and 0.015 in
-        bfloat16; the noise of a batch is far above.
+        may have. Healthy networks have about 0.002 in float16 and 0.015 in bfloat16,
+        far below the noise of a batch.
       rules: of `autocast`, for what is not kept. `[OpRule(function=".*",
         compute="float16")]` starts with everything in half.
       loss_scale: what losses are multiplied by before the backward pass: a number, an
@@ -119,7 +119,7 @@ def search_policy(
         if not format_range(dtype).has_range_of_float32:
             in_bfloat16 = read(stand_in(policy), rules=stand_in_rules(rules))
             loss_scale = scale_range(in_bfloat16, dtype).central
-    # What is kept may leave nothing for a rule.
+    # The rules of kept units come first, and may leave nothing for one of these.
     rules = tuple(dataclasses.replace(rule, allow_unused=True) for rule in rules)
     plain = read(policy, rules=rules, loss_scale=loss_scale)
     exact = read(loss_scale=loss_scale)
@@ -172,7 +172,7 @@ def _check(dtype: np.dtype, batches: Sequence[Any], budget: int) -> None:
         raise NumericsError(f"budget={budget} allows no evaluation. Use 40.")
     if dtype not in _tree.HALF:
         raise NumericsError(
-            f"search_policy decides between half and float32, and the policy computes "
+            "search_policy chooses between half and float32, and the policy computes "
             f"in {dtype}. Write 'mixed_float16' or 'mixed_bfloat16'."
         )
     if not batches or not all(isinstance(batch, tuple) for batch in batches):

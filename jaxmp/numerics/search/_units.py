@@ -32,8 +32,7 @@ class Unit:
 def units_of(keys: Iterable[Key]) -> dict[Key, Unit]:
     """The unit of each operation, those of the backward pass included.
 
-    What a backward pass computes belongs to the layer, or to the line, whose derivative
-    it is.
+    A backward operation belongs to the layer, or the line, whose derivative it is.
     """
     keys = list(keys)
     forward = [key for key in keys if not key.is_backward]

@@ -103,7 +103,7 @@ class _Total:
 
 
 def _measure(x: Array, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ranges and counts of an array; sizes are rounded up, to compile for few."""
+    """Ranges and counts of an array; sizes are rounded up, to compile for few sizes."""
     x = jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
     size = x.size if x.size > _LARGE else max(256, 1 << (x.size - 1).bit_length())
     ranges, counts = _measure_flat(_flat(x, size), dtype)
@@ -120,7 +120,7 @@ def _flat(x: jax.Array, size: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _measure_flat(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    # The largest number that there is stands for a mask, whatever the dtype.
+    # In every dtype, the largest number stands for a mask.
     is_mask = jnp.abs(x) == jnp.finfo(x.dtype).max
     (found,) = statistics([jnp.where(is_mask, jnp.zeros_like(x), x)], dtype).values()
     total = found.mean * (found.size - found.nonfinite).astype(jnp.float32)

@@ -35,13 +35,13 @@ class TraceRow:
       mean: the mean magnitude of the finite numbers.
       size: how many numbers there were. The largest number of the dtype itself, which
         masks are made of, is not counted anywhere.
-      zeros, underflows, subnormals, overflows: which fraction is zero; is not, but
-        would be in the dtype that was asked about; would be subnormal in it; is finite
-        and would not be.
+      zeros: which fraction is zero.
+      underflows, subnormals, overflows: which fraction would become zero, subnormal or
+        infinite in the dtype that was asked about.
       nonfinite: how many are infinite or NaN.
       made_nonfinite: how often it made such a number out of finite ones.
-      lost_integers: which fraction of the integers that it turned into floating numbers
-        that dtype cannot hold, as positions above 256 in bfloat16.
+      lost_integers: of the integers that it turned into floating numbers, the fraction
+        that this dtype cannot hold, such as positions above 256 in bfloat16.
     """
 
     operation: str
