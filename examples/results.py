@@ -2,22 +2,25 @@
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
-import subprocess
-import sys
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 import jaxmp
 from jaxmp import report as compilers
-from jaxmp.report.compile.targets import TARGET_ENVIRONMENT
+from jaxmp.errors import JaxmpError
+
+if TYPE_CHECKING:
+    from runner import Experiment
 
 HISTORY = ("loss", "loss_scale", "applied", "seconds")
+History = dict[str, list[Any]]
+"""What every step measured, by the names in `HISTORY`."""
 
 
 class Run(NamedTuple):
@@ -25,14 +28,14 @@ class Run(NamedTuple):
 
     name: str
     policy: jaxmp.Policy
-    history: dict[str, list[Any]]
+    history: History
     metrics: dict[str, Any]
     score: float
     half_score: float | None
     param_bytes: int
 
 
-def report(experiment: Any, runs: list[Run], args: argparse.Namespace):
+def report(experiment: "Experiment", runs: list[Run], args: argparse.Namespace) -> None:
     """Prints the table of all runs and draws them."""
     memory = h100_memory(experiment, args)
     print("\n" + table(experiment, runs, memory))
@@ -44,12 +47,15 @@ def report(experiment: Any, runs: list[Run], args: argparse.Namespace):
     print(f"Plot: {path.resolve()}")
 
 
-def table(experiment: Any, runs: list[Run], memory: dict[str, int]) -> str:
-    """Writes one line per policy, as a table that Markdown takes too."""
+# The table
+
+
+def table(experiment: "Experiment", runs: list[Run], memory: dict[str, int]) -> str:
+    """Writes one line per policy, as a Markdown table."""
     reference = {run.policy: run.score for run in runs}.get(jaxmp.get_policy("float32"))
     show = "{:.2%}".format if experiment.score.endswith("accuracy") else "{:.4f}".format
 
-    def columns(run):
+    def columns(run: Run) -> Iterator[tuple[str, object]]:
         scales = [*run.history["loss_scale"], run.metrics["loss_scale"]]
         shown = map(show_scale, (scales[0], max(scales), scales[-1]))
         yield "policy", run.name
@@ -67,17 +73,19 @@ def table(experiment: Any, runs: list[Run], memory: dict[str, int]) -> str:
         yield "seconds per step", f"{statistics.median(run.history['seconds']):.3f}"
 
     rows = [list(map(str, dict(columns(run)).values())) for run in runs]
-    header = list(dict(columns(runs[0])))
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    rule[0] = "-" * widths[0]
+    return markdown([list(dict(columns(runs[0]))), *rows])
 
-    def line(cells):
-        first, *others = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in others)]
-        return "| " + " | ".join(padded) + " |"
 
-    return "\n".join(map(line, [header, rule, *rows]))
+def markdown(rows: list[list[str]]) -> str:
+    """Lays out a header and rows; all columns but the first are set to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(cells: list[str]) -> str:
+        right = [cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join([cells[0].ljust(widths[0]), *right])} |"
+
+    return "\n".join(map(line, [rows[0], rule, *rows[1:]]))
 
 
 def show_scale(scale: float) -> str:
@@ -89,53 +97,36 @@ def show_bytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def h100_memory(experiment: Any, args: argparse.Namespace) -> dict[str, int]:
+def h100_memory(experiment: "Experiment", args: argparse.Namespace) -> dict[str, int]:
     """Bytes of one step per policy, as XLA's H100 compiler plans it.
 
-    That compiler has to be loaded by a process of its own. Nothing is returned where
-    the packages of the `targets` extra are not installed.
+    Empty where the packages of the `targets` extra are not installed.
     """
     if not compilers.has_target("h100"):
         return {}
     print("\nCompiling the training step for an H100 ...", flush=True)
-    policies = [f"--policy={name}" for name in args.policies]
-    steps = [f"--steps={args.steps}", f"--growth-interval={args.growth_interval}"]
-    child = subprocess.run(
-        [sys.executable, experiment.script, "--h100-memory", *policies, *steps],
-        env={**os.environ, **TARGET_ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if child.returncode:
-        print(f"It failed, so there is no column for it:\n{child.stderr[-1000:]}")
-        return {}
-    return json.loads(child.stdout.splitlines()[-1])
 
+    def step_of_policy(name: str) -> tuple[Any, ...]:
+        training = experiment.prepare(args.policies[name], args)
+        return training.train_step, training.state, training.batch(0)
 
-def compile_steps(experiment: Any, args: argparse.Namespace) -> dict[str, int]:
-    """Compiles the step of every policy for an H100 and counts its bytes."""
-
-    def step_bytes(policy):
-        training = experiment.prepare(policy, args)
-        memory = compilers.compile_for(
-            "h100",
-            training.train_step,
-            training.state,
-            training.batch(0),
-            donate_argnums=0,
-        ).memory_analysis()
-        return (
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
+    try:
+        told = compilers.compile_step_of(
+            step_of_policy,
+            policies=list(args.policies),
+            targets=["h100"],
+            donate_argnums=[0],
         )
+    except JaxmpError as error:
+        print(f"It failed, so there is no column for it:\n{error}")
+        return {}
+    return {row.policy: row.peak or 0 for row in told.rows}
 
-    return {name: step_bytes(policy) for name, policy in args.policies.items()}
+
+# The plot
 
 
-def plot(experiment: Any, runs: list[Run], path: os.PathLike[str]):
+def plot(experiment: "Experiment", runs: list[Run], path: os.PathLike[str]) -> None:
     """Draws the losses, and every move of the loss scale with the steps it skipped."""
     import matplotlib
 
@@ -149,29 +140,10 @@ def plot(experiment: Any, runs: list[Run], path: os.PathLike[str]):
     styles = itertools.cycle([("#c9c9c9", 6), ("#d1495b", 3), ("#00798c", 1.2)])
     window = max(1, len(runs[0].history["loss"]) // 40)
     for run, (color, width) in zip(runs, styles, strict=False):
-        loss = np.asarray(run.history["loss"])
-        scale = np.asarray(run.history["loss_scale"])
-        skipped = np.flatnonzero(~np.asarray(run.history["applied"], bool))
-        steps = np.arange(1, len(loss) + 1)
-        smooth = np.convolve(loss, np.ones(window) / window, "valid")
-        losses.plot(
-            steps[window - 1 :],
-            smooth,
-            color=color,
-            linewidth=width,
-            label=f"{run.name}: {experiment.score} {run.score:.4g}",
-        )
-        if run.metrics["loss_scale"] == 1:
-            continue
-        scales.step(steps, scale, where="mid", color=color, label=run.name)
-        scales.plot(
-            steps[skipped],
-            scale[skipped],
-            "x",
-            color="black",
-            markersize=7,
-            label=f"{len(skipped)} skipped steps",
-        )
+        label = f"{run.name}: {experiment.score} {run.score:.4g}"
+        draw_loss(losses, run, window, color=color, linewidth=width, label=label)
+        if run.metrics["loss_scale"] != 1:
+            draw_scale(scales, run, color)
     losses.set(ylabel=f"training loss (mean of {window} steps)")
     losses.legend(frameon=False)
     scales.set(xlabel="step", ylabel="loss scale")
@@ -185,3 +157,25 @@ def plot(experiment: Any, runs: list[Run], path: os.PathLike[str]):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def draw_loss(axes: Any, run: Run, window: int, **style: Any) -> None:
+    """Draws the mean of each `window` losses over the last step of it."""
+    loss = np.convolve(run.history["loss"], np.ones(window) / window, "valid")
+    axes.plot(np.arange(window, window + len(loss)), loss, **style)
+
+
+def draw_scale(axes: Any, run: Run, color: str) -> None:
+    """Draws the loss scale, and a cross for every skipped step."""
+    scale = np.asarray(run.history["loss_scale"])
+    skipped = np.flatnonzero(~np.asarray(run.history["applied"], bool))
+    steps = np.arange(1, len(scale) + 1)
+    axes.step(steps, scale, where="mid", color=color, label=run.name)
+    axes.plot(
+        steps[skipped],
+        scale[skipped],
+        "x",
+        color="black",
+        markersize=7,
+        label=f"{len(skipped)} skipped steps",
+    )

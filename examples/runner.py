@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import pathlib
 import re
 import shlex
@@ -11,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,23 +26,36 @@ POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 
 
 class Training(NamedTuple):
-    """One model under one policy."""
+    """One model under one policy.
+
+    Attributes:
+      state: pytree of everything that a run changes.
+      train_step: `(state, batch)` to the next state, and `loss`, `loss_scale` and
+        `applied`.
+      batch: the batch of a step, by the step's number, so that a run can be resumed.
+      evaluate: `evaluate(state, in_half=False)`, the score on held-out data.
+      params: the parameters in a state.
+    """
 
     state: Any
-    """Pytree that holds everything a run changes."""
     train_step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
-    """`(state, batch)` to the next state, and `loss`, `loss_scale` and `applied`."""
     batch: Callable[[int], Any]
-    """The batch of a step; a function of its number, so that a run can be resumed."""
     evaluate: Callable[..., float]
-    """`evaluate(state, in_half=False)`: the score on what was held out."""
     params: Callable[[Any], Any]
-    """The parameters in a state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What one example is about, and its defaults."""
+    """One example, and its defaults.
+
+    Attributes:
+      script: path of the example.
+      prepare: makes the run of a policy.
+      describe: describes the data, in a line.
+      score: what `evaluate` returns, in words.
+      steps: how many steps are trained.
+      growth_interval: finite steps until the loss scale doubles.
+    """
 
     script: str
     prepare: Callable[[jaxmp.Policy, argparse.Namespace], Training]
@@ -53,13 +65,10 @@ class Experiment:
     growth_interval: int
 
 
-def run(experiment: Experiment, argv: list[str] | None = None):
-    """Trains under every policy that was asked for, and compares them."""
+def run(experiment: Experiment, argv: list[str] | None = None) -> None:
+    """Trains under every requested policy, and compares them."""
     args = read_flags(experiment, argv)
     try:
-        if args.h100_memory:
-            print(json.dumps(results.compile_steps(experiment, args)))
-            return
         if not args.resume:
             start_over(args)
         elif not any(has_checkpoint(args.folders[name]) for name in args.policies):
@@ -87,6 +96,28 @@ def train(
 ) -> results.Run:
     """Trains under one policy, from the newest checkpoint if there is one."""
     training = experiment.prepare(policy, args)
+    state, history = fit(training, name, policy, args)
+    return results.Run(
+        name=name,
+        policy=policy,
+        history=history,
+        metrics={k: x.item() for k, x in jaxmp.loss_scale_metrics(state).items()},
+        score=training.evaluate(state),
+        half_score=(
+            training.evaluate(state, in_half=True) if args.full_eval_in_half else None
+        ),
+        param_bytes=sum(x.nbytes for x in jax.tree.leaves(training.params(state))),
+    )
+
+
+def fit(
+    training: Training, name: str, policy: jaxmp.Policy, args: argparse.Namespace
+) -> tuple[Any, results.History]:
+    """Takes the steps that are left, and saves checkpoints on the way.
+
+    Returns:
+      The last state, and what every step measured.
+    """
     train_step = jax.jit(training.train_step, donate_argnums=0)
     state, history = training.state, {name: [] for name in results.HISTORY}
     with Checkpoints(args.folders[name], max_to_keep=2) as checkpoints:
@@ -115,17 +146,7 @@ def train(
                 if interrupted:
                     raise KeyboardInterrupt
                 jaxmp.raise_if_collapsed(state, max_consecutive_skips=50)
-    return results.Run(
-        name=name,
-        policy=policy,
-        history=history,
-        metrics={k: x.item() for k, x in jaxmp.loss_scale_metrics(state).items()},
-        score=training.evaluate(state),
-        half_score=(
-            training.evaluate(state, in_half=True) if args.full_eval_in_half else None
-        ),
-        param_bytes=sum(x.nbytes for x in jax.tree.leaves(training.params(state))),
-    )
+    return state, history
 
 
 def half_policy(policy: jaxmp.Policy) -> jaxmp.Policy:
@@ -136,11 +157,11 @@ def half_policy(policy: jaxmp.Policy) -> jaxmp.Policy:
 
 
 @contextlib.contextmanager
-def deferred_interrupt():
-    """Lets the step that runs end before Ctrl-C takes effect; a second one is final."""
-    received = []
+def deferred_interrupt() -> Iterator[list[int]]:
+    """Lets the running step end before Ctrl-C takes effect; a second one is final."""
+    received: list[int] = []
 
-    def remember(signum, frame):
+    def remember(signum: int, frame: Any) -> None:
         received.append(signum)
         signal.signal(signal.SIGINT, before)
 
@@ -156,8 +177,8 @@ def has_checkpoint(folder: pathlib.Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
-def start_over(args: argparse.Namespace):
-    """Clears the default folder of checkpoints; one that was named is never touched."""
+def start_over(args: argparse.Namespace) -> None:
+    """Clears the default folder of checkpoints, never one given by the user."""
     if args.checkpoint_dir == args.out / "checkpoints":
         shutil.rmtree(args.checkpoint_dir, ignore_errors=True)
     for folder in args.folders.values():
@@ -168,24 +189,18 @@ def start_over(args: argparse.Namespace):
             )
 
 
-def read_flags(
-    experiment: Experiment, argv: list[str] | None = None
-) -> argparse.Namespace:
-    """Reads the command line.
-
-    Beside the flags, `policies` maps each name to its `Policy`, `folders` to its folder
-    of checkpoints, and `checkpoint_steps` lists when to save.
-    """
+def make_parser(experiment: Experiment) -> argparse.ArgumentParser:
+    """The flags of an example; its docstring introduces them."""
     parser = argparse.ArgumentParser(
         description=sys.modules[experiment.prepare.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def add(flag, explanation, **options):
+    def add(flag: str, explanation: str, **options: Any) -> None:
         default = "" if options.get("default") is None else " (default: %(default)s)"
         parser.add_argument(flag, help=explanation + default, **options)
 
-    def switch(flag, explanation):
+    def switch(flag: str, explanation: str) -> None:
         parser.add_argument(flag, help=explanation, action="store_true")
 
     policies = ",".join(POLICIES)
@@ -210,7 +225,19 @@ def read_flags(
     switch("--resume", "go on from the newest checkpoints")
     switch("--convert", "with --resume: take checkpoints of another policy")
     switch("--full-eval-in-half", "also evaluate with everything in half precision")
-    switch("--h100-memory", "print the bytes of a step on an H100 as JSON, and end")
+    return parser
+
+
+def read_flags(
+    experiment: Experiment, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Reads the command line.
+
+    Returns:
+      The flags; also `policies`, a `Policy` by name, `folders`, a folder of checkpoints
+      by name, and `checkpoint_steps`, the steps after which to save.
+    """
+    parser = make_parser(experiment)
     args = parser.parse_args(argv)
     for flag in ("steps", "checkpoint_every"):
         if getattr(args, flag) < 1:

@@ -5,11 +5,11 @@
     python examples/train_lm.py --resume        # after Ctrl-C, or a crash
     python -m jaxmp report examples/train_lm.py:make_step --target h100
 
-The model is plain Flax linen without a dtype in it, and the text is the reference that
-every Python ships with. `apply_policy` and `TrainState` are all there is about
-precision.
+The model is plain Flax linen without a dtype in it. The text is the reference that
+comes with every Python. Only `apply_policy` and `TrainState` are about precision.
 """
 
+import argparse
 import pydoc_data.topics
 
 import flax.linen as nn
@@ -26,44 +26,48 @@ LEARNING_RATE = 4e-3
 
 
 class Block(nn.Module):
-    """A block of a transformer that normalises before each half."""
+    """A transformer block that normalises before each half."""
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         normed = nn.LayerNorm()(x)
         x = x + nn.MultiHeadDotProductAttention(HEADS)(normed, mask=mask)
-        hidden = nn.gelu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x)))
-        return x + nn.Dense(WIDTH)(hidden)
+        hidden = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
+        return x + nn.Dense(x.shape[-1])(hidden)
 
 
 class GPT(nn.Module):
     """A language model; it knows nothing about precision."""
 
     vocabulary: int
+    context: int = CONTEXT
+    width: int = WIDTH
+    layers: int = LAYERS
 
     @nn.compact
-    def __call__(self, tokens):
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens.shape[-1])[None]
-        x = nn.Embed(self.vocabulary, WIDTH)(tokens) + nn.Embed(CONTEXT, WIDTH)(
-            positions
-        )
+        x = nn.Embed(self.vocabulary, self.width)(tokens)
+        x = x + nn.Embed(self.context, self.width)(positions)
         mask = nn.make_causal_mask(tokens)
-        for _ in range(LAYERS):
+        for _ in range(self.layers):
             x = Block()(x, mask)
         return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
 
 
-def mean_loss(logits, tokens):
+def mean_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
     return losses.mean()
 
 
-def train_step(state, windows):
+def train_step(
+    state: jaxmp.TrainState, windows: jax.Array
+) -> tuple[jaxmp.TrainState, dict[str, jax.Array]]:
     """One step on windows of CONTEXT + 1 characters; skipped if it overflows."""
     tokens, following = windows[:, :-1], windows[:, 1:]
 
-    def loss_fn(params):
+    def loss_fn(params: dict) -> jax.Array:
         return mean_loss(state.apply_fn({"params": params}, tokens), following)
 
     scale = jaxmp.get_loss_scale(state)
@@ -73,11 +77,11 @@ def train_step(state, windows):
     return state, {"loss": loss, "loss_scale": scale, "applied": applied}
 
 
-def reference_text(seed):
+def reference_text(seed: int) -> str:
     """Python's own reference, its topics shuffled by the seed.
 
-    Topics quote each other: a paragraph stands only where it comes first, so that what
-    is held out is not in the training part too.
+    Topics quote each other. Only the first copy of a paragraph is kept, so that no
+    held-out paragraph is trained on.
     """
     names = sorted(pydoc_data.topics.topics)
     np.random.default_rng(seed).shuffle(names)
@@ -85,7 +89,7 @@ def reference_text(seed):
     return "\n\n".join(dict.fromkeys(pages.split("\n\n")))
 
 
-def load_text(seed):
+def load_text(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
     """The text as integers: training part, held-out last tenth, size of vocabulary."""
     characters, tokens = np.unique(list(reference_text(seed)), return_inverse=True)
     tokens = tokens.astype(np.int32)
@@ -93,23 +97,27 @@ def load_text(seed):
     return tokens[:border], tokens[border:], len(characters)
 
 
-def windows_at(tokens, starts):
-    return tokens[starts[:, None] + np.arange(CONTEXT + 1)[None]]
+Array = np.ndarray | jax.Array
 
 
-def entropy_of_characters(tokens):
-    """The loss of a model that knows how frequent each character is, and no more."""
+def windows_at(tokens: Array, starts: Array, context: int = CONTEXT) -> Array:
+    """Windows of `context` + 1 characters, one for each start."""
+    return tokens[starts[:, None] + np.arange(context + 1)[None]]
+
+
+def entropy_of_characters(tokens: np.ndarray) -> float:
+    """The loss of a model that knows only how frequent each character is."""
     _, counts = np.unique(tokens, return_counts=True)
     shares = counts / counts.sum()
     return -(shares * np.log(shares)).sum()
 
 
-def held_out_loss(model, params, tokens):
+def held_out_loss(model: nn.Module, params: dict, tokens: np.ndarray) -> float:
     starts = np.arange(0, len(tokens) - CONTEXT, CONTEXT)
     batches = windows_at(tokens, starts[: len(starts) // BATCH * BATCH])
     batches = batches.reshape(-1, BATCH, CONTEXT + 1)
 
-    def loss(params, windows):
+    def loss(params: dict, windows: jax.Array) -> jax.Array:
         logits = model.apply({"params": params}, windows[:, :-1])
         return mean_loss(logits, windows[:, 1:])
 
@@ -117,7 +125,7 @@ def held_out_loss(model, params, tokens):
     return float(losses(params).mean())
 
 
-def prepare(policy, args):
+def prepare(policy: jaxmp.Policy, args: argparse.Namespace) -> Training:
     """The model, the data and the step of one run, all made from the seed."""
     text, held_out, vocabulary = load_text(args.seed)
     model = jaxmp.apply_policy(GPT(vocabulary), policy)
@@ -136,12 +144,12 @@ def prepare(policy, args):
         policy=policy,
     )
 
-    def batch(step):
+    def batch(step: int) -> Array:
         # A function of the seed and the step: a resumed run sees the same batches.
         generator = np.random.default_rng((args.seed, step))
         return windows_at(text, generator.integers(len(text) - CONTEXT, size=BATCH))
 
-    def evaluate(state, *, in_half=False):
+    def evaluate(state: jaxmp.TrainState, *, in_half: bool = False) -> float:
         if in_half:  # parameters cast once, the whole forward in half precision
             half = half_policy(policy)
             params = jaxmp.cast_for_eval(state.params, half)
@@ -151,7 +159,7 @@ def prepare(policy, args):
     return Training(state, train_step, batch, evaluate, params=lambda s: s.params)
 
 
-def describe(args):
+def describe(args: argparse.Namespace) -> str:
     text, held_out, vocabulary = load_text(args.seed)
     return (
         f"{len(text)} characters to train on, {len(held_out)} held out, {vocabulary} "
@@ -170,7 +178,7 @@ EXPERIMENT = Experiment(
 )
 
 
-def make_step(policy):
+def make_step(policy: str) -> tuple[object, ...]:
     """The step and its arguments, as `python -m jaxmp` takes them."""
     training = prepare(jaxmp.get_policy(policy), read_flags(EXPERIMENT, []))
     step = jax.jit(training.train_step, donate_argnums=0)

@@ -1,21 +1,24 @@
 """Training steps as XLA's compilers made them, kept on disk.
 
-Some take ten minutes to compile, so that every answer is written down when it arrives.
+Some take ten minutes to compile, so every answer is written down when it arrives.
 """
 
 import functools
 import json
 import pathlib
 import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import ways
-from models import JOBS
+from models import JOBS, Job
 
 import jaxmp
 from jaxmp.report import compile_step_of
+from jaxmp.report._rows import Row
 
 STORE = pathlib.Path("out", "memory_table")
 TARGETS = ("h100", "tpu-v5e", "tpu-v6e")
@@ -27,18 +30,24 @@ COMPILER_OPTIONS = {
 }
 
 
-def moments_in_half(inner):
+# Ways to train, by the names that they have in the tables
+
+
+def moments_in_half(inner: optax.GradientTransformation) -> Any:
     """The optimizer with moments in bfloat16, rounded at random."""
     return jaxmp.cast_state(inner, "bfloat16", rounding="stochastic")
 
 
-def all_state_in_half(inner):
+def all_state_in_half(inner: optax.GradientTransformation) -> Any:
     """The same, and master weights in two halves: no float32 is stored."""
     return jaxmp.master_weights(moments_in_half(inner), split=True)
 
 
 AUTOCAST = functools.partial(ways.with_jaxmp, autocast=True)
 APPLY_POLICY = functools.partial(ways.with_jaxmp, autocast=False)
+BFLOAT16_AUTOCAST = functools.partial(AUTOCAST, dtype=jnp.bfloat16)
+UNSCALED = functools.partial(ways.with_jaxmp_unscaled, dtype=jnp.bfloat16)
+
 FLOAT32 = "float32"
 IN_HALF = {
     f"{dtype} {name}": functools.partial(way, dtype=jnp.dtype(dtype))
@@ -52,14 +61,23 @@ IN_HALF = {
 }
 SAVING_MORE = {
     "bfloat16 autocast, half moments": functools.partial(
-        AUTOCAST, dtype=jnp.bfloat16, optimizer=moments_in_half
+        BFLOAT16_AUTOCAST, optimizer=moments_in_half
     ),
     "bfloat16 autocast, 8 bytes per parameter": functools.partial(
-        AUTOCAST,
-        dtype=jnp.bfloat16,
-        optimizer=all_state_in_half,
-        param_dtype=jnp.bfloat16,
+        BFLOAT16_AUTOCAST, optimizer=all_state_in_half, param_dtype=jnp.bfloat16
     ),
+}
+WITHOUT_LOSS_SCALING = {
+    "bfloat16 apply_policy, unscaled": functools.partial(UNSCALED, autocast=False),
+    "bfloat16 autocast, unscaled": functools.partial(UNSCALED, autocast=True),
+    "bfloat16 autocast, unscaled, half_residuals=False": functools.partial(
+        UNSCALED, autocast=True, half_residuals=False
+    ),
+}
+OWN_CODE_IN_HALF = {
+    "bfloat16 apply_policy, own_code=half": functools.partial(
+        APPLY_POLICY, dtype=jnp.bfloat16, own_code="half"
+    )
 }
 # The H100's half matmuls are padded to multiples of 8, and the padded copies are kept.
 NOT_PADDED = {
@@ -70,30 +88,61 @@ NOT_PADDED = {
         "bfloat16 autocast, half moments",
     )
 }
-WAYS = {FLOAT32: ways.plain, **IN_HALF, **NOT_PADDED, **SAVING_MORE}
+WAYS: dict[str, Callable[[Job], ways.Training]] = {
+    FLOAT32: ways.plain,
+    **IN_HALF,
+    **SAVING_MORE,
+    **WITHOUT_LOSS_SCALING,
+    **OWN_CODE_IN_HALF,
+    **NOT_PADDED,
+}
 
 
 def ways_for(model: str, target: str) -> list[str]:
     """What the table shows: on TPUs nobody trains in float16."""
-    if target != "h100":
-        return [FLOAT32, *(way for way in IN_HALF if way.startswith("bfloat16"))]
-    odd_sizes = NOT_PADDED if model == "Transformer-XL base" else ()
-    return [FLOAT32, *IN_HALF, *SAVING_MORE, *odd_sizes]
+    on_gpu = target == "h100"
+    in_half = [way for way in IN_HALF if on_gpu or way.startswith("bfloat16")]
+    saving_more = SAVING_MORE if on_gpu else ()
+    unscaled = WITHOUT_LOSS_SCALING if model == "GPT-2 small" else ()
+    odd_sizes = NOT_PADDED if on_gpu and model == "Transformer-XL base" else ()
+    return [FLOAT32, *in_half, *saving_more, *unscaled, *odd_sizes]
 
 
 def compiler_options(model: str, way: str, target: str) -> dict[str, Any]:
-    options = dict(COMPILER_OPTIONS.get((model, target), {}))
+    options: dict[str, Any] = dict(COMPILER_OPTIONS.get((model, target), {}))
     if way in NOT_PADDED:
         options["xla_disable_hlo_passes"] = "cublas-pad-for-gemms"
     return options
 
 
-def row(model: str, way: str, target: str, *, only_stored: bool = False) -> Any:
-    """Compiles a step, unless that was done.
+# Steps and what their compilers said
+
+
+def abstract_arguments(training: ways.Training, job: Job) -> tuple[Any, Any]:
+    """The shapes of a state and a batch."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(training.init, key), jax.eval_shape(job.batch, key)
+
+
+def abstract_step(model: str, way: str) -> tuple[Any, Any, Any]:
+    """The step of a model, and the shapes of its state and its batch."""
+    training = WAYS[way](JOBS[model])
+    return training.step, *abstract_arguments(training, JOBS[model])
+
+
+def gpt2_small(policy: str) -> tuple[Any, ...]:
+    """The same for `python -m jaxmp`: float32, or autocast under a mixed policy."""
+    half = policy.removeprefix("mixed_")
+    way = FLOAT32 if policy == FLOAT32 else f"{half} autocast"
+    step, *arguments = abstract_step("GPT-2 small", way)
+    return jax.jit(step, donate_argnums=0), *arguments
+
+
+def row(model: str, way: str, target: str, *, only_stored: bool = False) -> Row | None:
+    """Compiles a step, unless it is stored.
 
     Returns:
-      What a `jaxmp.report.Row` tells; None if it is not stored and nothing shall be
-      compiled.
+      The report's row; None if it is not stored and `only_stored`.
     """
     path = STORE / f"{target} {model} {way}.json".replace(",", "").replace(" ", "_")
     if not path.exists():
@@ -109,15 +158,7 @@ def row(model: str, way: str, target: str, *, only_stored: bool = False) -> Any:
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report.to_rows()[0], indent=1))
-    return json.loads(
-        path.read_text(), object_hook=lambda told: types.SimpleNamespace(**told)
+    stored = json.loads(
+        path.read_text(), object_hook=lambda fields: types.SimpleNamespace(**fields)
     )
-
-
-def abstract_step(model: str, way: str) -> tuple[Any, Any, Any]:
-    """The step of a model, and the shapes of its state and its batch."""
-    job = JOBS[model]
-    training = WAYS[way](job)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(training.init, key)
-    return training.step, state, jax.eval_shape(job.batch, key)
+    return Row(**vars(stored))

@@ -1,15 +1,19 @@
-"""The tables and charts of what precision saves, for the documentation."""
+"""The tables of what precision saves, for the documentation."""
 
 import pathlib
+from collections.abc import Mapping
 
 from compiled_steps import COMPILER_OPTIONS, FLOAT32, ways_for
 from models import JOBS
+from page import GIB, MIB, markdown_table
 
-from jaxmp._views.tables import markdown_table
 from jaxmp.report import chips
+from jaxmp.report._rows import Row
+from jaxmp.report.hlo._liveness import LiveBuffers
 
-GIB = 2.0**30
-MIB = 2.0**20
+Rows = Mapping[tuple[str, str, str], Row]
+"""Maps (model, way, target) to a row of a report."""
+
 # What overviews of mixed precision quote: memory saved, and times as fast.
 CLAIMS = {
     "BERT-Base": (0.47, 1.6),
@@ -18,22 +22,10 @@ CLAIMS = {
     "Transformer-XL base": (0.52, 1.9),
 }
 JAXMP = ("bfloat16 autocast", "bfloat16 apply_policy")
-COLORS = {
-    FLOAT32: "#c9c9c9",
-    "bfloat16 by hand": "#edae49",
-    "bfloat16 jmp": "#d1495b",
-    "bfloat16 apply_policy": "#66a182",
-    "bfloat16 autocast": "#00798c",
-}
 
 
-def page_section(rows, charts):
-    """Writes everything that the rows tell.
-
-    Args:
-      rows: maps (model, way, target) to a `Row`.
-      charts: names of the files of the charts, by what they show.
-    """
+def page_section(rows: Rows, charts: Mapping[str, str]) -> str:
+    """Writes the whole section, from rows and the file names of charts."""
     targets = list(dict.fromkeys(target for _, _, target in rows))
     parts = ["### Against the figures that are quoted", headline(rows)]
     parts += [f"![memory of a training step]({charts['memory']})"]
@@ -53,7 +45,7 @@ def page_section(rows, charts):
     return "\n\n".join(parts)
 
 
-def rows_of(rows, model, target):
+def rows_of(rows: Rows, model: str, target: str) -> dict[str, Row]:
     return {
         way: rows[model, way, target]
         for way in ways_for(model, target)
@@ -61,28 +53,30 @@ def rows_of(rows, model, target):
     }
 
 
-def saved(row, reference, name="peak"):
-    """The part of float32's bytes that a row does without."""
+def saved(row: Row | None, reference: Row | None, name: str = "peak") -> float | None:
+    """The share of float32's bytes that a row does without."""
     if row is None or reference is None:
         return None
-    used, all_of_it = getattr(row, name), getattr(reference, name)
-    return None if not used or not all_of_it else 1 - used / all_of_it
+    used, whole = getattr(row, name), getattr(reference, name)
+    return None if not used or not whole else 1 - used / whole
 
 
-def speed_up(row, reference):
-    if None in (row, reference) or None in (row.roofline, reference.roofline):
+def speed_up(row: Row | None, reference: Row | None) -> float | None:
+    if row is None or reference is None:
+        return None
+    if row.roofline is None or reference.roofline is None:
         return None
     return reference.roofline.seconds / row.roofline.seconds
 
 
-def best_of_jaxmp(rows, model, target):
-    """The way of jaxmp that needs the least memory, in bfloat16."""
+def best_of_jaxmp(rows: Rows, model: str, target: str) -> str | None:
+    """jaxmp's way that needs the least memory, in bfloat16."""
     found = {w: rows[model, w, target] for w in JAXMP if (model, w, target) in rows}
     fitting = {way: row for way, row in found.items() if row.peak is not None}
     return min(fitting, key=lambda way: fitting[way].peak, default=None)
 
 
-def headline(rows):
+def headline(rows: Rows) -> str:
     """One line per model: what is quoted, and what the H100's compiler says."""
     lines = []
     for model, (claim, claimed_speed) in CLAIMS.items():
@@ -118,7 +112,7 @@ def headline(rows):
     return markdown_table(columns, lines)
 
 
-def table(found):
+def table(found: Mapping[str, Row]) -> str:
     """All ways of a model on a target."""
     reference = found.get(FLOAT32)
     has_traffic = any(row.accessed for row in found.values())
@@ -141,26 +135,26 @@ def table(found):
     return markdown_table(columns, lines)
 
 
-def notes(model, target, found):
-    """What a reader of a table has to know, and what is missing from it."""
-    told = []
+def notes(model: str, target: str, found: Mapping[str, Row]) -> list[str]:
+    """How a table was made, and what is missing from it, in one paragraph or none."""
+    notes = []
     if options := COMPILER_OPTIONS.get((model, target)):
         shown = ", ".join(f"`{name}={value}`" for name, value in options.items())
-        told.append(f"Compiled with {shown}.")
+        notes.append(f"Compiled with {shown}.")
     if any(row.peak and row.roofline is None for row in found.values()):
-        told.append(
+        notes.append(
             "A row without an estimate: the compiler could not write its program down."
         )
     reference = found.get(FLOAT32)
     if reference is not None and reference.peak is None:
-        told.append("Nothing can be compared with float32, which does not fit.")
+        notes.append("Nothing can be compared with float32, which does not fit.")
     if missing := [way for way in ways_for(model, target) if way not in found]:
-        told.append(f"Not compiled for this page: {'; '.join(missing)}.")
-    return [" ".join(told)] if told else []
+        notes.append(f"Not compiled for this page: {'; '.join(missing)}.")
+    return [" ".join(notes)] if notes else []
 
 
-def shortfall(rows, model):
-    """The largest buffers at the peak, where what is quoted is not reached."""
+def shortfall(rows: Rows, model: str) -> list[str]:
+    """The largest buffers at the peak, where the quoted saving is not reached."""
     way = best_of_jaxmp(rows, model, "h100")
     reference = rows.get((model, FLOAT32, "h100"))
     if way is None or reference is None:
@@ -177,7 +171,7 @@ def shortfall(rows, model):
     return [intro, markdown_table(["MiB", "count", "array", "made at"], lines)]
 
 
-def made_at(buffer):
+def made_at(buffer: LiveBuffers) -> str:
     """The scopes of a buffer, without what JAX's transformations add."""
     if not buffer.source:
         return f"`{buffer.name}`"
@@ -185,72 +179,9 @@ def made_at(buffer):
     return f"`{buffer.name.split('/', 1)[-1]}` ({file})"
 
 
-def percent(part):
+def percent(part: float | None) -> str:
     return "" if part is None else f"{round(100 * part, 1) + 0.0:.1f} %"
 
 
-def show(value, form):
+def show(value: float | None, form: str) -> str:
     return "" if not value else form.format(value)
-
-
-def draw(rows, path, name, title):
-    """Draws bytes relative to float32, a panel for each target.
-
-    Returns:
-      Whether there was anything to draw.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shares = {
-        key: 100 * (1 - part)
-        for key, row in rows.items()
-        if key[1] in COLORS
-        and (part := saved(row, rows.get((key[0], FLOAT32, key[2])), name)) is not None
-    }
-    targets = list(dict.fromkeys(target for _, _, target in shares))
-    models = [model for model in CLAIMS if any(key[0] == model for key in shares)]
-    if not shares:
-        return False
-    pyplot.rcParams["svg.hashsalt"] = "jaxmp"
-    figure, panels = pyplot.subplots(
-        1,
-        len(targets),
-        figsize=(1.5 + 3.4 * max(len(targets), 2), 1.2 + 0.9 * len(models)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, target in zip(panels[0], targets, strict=True):
-        for place, model in enumerate(models):
-            found = {w: shares.get((model, w, target)) for w in COLORS}
-            draw_bars(panel, place, {w: x for w, x in found.items() if x is not None})
-            if name == "peak" and any(found.values()):
-                quoted = 100 * (1 - CLAIMS[model][0])
-                panel.plot([quoted] * 2, [place - 0.45, place + 0.45], "k:")
-        panel.set(title=chips[target].name, xlabel=f"{title}, % of float32")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_yticks(range(len(models)), models)
-    panels[0][0].invert_yaxis()
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
-    labels = list(COLORS)
-    if name == "peak":
-        handles.append(pyplot.Line2D([], [], color="k", linestyle=":"))
-        labels.append("quoted")
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, metadata={"Date": None} if str(path).endswith("svg") else {})
-    pyplot.close(figure)
-    return True
-
-
-def draw_bars(panel, place, shares):
-    """Draws the bars of a model, packed around its place."""
-    height = 0.8 / len(COLORS)
-    top = place - height * len(shares) / 2
-    for i, (way, share) in enumerate(shares.items()):
-        y = top + (i + 0.5) * height
-        panel.barh(y, share, height, color=COLORS[way])
-        ink = "black" if way in (FLOAT32, "bfloat16 by hand") else "white"
-        panel.text(2, y, f"{share:.0f}", va="center", fontsize=7, color=ink)

@@ -4,83 +4,100 @@
     pip install 'jaxmp[targets]'
     python examples/benchmarks/monitor_cost.py --traffic
 
-The first runs the float16 step of the language model of `train_lm.py` on this machine,
-with and without a monitor, one step of each in turn. The second compiles an update of
-25 M parameters for TPU v5e and H100 and counts the whole arrays (weights, moments and
-gradients) that its kernels read and write on every step, per weight: what runs within
-the branch of the measured step is left out.
+The first runs the float16 step of the language model of `train_lm.py` (batches of 16 x
+64 characters) on this machine, with and without a monitor, one step of each in turn.
+The second compiles an update of 25 M parameters for TPU v5e and H100 and counts the
+whole arrays (weights, moments and gradients) that its kernels read and write on every
+step, per weight: what runs in the branch of the measured step is left out.
 """
 
 import argparse
-import os
-import pathlib
-import re
-import sys
 import time
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import language_model
 import numpy as np
 import optax
+from compiled_updates import (
+    Weights,
+    compile_update,
+    kernels,
+    prepare_to_compile,
+    temporary_bytes,
+)
+from language_model import train_lm
 
 import jaxmp
 from jaxmp.numerics import monitor
-from jaxmp.report import compile_for
-
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import train_lm
 
 EVERY, WARM_UP = 100, 10
-LEAVES, SHAPE = 6, (2048, 2048)
+WEIGHTS = Weights(leaves=6, shape=(2048, 2048))
 TARGETS = ("tpu-v5e", "h100")
+
+
+def watch(tx: Any) -> Any:
+    return monitor(tx, every=EVERY)
 
 
 # Time on this machine
 
 
-def make_run(watched):
-    """Returns a state and a compiled step of the language model, and the batches."""
-    text, _, vocabulary = train_lm.load_text(seed=0)
-    model = jaxmp.apply_policy(train_lm.GPT(vocabulary), "mixed_float16")
-    example = jnp.zeros((1, train_lm.CONTEXT), jnp.int32)
-    clipped = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(train_lm.LEARNING_RATE)
-    )
-    tx = jaxmp.loss_scaling(clipped, "mixed_float16")
-    state = jaxmp.TrainState.create(
-        apply_fn=model.apply,
-        params=model.init(jax.random.key(0), example)["params"],
-        tx=monitor(tx, every=EVERY) if watched else tx,
-        policy="mixed_float16",
-    )
-    starts = np.random.default_rng(0).integers(len(text) - 65, size=(20, 16))
-    batches = [train_lm.windows_at(text, rows) for rows in starts]
+class Run(NamedTuple):
+    """A compiled step and its first state."""
+
+    state: jaxmp.TrainState
+    step: jax.stages.Compiled
+    batches: list[train_lm.Array]
+    seconds_to_compile: float
+
+
+def make_run(watched: bool) -> Run:
+    """Compiles the step of the language model, with or without a monitor."""
+    state, text = language_model.make_state(watch if watched else lambda tx: tx)
+    batches = language_model.batches(text, 20)
     began = time.perf_counter()
     lowered = jax.jit(train_lm.train_step, donate_argnums=0).lower(state, batches[0])
     step = lowered.compile()
-    return state, step, batches, time.perf_counter() - began
+    return Run(state, step, batches, time.perf_counter() - began)
 
 
-def time_steps(steps):
-    """Returns the seconds of every step, those of compiling, and the last states."""
+class Times(NamedTuple):
+    """What a run told, by whether it was watched: seconds, and the last state."""
+
+    steps: dict[bool, np.ndarray]
+    compiling: dict[bool, float]
+    states: dict[bool, jaxmp.TrainState]
+
+
+def time_steps(steps: int) -> Times:
+    """Takes steps with and without a monitor in turn."""
     runs = {watched: make_run(watched) for watched in (False, True)}
-    states = {watched: run[0] for watched, run in runs.items()}
+    states = {watched: run.state for watched, run in runs.items()}
     seconds = {watched: [] for watched in runs}
     for i in range(steps):
-        for watched, (_, step, batches, _) in runs.items():
+        for watched, run in runs.items():
             began = time.perf_counter()
-            states[watched], _ = step(states[watched], batches[i % len(batches)])
+            batch = run.batches[i % len(run.batches)]
+            states[watched], _ = run.step(states[watched], batch)
             jax.block_until_ready(states[watched])
             seconds[watched].append(time.perf_counter() - began)
-    compiling = {watched: run[3] for watched, run in runs.items()}
-    return {k: np.array(x) for k, x in seconds.items()}, compiling, states
+    compiling = {watched: run.seconds_to_compile for watched, run in runs.items()}
+    return Times({k: np.array(x) for k, x in seconds.items()}, compiling, states)
 
 
-def overhead(seconds):
-    """The share that a monitor adds to a run, from the medians of its two steps."""
+class Overhead(NamedTuple):
+    """Median seconds of a step, and the share that a monitor adds to a run."""
+
+    plain: float
+    not_measured: float
+    measured: float
+    share: float
+
+
+def overhead(seconds: dict[bool, np.ndarray]) -> Overhead:
+    """Compares the medians of the steps after the first few."""
     numbers = np.arange(1, len(seconds[True]) + 1)
     is_measured = numbers % EVERY == 0
     is_counted = numbers > WARM_UP
@@ -88,17 +105,17 @@ def overhead(seconds):
     other = np.median(seconds[True][is_counted & ~is_measured])
     measured = np.median(seconds[True][is_measured])
     mean = ((EVERY - 1) * other + measured) / EVERY
-    return plain, other, measured, mean / plain - 1
+    return Overhead(*map(float, (plain, other, measured, mean / plain - 1)))
 
 
-def print_times(steps):
+def print_times(steps: int) -> None:
     seconds, compiling, states = time_steps(steps)
-    plain, other, measured, share = overhead(seconds)
+    found = overhead(seconds)
     total = seconds[True][WARM_UP:].sum() / seconds[False][WARM_UP:].sum() - 1
-    print(f"step without a monitor       {1e3 * plain:8.2f} ms")
-    print(f"with it, not measured        {1e3 * other:8.2f} ms")
-    print(f"with it, measured            {1e3 * measured:8.2f} ms")
-    print(f"a run, every={EVERY}, by medians  {share:+8.2%}")
+    print(f"step without a monitor       {1e3 * found.plain:8.2f} ms")
+    print(f"with it, not measured        {1e3 * found.not_measured:8.2f} ms")
+    print(f"with it, measured            {1e3 * found.measured:8.2f} ms")
+    print(f"a run, every={EVERY}, by medians  {found.share:+8.2%}")
     print(f"a run, every={EVERY}, by sums     {total:+8.2%}")
     print(f"trace and compile, without   {compiling[False]:8.2f} s")
     print(f"trace and compile, with      {compiling[True]:8.2f} s")
@@ -109,68 +126,45 @@ def print_times(steps):
 # Traffic on other machines
 
 
-def cases():
-    """Maps the name of an update to (the update, the update under a monitor)."""
+def cases() -> dict[str, tuple[Any, Any, str]]:
+    """Maps the name of an update to it, the same under a monitor, and a dtype."""
     adamw = optax.adamw(1e-3)
     clipped = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     scaled = jaxmp.loss_scaling(clipped, "mixed_float16")
     return {
-        f"{name}, {dtype} gradients": (tx, monitor(tx, every=EVERY), dtype)
+        f"{name}, {dtype} gradients": (tx, watch(tx), dtype)
         for name, tx in {"adamw": adamw, "loss_scaling(clip + adamw)": scaled}.items()
         for dtype in ("float32", "float16")
     }
 
 
-def compile_update(tx, grads_dtype, target):
-    """Compiles `(params, state, grads) -> (params, state)`, the first two donated."""
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def weights(dtype):
-        return {f"w{i}": jax.ShapeDtypeStruct(SHAPE, dtype) for i in range(LEAVES)}
-
-    params = weights(jnp.float32)
-    state = jax.eval_shape(tx.init, params)
-    return compile_for(
-        target, step, params, state, weights(grads_dtype), donate_argnums=(0, 1)
+def arrays_touched(hlo: str) -> float:
+    """Whole arrays that kernels outside every branch read or write, per weight."""
+    whole = "[{},{}]".format(*WEIGHTS.shape)
+    count = sum(
+        type_.count(whole)
+        for kernel in kernels(hlo)
+        if kernel.is_entry
+        for type_ in (kernel.result, *kernel.operands)
     )
+    return count / WEIGHTS.leaves
 
 
-KERNELS = ("fusion", "copy", "select", "multiply", "add", "reduce", "convert")
-
-
-def arrays_touched(hlo):
-    """Whole arrays that kernels outside of every branch read or write, per weight."""
-    whole = "[{},{}]".format(*SHAPE)
-    types, count = {}, 0
-    for line in hlo[hlo.index("\nENTRY") :].splitlines():
-        match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)", line)
-        if match is None:
-            continue
-        name, type_, operation, operands = match.groups()
-        types[name] = type_
-        if operation in KERNELS:
-            read = [types.get(o, "") for o in re.findall(r"%([\w.\-]+)", operands)]
-            count += type_.count(whole) + sum(t.count(whole) for t in read)
-    return count / LEAVES
-
-
-def measure(name, target):
+def measure(name: str, target: str) -> list[tuple[float, float]]:
     """Arrays touched per weight and temporary bytes per parameter, without and with."""
     *txs, dtype = cases()[name]
     found = []
     for tx in txs:
-        compiled = compile_update(tx, jnp.dtype(dtype), target)
-        temp = compiled.memory_analysis().temp_size_in_bytes
-        found.append(
-            (arrays_touched(compiled.as_text()), temp / (LEAVES * np.prod(SHAPE)))
+        compiled = compile_update(
+            tx, WEIGHTS, target, params_dtype=jnp.float32, grads_dtype=dtype
         )
+        temp = temporary_bytes(compiled) / WEIGHTS.parameters
+        found.append((arrays_touched(compiled.as_text() or ""), temp))
     return found
 
 
-def print_traffic():
+def print_traffic() -> None:
+    prepare_to_compile()
     print("update                                         target   arrays        temp")
     for target in TARGETS:
         for name in cases():
@@ -182,8 +176,8 @@ def print_traffic():
             )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=310)
     parser.add_argument("--traffic", action="store_true")
     args = parser.parse_args()

@@ -9,12 +9,12 @@ report of the last measured step is printed.
 
 import argparse
 import pathlib
-import sys
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import language_model
 import numpy as np
-import optax
+from language_model import train_lm
 
 import jaxmp
 from jaxmp.numerics import (
@@ -26,51 +26,45 @@ from jaxmp.numerics import (
     plot_underflow,
 )
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import train_lm
-
-POLICY, EVERY, GROWTH_INTERVAL = "mixed_float16", 10, 20
+EVERY, GROWTH_INTERVAL = 10, 20
 
 
-def train(steps):
+def train(steps: int) -> tuple[jaxmp.TrainState, list[Any], list[Any]]:
     """Returns the last state, the reports and the loss scale's metrics of a run."""
-    text, _, vocabulary = train_lm.load_text(seed=0)
-    model = jaxmp.apply_policy(train_lm.GPT(vocabulary), POLICY)
-    example = jnp.zeros((1, train_lm.CONTEXT), jnp.int32)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(train_lm.LEARNING_RATE)
-    )
-    scaled = jaxmp.loss_scaling(optimizer, POLICY, growth_interval=GROWTH_INTERVAL)
-    state = jaxmp.TrainState.create(
-        apply_fn=model.apply,
-        params=model.init(jax.random.key(0), example)["params"],
-        tx=monitor(scaled, every=EVERY),
-        policy=POLICY,
+    state, text = language_model.make_state(
+        lambda tx: monitor(tx, every=EVERY), growth_interval=GROWTH_INTERVAL
     )
     step = jax.jit(train_lm.train_step, donate_argnums=0)
-    generator = np.random.default_rng(0)
     reports, metrics = [], []
-    for i in range(1, steps + 1):
-        starts = generator.integers(len(text) - train_lm.CONTEXT, size=train_lm.BATCH)
-        state, _ = step(state, train_lm.windows_at(text, starts))
+    for i, batch in enumerate(language_model.batches(text, steps), 1):
+        state, _ = step(state, batch)
         metrics.append(jax.tree.map(np.asarray, jaxmp.loss_scale_metrics(state)))
         if i % EVERY == 0:
             reports.append(monitor_report(state, loss_scale=1))
     return state, reports, metrics
 
 
-def draw(folder, ending, state, reports, metrics):
+def draw(
+    folder: pathlib.Path,
+    ending: str,
+    state: jaxmp.TrainState,
+    reports: list[Any],
+    metrics: list[Any],
+) -> None:
     """Saves the three figures."""
+
+    def path(name: str) -> pathlib.Path:
+        return folder / f"numerics_{name}.{ending}"
+
     gradients = get_statistics(state).gradients
     scale = float(jaxmp.get_loss_scale(state))
-    name = "numerics_{}.{}".format
-    plot_exponents(gradients, loss_scale=scale, path=folder / name("exponents", ending))
-    plot_underflow(reports, path=folder / name("underflow", ending))
-    plot_loss_scale(metrics, path=folder / name("loss_scale", ending))
+    plot_exponents(gradients, loss_scale=scale, path=path("exponents"))
+    plot_underflow(reports, path=path("underflow"))
+    plot_loss_scale(metrics, path=path("loss_scale"))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path())
     parser.add_argument("--ending", default="svg")

@@ -4,43 +4,43 @@
     pip install 'jaxmp[targets]'
     python examples/benchmarks/optimizer_memory.py --traffic
 
-The first table is counted from the shapes and dtypes that `init` returns. The second
-asks XLA's own TPU v5e compiler how many bytes an update step accesses, and compares
-them with the least that it can: every array that it takes is read once, gradients
-twice (once to decide whether all of them are finite, before anything is written), and
-every array that it returns is written once.
+The optimizer is AdamW, on 268 M parameters. The first table is counted from the shapes
+and dtypes that `init` returns. The second asks XLA's own TPU v5e compiler how many
+bytes an update step accesses, and compares them with the least possible: every array is
+read once, gradients twice (once to decide whether all of them are finite, before
+anything is written), and every result is written once.
 """
 
 import argparse
-import os
-from typing import NamedTuple
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from compiled_updates import (
+    Weights,
+    bytes_accessed,
+    compile_update,
+    prepare_to_compile,
+)
 
 import jaxmp
 from jaxmp.optimizers import accumulate, cast_state, master_weights, stochastic_rounding
-from jaxmp.report import compile_for
 
 # Leaves too large for VMEM, into which XLA would prefetch smaller ones: it counts such
 # copies as accesses.
-LEAVES, SHAPE = 2, (16384, 8192)  # 268 M parameters
-PARAMETERS = LEAVES * SHAPE[0] * SHAPE[1]
+WEIGHTS = Weights(leaves=2, shape=(16384, 8192))
 
 
 class Setup(NamedTuple):
-    """An optimizer, and the dtype of the parameters that it is given."""
+    """An optimizer, and the dtype of its parameters."""
 
     name: str
     params: str
     optimizer: optax.GradientTransformation
 
 
-def setups():
+def setups() -> list[Setup]:
     """Lists what the table compares."""
     adamw = optax.adamw(1e-3)
     coarse = cast_state(adamw, "bfloat16", rounding="stochastic")
@@ -72,23 +72,19 @@ def setups():
     ]
 
 
-def split(inner):
+def split(inner: optax.GradientTransformation) -> Any:
     return master_weights(inner, split=True)
 
 
-def weights(dtype):
-    shape = jax.ShapeDtypeStruct(SHAPE, dtype)
-    return {f"w{i}": shape for i in range(LEAVES)}
-
-
-def bytes_per_parameter(tree):
+def bytes_per_parameter(tree: Any) -> float:
     """Sizes of all arrays of a tree; scalars vanish."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / PARAMETERS
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return size / WEIGHTS.parameters
 
 
-def stored(setup):
-    """Bytes per parameter of the kinds of arrays that stay between two steps."""
-    params = weights(setup.params)
+def stored(setup: Setup) -> dict[str, float]:
+    """Bytes per parameter of each kind of array that stays between two steps."""
+    params = WEIGHTS.arrays(setup.params)
     state = jax.eval_shape(setup.optimizer.init, params)
     get = optax.tree_utils.tree_get
     parts = {
@@ -103,7 +99,7 @@ def stored(setup):
     return {**sizes, "stored": total, "gradients": jnp.dtype(setup.params).itemsize}
 
 
-def memory_table():
+def memory_table() -> str:
     """Lays out what is stored, as text."""
     columns = ["params", "master", "moments", "sums", "stored", "gradients"]
     header = f"{'optimizer':54} | {'params in':9} | " + " | ".join(columns)
@@ -115,39 +111,39 @@ def memory_table():
     return "\n".join(lines)
 
 
-def compile_update(optimizer, params_dtype, target):
-    """Compiles `(params, state, grads) -> (params, state)`, the first two donated."""
-    tx = jaxmp.loss_scaling(optimizer, "mixed_bfloat16")
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = weights(params_dtype)
-    state = jax.eval_shape(tx.init, params)
-    return compile_for(target, step, params, state, params, donate_argnums=(0, 1))
-
-
-def least_traffic(optimizer, params_dtype):
-    """Bytes per parameter that an update reads and writes at least."""
-    params = weights(params_dtype)
+def least_traffic(optimizer: optax.GradientTransformation, params_dtype: str) -> float:
+    """The fewest bytes per parameter that an update can read and write."""
+    params = WEIGHTS.arrays(params_dtype)
     kept = bytes_per_parameter([params, jax.eval_shape(optimizer.init, params)])
     gradients = bytes_per_parameter(params)
     return 2 * kept + 2 * gradients
 
 
-def traffic(setup, target="tpu-v5e"):
-    """Bytes per parameter that the compiled update accesses, and the least."""
-    compiled = compile_update(setup.optimizer, setup.params, target)
-    accessed = compiled.cost_analysis()["bytes accessed"] / PARAMETERS
-    return accessed, least_traffic(setup.optimizer, setup.params)
+def compile_scaled(
+    optimizer: optax.GradientTransformation, params_dtype: str, target: str
+) -> jax.stages.Compiled:
+    """Compiles the update under `loss_scaling`; gradients are as the parameters."""
+    tx = jaxmp.loss_scaling(optimizer, "mixed_bfloat16")
+    return compile_update(
+        tx, WEIGHTS, target, params_dtype=params_dtype, grads_dtype=params_dtype
+    )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def traffic(setup: Setup, target: str = "tpu-v5e") -> tuple[float, float]:
+    """Bytes per parameter that the compiled update accesses, and the least possible."""
+    accessed = bytes_accessed(compile_scaled(setup.optimizer, setup.params, target))
+    assert accessed is not None
+    least = least_traffic(setup.optimizer, setup.params)
+    return accessed / WEIGHTS.parameters, least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traffic", action="store_true")
+    arguments = parser.parse_args()
+    prepare_to_compile()
     print(memory_table())
-    if parser.parse_args().traffic:
+    if arguments.traffic:
         print(f"\n{'loss_scaling of':54} | bytes | least | ratio")
         for setup in setups():
             if "accumulate" not in setup.name:

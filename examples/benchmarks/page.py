@@ -1,10 +1,17 @@
-"""Writes the output of a benchmark into a page of the documentation."""
+"""What the benchmarks write into a page of the documentation."""
 
 import pathlib
 import re
 
+from jaxmp._views.tables import markdown_table
 
-def write_section(path: str, name: str, text: str) -> None:
+__all__ = ["GIB", "MIB", "markdown_table", "write_section"]
+
+GIB = 2.0**30
+MIB = 2.0**20
+
+
+def write_section(path: str | pathlib.Path, name: str, text: str) -> None:
     """Replaces what stands between `<!-- NAME -->` and `<!-- end of NAME -->`."""
     page = pathlib.Path(path)
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"

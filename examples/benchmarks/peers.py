@@ -1,7 +1,7 @@
 """One float16 training step with each library that JAX users have for it.
 
-Flax's `DynamicScale`, `optax.apply_if_finite`, jmp, mpx and jaxmp train the same GPT.
-On the CPU a small one is trained: they take turns, one step each, and the CPU time of
+Flax's `DynamicScale`, `optax.apply_if_finite`, jmp, mpx and jaxmp train the same GPT-2.
+On the CPU a tiny one is trained: they take turns, one step each, and the CPU time of
 every step is compared with the others of its round. GPT-2 small is traced and lowered.
 XLA's own compilers say what two of its layers need on an H100 and a TPU v5e.
 
@@ -13,29 +13,33 @@ The CPU emulates half precision: its times are ratios of overhead, not a speed c
 
 import argparse
 import functools
-import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import ways
-from models import Job, gpt2
-from page import write_section
+from compiled_steps import abstract_arguments
+from compiled_updates import prepare_to_compile
+from models import Job
+from models.gpt2 import make_job
+from page import GIB, markdown_table, write_section
+from trace_time import seconds_to_lower
 from update_step import INIT_SCALE
 
-from jaxmp._views.tables import markdown_table
 from jaxmp.report import compile_step_of
+from jaxmp.report._rows import Row
 
-GIB = 2.0**30
 TARGETS = ("h100", "tpu-v5e")
+# GPT-2s: what is trained on this CPU, traced, and compiled.
+TRAINED = make_job(8, 64, vocabulary=512, width=128, layers=2, heads=4)
+TRACED = make_job(8, 1024)
+COMPILED = make_job(8, 512, vocabulary=8192, layers=2)
+
 HALF = {"dtype": jnp.float16, "init_scale": INIT_SCALE}
-PEERS = {
+PEERS: dict[str, Callable[[Job], ways.Training]] = {
     "Flax `DynamicScale`": functools.partial(ways.by_hand, **HALF),
     "`optax.apply_if_finite`": functools.partial(
         ways.with_apply_if_finite, dtype=jnp.float16
@@ -47,20 +51,7 @@ PEERS = {
 }
 
 
-def make_job(size: int, length: int, **options: Any) -> Job:
-    """Trains a GPT-2 with some of its sizes changed."""
-    model = functools.partial(gpt2.GPT2, length=length, **options)
-    vocabulary = model().vocabulary
-    batch = functools.partial(
-        gpt2.batch, size=size, length=length, vocabulary=vocabulary
-    )
-    shape = f"{size} x {length} tokens"
-    return gpt2.JOB._replace(model=model, batch=batch, shape=shape)
-
-
-def abstract_arguments(training: ways.Training, job: Job) -> tuple[Any, Any]:
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(training.init, key), jax.eval_shape(job.batch, key)
+# Measurements; a peer that fails is a row that says so
 
 
 def attempt(function: Callable[..., Any], *args: Any) -> Any:
@@ -103,25 +94,19 @@ def seconds_per_step(job: Job, rounds: int) -> dict[str, Any]:
     }
 
 
-def seconds_to_lower(job: Job, rounds: int) -> dict[str, Any]:
+def least_seconds_to_lower(job: Job, rounds: int) -> dict[str, Any]:
     """Least seconds of CPU to trace and lower a step, or an error."""
-
-    def lower(peer):
-        training = PEERS[peer](job)
-        arguments = abstract_arguments(training, job)
-        began = time.process_time()
-        # A new function, so that nothing is remembered.
-        jax.jit(lambda *args: training.step(*args), donate_argnums=0).lower(*arguments)
-        return time.process_time() - began
-
-    times = [{peer: attempt(lower, peer) for peer in PEERS} for _ in range(rounds)]
-    return {peer: min(told[peer] for told in times) for peer in PEERS}
+    times = [
+        {peer: attempt(seconds_to_lower, way, job) for peer, way in PEERS.items()}
+        for _ in range(rounds)
+    ]
+    return {peer: min(seconds[peer] for seconds in times) for peer in PEERS}
 
 
-def compiled(peer: str, target: str, job: Job) -> Any:
+def compiled(peer: str, target: str, job: Job) -> Row:
     """The report's row of a peer's step on a target."""
 
-    def step_of(_):
+    def step_of(_: str) -> tuple[Any, ...]:
         training = PEERS[peer](job)
         return training.step, *abstract_arguments(training, job)
 
@@ -129,6 +114,9 @@ def compiled(peer: str, target: str, job: Job) -> Any:
         step_of, policies=[peer], targets=[target], donate_argnums=(0,)
     )
     return report.rows[0]
+
+
+# Tables
 
 
 def ratios(values: Iterable[Any], unit: str = "", scale: float = 1) -> list[str]:
@@ -142,11 +130,12 @@ def ratios(values: Iterable[Any], unit: str = "", scale: float = 1) -> list[str]
 
 
 def cpu_columns(job: Job, rounds: int) -> dict[str, list[str]]:
-    told = seconds_per_step(job, rounds)
-    medians = {p: np.median(x[0]) for p, x in told.items() if not isinstance(x, str)}
-    reference = told[min(medians, key=medians.get)][0]
+    """Steps on this CPU, relative to the peer of the least median."""
+    found = seconds_per_step(job, rounds)
+    measured = [value[0] for value in found.values() if not isinstance(value, str)]
+    reference = min(measured, key=np.median)
     cells, compilations = [], []
-    for value in told.values():
+    for value in found.values():
         if isinstance(value, str):
             cells.append(value)
             compilations.append("")
@@ -159,6 +148,7 @@ def cpu_columns(job: Job, rounds: int) -> dict[str, list[str]]:
 
 
 def target_columns(job: Job, target: str) -> dict[str, list[str]]:
+    """Memory and traffic of a step on a target."""
     rows = [attempt(compiled, peer, target, job) for peer in PEERS]
     read = {
         "memory": lambda row: row.peak / GIB,
@@ -174,14 +164,12 @@ def target_columns(job: Job, target: str) -> dict[str, list[str]]:
 
 def tables(rounds: int, targets: Iterable[str]) -> str:
     """Measures everything; returns Markdown."""
-    small = make_job(8, 64, vocabulary=512, width=128, layers=2, heads=4)
-    medium = make_job(8, 512, vocabulary=8192, layers=2)
-    cpu = cpu_columns(small, rounds)
-    trace = ratios(seconds_to_lower(make_job(8, 1024), 3).values(), "s")
-    cpu["CPU time to trace and lower"] = trace
+    cpu = cpu_columns(TRAINED, rounds)
+    seconds = least_seconds_to_lower(TRACED, rounds=3)
+    cpu["CPU time to trace and lower"] = ratios(seconds.values(), "s")
     programs = {}
     for target in targets:
-        programs |= target_columns(medium, target)
+        programs |= target_columns(COMPILED, target)
     return "\n\n".join(
         markdown_table(["", *columns], list(zip(PEERS, *columns.values(), strict=True)))
         for columns in (cpu, programs)
@@ -195,6 +183,7 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--write", metavar="PAGE", help="put the tables there too")
     arguments = parser.parse_args()
+    prepare_to_compile()
     text = tables(arguments.rounds, arguments.target or TARGETS)
     print(text)
     if arguments.write:

@@ -3,9 +3,9 @@
 The same network on the same batch with the same optimizer (AdamW behind a clip by
 global norm) is trained with Flax's `DynamicScale`, with jmp by hand, with mpx and with
 jaxmp. Weights are large and the batch is small, so that much of the step is what the
-four differ in: unscale, check, clip, update, skip. They take turns, one step each, and
-every step is compared with the others of its round, so that a busy machine slows all
-alike. The loss after the last step shows that all of them do the same work.
+four do differently: unscale, check, clip, update, skip. They take turns, one step each,
+and every step is compared with the others of its round, so that a busy machine slows
+all alike. Equal losses after the last step show that all do the same work.
 
     pip install 'jaxmp[test]'
     python examples/benchmarks/update_step.py
@@ -15,13 +15,10 @@ The CPU emulates half precision: ratios of overhead, not a speed claim.
 
 import argparse
 import functools
-import os
 import platform
 import time
 from importlib.metadata import version
 from typing import Any
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import flax.linen as nn
 import jax
@@ -37,13 +34,13 @@ PACKAGES = ("jax", "flax", "optax", "jmp", "mixed-precision-for-jax", "jaxmp")
 
 
 class Mlp(nn.Module):
-    """Square weights and nothing else."""
+    """Square weights and tanh, nothing else."""
 
     depth: int
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         for _ in range(self.depth):
             x = jnp.tanh(nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype)(x))
         return x
@@ -52,12 +49,12 @@ class Mlp(nn.Module):
 def make_job(width: int, depth: int, batch: int) -> Job:
     """Large weights and a small batch, so that the update is much of the step."""
 
-    def make_batch(key):
+    def make_batch(key: jax.Array) -> tuple[tuple[jax.Array], jax.Array]:
         x, y = jax.random.normal(key, (2, batch, width))
         # Labels that float16 holds: mpx casts them too.
         return (x,), y.astype(jnp.float16).astype(jnp.float32)
 
-    def loss(outputs, y):
+    def loss(outputs: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(outputs.astype(jnp.float32) - y))
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -73,9 +70,8 @@ SCALERS = {
 }
 
 
-def measure(width: int, depth: int, batch: int, rounds: int):
+def measure(job: Job, rounds: int) -> tuple[np.ndarray, list[float]]:
     """Returns seconds of shape [scaler, round], and the last loss of each scaler."""
-    job = make_job(width, depth, batch)
     data = job.batch(jax.random.key(0))
     runs = []
     for scaler in SCALERS.values():
@@ -84,7 +80,7 @@ def measure(width: int, depth: int, batch: int, rounds: int):
         state, _ = step(jax.jit(training.init)(jax.random.key(1)), data)
         runs.append((step, state))
     seconds = np.zeros((len(runs), rounds))
-    losses = [None] * len(runs)
+    losses = [0.0] * len(runs)
     for i in range(rounds):
         for j, (step, state) in enumerate(runs):
             start = time.perf_counter()
@@ -94,24 +90,22 @@ def measure(width: int, depth: int, batch: int, rounds: int):
     return seconds, losses
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args()
-
-    seconds, losses = measure(args.width, args.depth, args.batch, args.rounds)
+    jax.config.update("jax_platforms", "cpu")
+    job = make_job(args.width, args.depth, args.batch)
+    seconds, losses = measure(job, args.rounds)
     fastest = seconds[np.argmin(np.median(seconds, axis=1))]
     ratios = seconds / fastest
 
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     print(f"Python {platform.python_version()}, {versions}")
-    print(
-        f"{make_job(args.width, args.depth, args.batch).shape}, "
-        f"{args.rounds} rounds, device {jax.devices()[0].platform}"
-    )
+    print(f"{job.shape}, {args.rounds} rounds, device {jax.devices()[0].platform}")
     print("The CPU emulates half precision: ratios of overhead, not a speed claim.\n")
     print("scaler            | ms (median) | ratio to fastest (quartiles) | last loss")
     for name, row, ratio, loss in zip(SCALERS, seconds, ratios, losses, strict=True):

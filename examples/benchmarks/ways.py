@@ -1,11 +1,12 @@
 """The ways to train one model in mixed precision: by hand, with a peer, with jaxmp.
 
-Each takes a `Job` and a half dtype, and returns a training step and its first state.
+Each takes a `Job`, most of them a half dtype, and returns a `Training`.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jmp
@@ -20,29 +21,49 @@ INIT_SCALE = 2.0**16
 
 
 class Training(NamedTuple):
-    """A step, and what it starts from."""
+    """A training step and its first state.
+
+    Attributes:
+      step: `(state, batch)` to the next state and the loss.
+      init: takes a key; returns the first state.
+    """
 
     step: Callable[[Any, Any], tuple[Any, jax.Array]]
-    """`(state, batch)` to the next state and the loss."""
     init: Callable[[jax.Array], Any]
-    """Takes a key; returns the first state."""
 
 
 class State(NamedTuple):
-    """What training changes."""
+    """What training changes.
+
+    Attributes:
+      params: what is trained.
+      variables: all other variables of the model: statistics, or a memory.
+      opt_state: the optimizer's state.
+      scale: the loss scale, where `opt_state` does not hold it.
+    """
 
     params: Any
     variables: Any
-    """Statistics or memory, that is, all variables which are not trained."""
     opt_state: Any
     scale: Any = None
-    """Of those whose loss scale is not in the optimizer's state."""
 
 
-def initializer(job, model, tx, scale=lambda: None):
+LossFn = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, Any]]]
+"""`(params, variables, batch)` to the loss and the new variables."""
+
+
+# What the ways share
+
+
+def initializer(
+    job: Job,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    scale: Callable[[], Any] = lambda: None,
+) -> Callable[[jax.Array], State]:
     """Returns a function of a key that makes the first state."""
 
-    def init(key):
+    def init(key: jax.Array) -> State:
         inputs, _ = job.batch(key)
         variables = dict(model.init(key, *inputs))
         params = variables.pop("params")
@@ -51,10 +72,10 @@ def initializer(job, model, tx, scale=lambda: None):
     return init
 
 
-def loss_function(job, model):
-    """Returns the plain loss of a model, with its new variables."""
+def loss_function(job: Job, model: nn.Module) -> LossFn:
+    """Returns the loss of a model, without any precision."""
 
-    def loss_fn(params, variables, batch):
+    def loss_fn(params: Any, variables: Any, batch: Any):
         inputs, labels = batch
         outputs, variables = model.apply(
             {"params": params, **variables}, *inputs, mutable=list(variables)
@@ -64,18 +85,41 @@ def loss_function(job, model):
     return loss_fn
 
 
-def plain(job: Job, dtype: Any = None) -> Training:
-    """The model with `dtype=` by hand and nothing else; float32 without one."""
-    model, tx = job.model(dtype=dtype), job.optimizer
-    differentiated = jax.value_and_grad(loss_function(job, model), has_aux=True)
+def without_scale(job: Job, model: nn.Module, loss_fn: LossFn) -> Training:
+    """Returns the step that every tutorial shows: gradients, update, apply."""
+    tx = job.optimizer
+    differentiated = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def step(state, batch):
+    def step(state: State, batch: Any) -> tuple[State, jax.Array]:
         (loss, variables), grads = differentiated(state.params, state.variables, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(params, variables, opt_state), loss
 
     return Training(step, initializer(job, model, tx))
+
+
+def under_policy(
+    job: Job, policy: jaxmp.Policy, *, autocast: bool, **options: Any
+) -> tuple[nn.Module, LossFn]:
+    """Returns a model and its loss, under `autocast` or `apply_policy`.
+
+    `options` are keyword arguments of the one that is called.
+    """
+    if autocast:
+        model = job.model()
+        return model, jaxmp.autocast(loss_function(job, model), policy, **options)
+    model = jaxmp.apply_policy(job.model(), policy, **options)
+    return model, loss_function(job, model)
+
+
+# The ways
+
+
+def plain(job: Job, dtype: Any = None) -> Training:
+    """The model with `dtype=` by hand and nothing else; float32 without one."""
+    model = job.model(dtype=dtype)
+    return without_scale(job, model, loss_function(job, model))
 
 
 def by_hand(job: Job, dtype: Any, *, init_scale: float = INIT_SCALE) -> Training:
@@ -85,7 +129,7 @@ def by_hand(job: Job, dtype: Any, *, init_scale: float = INIT_SCALE) -> Training
     model, tx = job.model(dtype=dtype), job.optimizer
     loss_fn = loss_function(job, model)
 
-    def step(state, batch):
+    def step(state: State, batch: Any) -> tuple[State, jax.Array]:
         differentiated = state.scale.value_and_grad(loss_fn, has_aux=True)
         scale, finite, (loss, variables), grads = differentiated(
             state.params, state.variables, batch
@@ -110,11 +154,11 @@ def with_apply_if_finite(job: Job, dtype: Any) -> Training:
 
 
 def with_mpx(job: Job, *, init_scale: float = INIT_SCALE) -> Training:
-    """mpx's casts, loss scale and update, which are in float16."""
+    """mpx's casts, loss scale and update, in mpx's own half dtype, float16."""
     model, tx = job.model(), job.optimizer
     loss_fn = loss_function(job, model)
 
-    def step(state, batch):
+    def step(state: State, batch: Any) -> tuple[State, jax.Array]:
         differentiated = mpx.filter_value_and_grad(loss_fn, state.scale, has_aux=True)
         (loss, variables), scale, finite, grads = differentiated(
             state.params, state.variables, batch
@@ -136,13 +180,13 @@ def with_jmp(job: Job, dtype: Any, *, init_scale: float = INIT_SCALE) -> Trainin
     policy = jmp.Policy(jnp.float32, dtype, jnp.float32)
     model, tx = job.model(), job.optimizer
 
-    def loss_scale(state):
+    def loss_scale(state: State) -> Any:
         # Of arrays, as `jit(...).lower` takes no state that holds a DynamicLossScale.
         if state.scale is None:
             return jmp.NoOpLossScale()
         return jmp.DynamicLossScale(*state.scale)
 
-    def loss_fn(params, state, batch):
+    def loss_fn(params: Any, state: State, batch: Any):
         inputs, labels = batch
         params, inputs = policy.cast_to_compute((params, inputs))
         outputs, variables = model.apply(
@@ -153,7 +197,7 @@ def with_jmp(job: Job, dtype: Any, *, init_scale: float = INIT_SCALE) -> Trainin
         loss = job.loss(policy.cast_to_output(outputs), labels)
         return loss_scale(state).scale(loss), (loss, dict(variables))
 
-    def step(state, batch):
+    def step(state: State, batch: Any) -> tuple[State, jax.Array]:
         grads, (loss, variables) = jax.grad(loss_fn, has_aux=True)(
             state.params, state, batch
         )
@@ -185,20 +229,25 @@ def with_jaxmp(
     optimizer: Callable[..., Any] = lambda inner: inner,
     param_dtype: Any = jnp.float32,
     init_scale: float = INIT_SCALE,
+    **options: Any,
 ) -> Training:
     """jaxmp's `autocast` or `apply_policy`, and its loss scale.
 
-    `optimizer` wraps the job's own, and `param_dtype` is what it stores parameters in.
+    Args:
+      job: what is trained.
+      dtype: what is computed in.
+      autocast: whether `autocast` is called, not `apply_policy`.
+      optimizer: wraps the job's own.
+      param_dtype: what parameters are stored in.
+      init_scale: the first loss scale, for float16.
+      **options: of `autocast` or `apply_policy`.
     """
     policy = jaxmp.Policy(param_dtype, dtype, jnp.float32)
     tx = jaxmp.loss_scaling(optimizer(job.optimizer), policy, init_scale=init_scale)
-    model = job.model() if autocast else jaxmp.apply_policy(job.model(), policy)
-    loss_fn = loss_function(job, model)
-    if autocast:
-        loss_fn = jaxmp.autocast(loss_fn, policy)
+    model, loss_fn = under_policy(job, policy, autocast=autocast, **options)
     differentiated = jaxmp.value_and_grad(loss_fn, has_aux=True)
 
-    def step(state, batch):
+    def step(state: State, batch: Any) -> tuple[State, jax.Array]:
         (loss, variables), grads = differentiated(
             state.params, state.variables, batch, loss_scale=state.opt_state
         )
@@ -209,9 +258,18 @@ def with_jaxmp(
 
     init = initializer(job, model, optax.identity())
 
-    def init_in_param_dtype(key):
+    def init_in_param_dtype(key: jax.Array) -> State:
         state = init(key)
         params = policy.cast_to_param(state.params)
         return state._replace(params=params, opt_state=tx.init(params))
 
     return Training(step, init_in_param_dtype)
+
+
+def with_jaxmp_unscaled(
+    job: Job, dtype: Any, *, autocast: bool, **options: Any
+) -> Training:
+    """`autocast` or `apply_policy` in a step that scales no loss and skips nothing."""
+    policy = jaxmp.Policy(jnp.float32, dtype, jnp.float32)
+    model, loss_fn = under_policy(job, policy, autocast=autocast, **options)
+    return without_scale(job, model, loss_fn)

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-sys.path += [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ def test_a_model_has_the_parameters_of_its_paper(name, by_hand, millions):
     assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
-def test_the_batches_are_those_that_the_table_states():
+def test_the_batches_are_those_in_the_table():
     def shapes(name):
         inputs, labels = jax.eval_shape(JOBS[name].batch, jax.random.key(0))
         return [x.shape for x in jax.tree.leaves((inputs, labels))]

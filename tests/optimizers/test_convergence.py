@@ -3,15 +3,12 @@
 Runs `examples/benchmarks/convergence.py`, whose table stands in the documentation.
 """
 
-import pathlib
-import runpy
-
+import convergence
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = "examples/benchmarks/convergence.py"
 KEPT = [
     "master_weights",
     "split master_weights",
@@ -22,8 +19,7 @@ KEPT = [
 
 @pytest.fixture(scope="module")
 def final_losses():
-    benchmark = runpy.run_path(str(pathlib.Path(__file__).parents[2] / SCRIPT))
-    return {name: final for name, (_, final) in benchmark["run_all"]().items()}
+    return {name: final for name, (_, final) in convergence.run_all().items()}
 
 
 @pytest.mark.parametrize("name", KEPT)

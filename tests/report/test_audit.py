@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled_steps import WAYS, abstract_arguments, abstract_step
 from flax import nnx
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
+from models.gpt2 import make_job
 
 import jaxmp
-from examples.benchmarks.autocast_gpt2 import make_step
 from jaxmp import errors
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.report import audit
@@ -566,7 +567,7 @@ def test_the_leak_of_gpt2_is_named_by_line():
 
 
 def test_gpt2_small_is_audited_in_five_seconds():
-    step, args = make_step("by-hand")
+    step, *args = abstract_step("GPT-2 small", "bfloat16 by hand")
     start = time.process_time()
     found = audit(step, *args, policy="mixed_bfloat16")
     # About 1 s of CPU time on the machine this was written on.
@@ -736,10 +737,9 @@ def test_residuals_of_what_has_no_derivative_are_unknown():
 
 
 def test_autocast_keeps_half_residuals():
-    step, args = make_step(
-        "autocast", {"layers": 1, "length": 128, "vocabulary": 256, "width": 96}
-    )
-    kept = audit(step, *args).residual_bytes
+    job = make_job(8, 128, vocabulary=256, width=96, layers=1)
+    training = WAYS["bfloat16 autocast, unscaled"](job)
+    kept = audit(training.step, *abstract_arguments(training, job)).residual_bytes
     assert kept["bfloat16"] > 10 * kept["float32"]
 
 

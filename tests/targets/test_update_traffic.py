@@ -3,29 +3,22 @@
 Prints the table of `examples/benchmarks/update_traffic.py`, which it runs.
 """
 
-import pathlib
-import runpy
-
 import pytest
+import update_traffic
 
 pytestmark = pytest.mark.targets
-
-SCRIPT = (
-    pathlib.Path(__file__).parents[2] / "examples" / "benchmarks" / "update_traffic.py"
-)
 
 
 @pytest.fixture(scope="module")
 def rows(request):
-    benchmark = runpy.run_path(str(SCRIPT))
     rows = {
-        (*case, target): benchmark["measure"](*case, target)
-        for target in benchmark["TARGETS"]
-        for case in benchmark["cases"]()
+        (*case, target): update_traffic.measure(*case, target)
+        for target in update_traffic.TARGETS
+        for case in update_traffic.cases()
     }
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        print("\n" + benchmark["table"](rows.values()))
+        print("\n" + update_traffic.table(rows.values()))
     return rows
 
 

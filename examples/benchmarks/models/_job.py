@@ -10,21 +10,29 @@ import optax
 
 
 class Job(NamedTuple):
-    """How a model is made, fed, judged and updated."""
+    """How a model is made, fed, judged and updated.
+
+    Attributes:
+      model: makes the model; takes `dtype=`, which is None except for dtypes by hand.
+      batch: takes a key; returns the inputs of the model, and labels.
+      loss: takes what the model returns, and labels.
+      optimizer: updates the parameters.
+      shape: the batch and the optimizer in words.
+    """
 
     model: Callable[..., nn.Module]
-    """Takes `dtype=`, which is None except for dtypes by hand."""
     batch: Callable[[jax.Array], tuple[tuple[jax.Array, ...], Any]]
-    """Takes a key; returns the inputs of the model, and labels."""
-    loss: Callable[[Any, Any], jax.Array]
-    """Takes what the model returns, and labels."""
+    loss: Callable[[jax.Array, Any], jax.Array]
     optimizer: optax.GradientTransformation
     shape: str
-    """The batch in words."""
 
 
-def cross_entropy(logits, labels):
-    """Losses per label, in float32 whatever the logits are."""
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The loss of each label, in float32 whatever the logits are."""
     return optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), labels
     )
+
+
+def mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return cross_entropy(logits, labels).mean()

@@ -25,7 +25,7 @@ class Block(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         norm = functools.partial(nn.LayerNorm, epsilon=1e-12, dtype=self.dtype)
         h = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(x, mask=mask)
         x = norm()(x + h)
@@ -44,7 +44,9 @@ class Bert(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, tokens, segments, is_token):
+    def __call__(
+        self, tokens: jax.Array, segments: jax.Array, is_token: jax.Array
+    ) -> jax.Array:
         embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
         norm = functools.partial(nn.LayerNorm, epsilon=1e-12, dtype=self.dtype)
         table = embed(self.vocabulary, name="tokens")
@@ -60,8 +62,10 @@ class Bert(nn.Module):
         return logits + bias.astype(logits.dtype)[None, None]
 
 
-def batch(key, size, length, vocabulary):
-    """Tokens, segments, what is a token; labels, which are -1 where not asked for."""
+def batch(
+    key: jax.Array, size: int, length: int, vocabulary: int
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Tokens, segments and what is a token; labels, -1 where none is asked for."""
     asked, tokens = jax.random.split(key)
     asked = jax.random.bernoulli(asked, MASK_SHARE, (size, length))
     tokens = jax.random.randint(tokens, (size, length), 1, vocabulary)
@@ -69,7 +73,7 @@ def batch(key, size, length, vocabulary):
     return inputs, jnp.where(asked, tokens, -1)
 
 
-def loss(logits, labels):
+def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     asked = labels >= 0
     losses = cross_entropy(logits, jnp.where(asked, labels, 0))
     return jnp.sum(losses, where=asked) / jnp.sum(asked)

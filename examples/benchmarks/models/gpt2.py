@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models._job import Job, cross_entropy
+from models._job import Job, mean_cross_entropy
 
 
 class Block(nn.Module):
@@ -18,7 +18,7 @@ class Block(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         h = nn.LayerNorm(dtype=self.dtype)(x)
         h = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(h, mask=mask)
         x = x + h
@@ -38,7 +38,7 @@ class GPT2(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, tokens):
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         table = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="wte")
         positions = nn.Embed(self.length, self.width, dtype=self.dtype, name="wpe")
         x = table(tokens) + positions(jnp.arange(tokens.shape[1]))[None]
@@ -48,29 +48,33 @@ class GPT2(nn.Module):
         return table.attend(nn.LayerNorm(dtype=self.dtype, name="ln")(x))
 
 
-def batch(key, size, length, vocabulary):
-    """Tokens, and the tokens that follow each of them."""
+def batch(
+    key: jax.Array, size: int, length: int, vocabulary: int
+) -> tuple[tuple[jax.Array], jax.Array]:
+    """Random tokens, [size, length], and the token that follows each of them."""
     tokens = jax.random.randint(key, (size, length + 1), 0, vocabulary)
     return (tokens[:, :-1],), tokens[:, 1:]
 
 
-def loss(logits, labels):
-    return cross_entropy(logits, labels).mean()
+def make_job(size: int, length: int, *, rate: float = 1e-4, **sizes: int) -> Job:
+    """A GPT-2 on batches of `size` sequences of `length` tokens.
+
+    Args:
+      size: sequences in a batch.
+      length: tokens in a sequence, and positions that the model knows.
+      rate: learning rate of AdamW.
+      **sizes: other fields of `GPT2`; GPT-2 small's by default.
+    """
+    model = functools.partial(GPT2, length=length, **sizes)
+    vocabulary = model().vocabulary
+    return Job(
+        model=model,
+        batch=functools.partial(batch, size=size, length=length, vocabulary=vocabulary),
+        loss=mean_cross_entropy,
+        optimizer=optax.adamw(rate),
+        shape=f"{size} x {length} tokens, AdamW",
+    )
 
 
-JOB = Job(
-    model=GPT2,
-    batch=functools.partial(batch, size=8, length=1024, vocabulary=50257),
-    loss=loss,
-    optimizer=optax.adamw(1e-4),
-    shape="8 x 1024 tokens, AdamW",
-)
-TINY_JOB = Job(
-    model=functools.partial(
-        GPT2, vocabulary=64, length=16, width=32, layers=1, heads=2
-    ),
-    batch=functools.partial(batch, size=4, length=16, vocabulary=64),
-    loss=loss,
-    optimizer=optax.adamw(1e-3),
-    shape="4 x 16 tokens, AdamW",
-)
+JOB = make_job(8, 1024)
+TINY_JOB = make_job(4, 16, rate=1e-3, vocabulary=64, width=32, layers=1, heads=2)

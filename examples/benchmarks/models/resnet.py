@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models._job import Job, cross_entropy
+from models._job import Job, mean_cross_entropy
 
 
 class Bottleneck(nn.Module):
@@ -19,7 +19,7 @@ class Bottleneck(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm = functools.partial(
             nn.BatchNorm, use_running_average=False, momentum=0.9, dtype=self.dtype
@@ -41,7 +41,7 @@ class ResNet(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.Conv(self.width, (7, 7), (2, 2), use_bias=False, dtype=self.dtype)(x)
         x = nn.BatchNorm(use_running_average=False, momentum=0.9, dtype=self.dtype)(x)
         x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), "SAME")
@@ -52,28 +52,26 @@ class ResNet(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype)(jnp.mean(x, axis=(1, 2)))
 
 
-def batch(key, size, length, classes):
-    """Images, and their classes."""
+def batch(
+    key: jax.Array, size: int, length: int, classes: int
+) -> tuple[tuple[jax.Array], jax.Array]:
+    """Random images, [size, length, length, 3], and their classes."""
     images, labels = jax.random.split(key)
     images = jax.random.normal(images, (size, length, length, 3))
     return (images,), jax.random.randint(labels, (size,), 0, classes)
 
 
-def loss(logits, labels):
-    return cross_entropy(logits, labels).mean()
-
-
 JOB = Job(
     model=ResNet,
     batch=functools.partial(batch, size=64, length=224, classes=1000),
-    loss=loss,
+    loss=mean_cross_entropy,
     optimizer=optax.sgd(0.1, momentum=0.9),
     shape="64 images of 224 x 224, SGD with momentum",
 )
 TINY_JOB = Job(
     model=functools.partial(ResNet, classes=10, width=8, stages=(1, 1)),
     batch=functools.partial(batch, size=8, length=32, classes=10),
-    loss=loss,
+    loss=mean_cross_entropy,
     optimizer=optax.sgd(0.01, momentum=0.9),
     shape="8 images of 32 x 32, SGD with momentum",
 )

@@ -3,7 +3,7 @@
 Layers, tied embeddings, shared attention biases and the adaptive softmax are those of
 the authors' PyTorch code. One thing differs, because shapes are static here: a cluster
 of rare tokens has room for an eighth of a batch's tokens. About one token in sixteen
-of WikiText-103 is rare; those beyond the room would lose their part within the cluster.
+of WikiText-103 is rare; a token beyond the room loses its part within the cluster.
 """
 
 import functools
@@ -19,7 +19,7 @@ from flax.linen.dtypes import promote_dtype
 from models._job import Job, cross_entropy
 
 
-def relative_shift(x):
+def relative_shift(x: jax.Array) -> jax.Array:
     """Turns scores by distance, [..., query, distance], into scores by key."""
     *batch, queries, keys = x.shape
     x = jnp.pad(x, [(0, 0)] * (len(batch) + 1) + [(1, 0)])
@@ -27,7 +27,7 @@ def relative_shift(x):
     return x[..., 1:, :].reshape(*batch, queries, keys)
 
 
-def sinusoids(length, width):
+def sinusoids(length: int, width: int) -> jax.Array:
     """Embeddings of the distances length - 1 down to 0, of shape [length, width]."""
     frequencies = 10000.0 ** (-jnp.arange(0, width, 2) / width)
     angles = jnp.arange(length - 1, -1, -1)[:, None] * frequencies[None]
@@ -41,7 +41,14 @@ class RelativeAttention(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x, memory, distances, content_bias, distance_bias):
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array,
+        distances: jax.Array,
+        content_bias: jax.Array,
+        distance_bias: jax.Array,
+    ) -> jax.Array:
         batch, queries, width = x.shape
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         seen = jnp.concatenate([memory, x], axis=1)
@@ -62,7 +69,7 @@ class RelativeAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A block that normalises after each half and remembers what it was given."""
+    """A block that normalises after each half and remembers its input."""
 
     heads: int
     inner: int
@@ -70,7 +77,13 @@ class Block(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x, distances, content_bias, distance_bias):
+    def __call__(
+        self,
+        x: jax.Array,
+        distances: jax.Array,
+        content_bias: jax.Array,
+        distance_bias: jax.Array,
+    ) -> jax.Array:
         batch, _, width = x.shape
         norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
         memory = self.variable(
@@ -93,14 +106,14 @@ class Block(nn.Module):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Losses of labels: the frequent tokens compete with clusters of the rare ones."""
+    """The loss of each label: frequent tokens compete with clusters of rare ones."""
 
     cutoffs: tuple[int, ...]
     room: int
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x, labels, table):
+    def __call__(self, x: jax.Array, labels: jax.Array, table: jax.Array) -> jax.Array:
         x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
         ends = (*self.cutoffs, len(table))
         clusters = len(ends) - 1
@@ -140,7 +153,7 @@ class TransformerXL(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, tokens, following):
+    def __call__(self, tokens: jax.Array, following: jax.Array) -> jax.Array:
         table = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="table")
         x = table(tokens) * self.width**0.5
         distances = sinusoids(self.memory + tokens.shape[1], self.width).astype(x.dtype)
@@ -157,13 +170,15 @@ class TransformerXL(nn.Module):
         return softmax(x, following, table.embedding)
 
 
-def batch(key, size, length, vocabulary):
-    """Tokens and the tokens that follow each of them; the labels are inputs here."""
+def batch(
+    key: jax.Array, size: int, length: int, vocabulary: int
+) -> tuple[tuple[jax.Array, jax.Array], None]:
+    """Random tokens and those that follow each; here the labels are inputs."""
     tokens = jax.random.randint(key, (size, length + 1), 0, vocabulary)
     return (tokens[:, :-1], tokens[:, 1:]), None
 
 
-def loss(losses, labels):
+def loss(losses: jax.Array, labels: None) -> jax.Array:
     del labels
     return losses.mean()
 
