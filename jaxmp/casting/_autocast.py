@@ -26,12 +26,12 @@ from jaxmp.casting.planner._ambient_precision import (
 from jaxmp.casting.planner._whole_function import check_rules, plan_jaxpr, read_settings
 from jaxmp.casting.run._eager import compiled
 from jaxmp.casting.run._whole_function import run_plan
-from jaxmp.policy import get_policy
+from jaxmp.policy import PolicyLike, get_policy
 
 
 def autocast(
     fn: Callable[..., Any] | None = None,
-    policy: Any = "mixed_bfloat16",
+    policy: PolicyLike = "mixed_bfloat16",
     *,
     rules: Sequence[Any] = (),
     output_dtype: Any = None,

@@ -9,7 +9,7 @@ from jaxmp.errors import InvalidOption, NotAModule
 from jaxmp.modules._layers import Application
 from jaxmp.modules._linen import apply_to_linen
 from jaxmp.modules._nnx import apply_to_nnx
-from jaxmp.policy import default_rules, get_policy
+from jaxmp.policy import PolicyLike, default_rules, get_policy
 from jaxmp.policy.rule_sets import check_rules
 
 M = TypeVar("M")
@@ -17,7 +17,7 @@ M = TypeVar("M")
 
 def apply_policy(
     module: M,
-    policy: Any,
+    policy: PolicyLike,
     *,
     rules: Any = default_rules,
     explicit_dtype: Literal["override", "keep"] | None = None,

@@ -33,13 +33,13 @@ from jaxmp.modules._nnx import (
 from jaxmp.modules._nnx_settings import is_transparent as is_transparent_in_nnx
 from jaxmp.modules._nnx_variables import own_parameters
 from jaxmp.modules._variables import layer_dtypes_of_variables
-from jaxmp.policy import PolicyRule, default_rules, get_policy
+from jaxmp.policy import PolicyLike, PolicyRule, default_rules, get_policy
 from jaxmp.policy.rule_sets import check_rules
 
 
 def describe(
     module: Any,
-    policy: Any,
+    policy: PolicyLike,
     *example_args: Any,
     rules: Any = default_rules,
     explicit_dtype: Literal["override", "keep"] | None = None,

@@ -11,7 +11,7 @@ from flax import nnx, traverse_util
 from jaxmp import _tree
 from jaxmp.modules._apply import apply_policy
 from jaxmp.modules._layers import Application, LayerDtypes, by_rule
-from jaxmp.policy import Policy, default_rules, get_policy
+from jaxmp.policy import Policy, PolicyLike, default_rules, get_policy
 from jaxmp.policy.rule_sets import check_rules, first_match
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def layer_dtypes_of_variables(
 
 
 def cast_for_eval(
-    module_or_variables: T, policy: Any, *, rules: Any = default_rules
+    module_or_variables: T, policy: PolicyLike, *, rules: Any = default_rules
 ) -> T:
     """Casts parameters to the compute dtype once, for evaluation or serving in half.
 

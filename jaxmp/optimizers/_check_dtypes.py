@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxmp import _tree
 from jaxmp._tree import PyTree
 from jaxmp.errors import DtypeMismatch
-from jaxmp.policy import Policy, get_policy
+from jaxmp.policy import Policy, PolicyLike, get_policy
 
 MOST_SHOWN = 20
 
@@ -64,7 +64,7 @@ def _dtypes(tree: PyTree) -> dict[str, Any]:
     return {_tree.path_string(path): jnp.result_type(x) for path, x in leaves}
 
 
-def _wanted(found: dict[str, Any], tree: PyTree, policy: Any) -> dict[str, Any]:
+def _wanted(found: dict[str, Any], tree: PyTree, policy: PolicyLike) -> dict[str, Any]:
     is_tree = jax.tree.structure(policy) == jax.tree.structure(tree)
     if is_tree and not isinstance(policy, (Policy, str)):
         return _dtypes(policy)

@@ -9,7 +9,7 @@ import jmp
 
 from jaxmp.errors import PolicyError
 from jaxmp.policy._matmul_precision import precision_names, read_precision
-from jaxmp.policy._policy import Policy
+from jaxmp.policy._policy import Policy, PolicyLike
 from jaxmp.policy._suggestions import near_policy, near_value
 from jaxmp.policy.dtypes import name_to_dtype, policy_name_for, read_dtype
 
@@ -40,7 +40,7 @@ _DTYPES = ("half", *name_to_dtype)
 _NAMES = ("auto", *PRESETS, *_DTYPES)
 
 
-def get_policy(spec: Any, *, device: Any = None) -> Policy:
+def get_policy(spec: PolicyLike, *, device: Any = None) -> Policy:
     """Reads a policy from a string; policies pass through.
 
     Args:

@@ -1,11 +1,12 @@
 """`Policy`: which dtypes parameters, computation and outputs have."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jmp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxmp import _tree
 from jaxmp.errors import PolicyError
@@ -172,3 +173,7 @@ def _dtypes(policy: jmp.Policy) -> tuple[Any, ...]:
     """The three dtypes; None for an unknown one, since jmp.Policy checks nothing."""
     dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
     return tuple(map(read_dtype, dtypes))
+
+
+PolicyLike: TypeAlias = str | jmp.Policy | DTypeLike
+"""What `get_policy` reads: a string, a policy of jaxmp's or jmp's, or a dtype."""

@@ -11,12 +11,13 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp.errors import InvalidAssertion
+from jaxmp.policy import PolicyLike
 from jaxmp.report import audit
 from jaxmp.testing._failure import fail, floating_dtype, listed
 
 
 def assert_no_upcast(
-    fn: Callable[..., Any], *args: Any, policy: Any = None, **kwargs: Any
+    fn: Callable[..., Any], *args: Any, policy: PolicyLike | None = None, **kwargs: Any
 ) -> None:
     """Checks that no half value of a program silently becomes float32.
 

@@ -18,7 +18,7 @@ from jaxmp.loss_scale.jmp_classes import of_jmp
 from jaxmp.loss_scale.made_with import MadeWith, has_float16, notes
 from jaxmp.loss_scale.state import find_all
 from jaxmp.loss_scale.unscale import OVERWRITE_WITH_GRADIENT
-from jaxmp.policy import Policy, get_policy
+from jaxmp.policy import Policy, PolicyLike, get_policy
 
 _OPTIONS = tuple(
     name
@@ -28,7 +28,7 @@ _OPTIONS = tuple(
 )
 
 
-def read_policy(policy: Any) -> Policy:
+def read_policy(policy: PolicyLike) -> Policy:
     """Reads a policy, and says where a loss scale goes that was passed as one."""
     if isinstance(of_jmp(policy), LossScale):
         name = type(policy).__name__

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from jaxmp import _tree
 from jaxmp.errors import InvalidCheckpoint, PolicyError
-from jaxmp.policy import get_policy
+from jaxmp.policy import Policy, PolicyLike, get_policy
 from jaxmp.training._checkpoint_policy import (
     POLICY_KEY,
     check_checkpoint_policy,
@@ -79,7 +79,12 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self, step: int, state: Any, *, policy: Any = None, notes: Any = None
+        self,
+        step: int,
+        state: Any,
+        *,
+        policy: PolicyLike | None = None,
+        notes: Any = None,
     ) -> None:
         """Saves a state as the checkpoint of a step.
 
@@ -107,7 +112,7 @@ class Checkpoints:
         state: T,
         *,
         step: int | None = None,
-        policy: Any = None,
+        policy: PolicyLike | None = None,
         convert: bool = False,
     ) -> T:
         """Reads a checkpoint into the form of a freshly created state.
@@ -127,11 +132,10 @@ class Checkpoints:
           InvalidCheckpoint: if there is none, if it names no policy, or if its arrays
             have other names, shapes or dtypes than those of `state`.
         """
-        policy = _policy_of(state, policy)
         step = self._existing(step)
         same = check_checkpoint_policy(
             self._read(step, POLICY_KEY, ocp.args.JsonRestore()),
-            policy,
+            _policy_of(state, policy),
             convert=convert,
         )
         named = _by_name(state)
@@ -206,7 +210,7 @@ class Checkpoints:
                 )
 
 
-def _policy_of(state: Any, policy: Any) -> Any:
+def _policy_of(state: Any, policy: PolicyLike | None) -> Policy:
     if policy is not None:
         return get_policy(policy)
     if isinstance(state, TrainState):

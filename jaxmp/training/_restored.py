@@ -20,6 +20,7 @@ from jaxmp.loss_scale.made_with import notes
 from jaxmp.loss_scale.state import LossScaleState, find
 from jaxmp.loss_scale.state_machines import DynamicMachine, Machine
 from jaxmp.optimizers import check_dtypes, check_master_weights
+from jaxmp.policy import PolicyLike
 from jaxmp.training._create import read_policy, split_options, trained_part
 from jaxmp.training._train_state import TrainState
 
@@ -118,7 +119,9 @@ def _may_be_dynamic(state: LossScaleState, machine: DynamicMachine) -> bool:
     return down <= skipped
 
 
-def adopt(state: Any, policy: Any, *, cls: type[T] = TrainState, **kwargs: Any) -> T:
+def adopt(
+    state: Any, policy: PolicyLike, *, cls: type[T] = TrainState, **kwargs: Any
+) -> T:
     """Continues a run of Flax's own `TrainState` under a policy.
 
     Args:

@@ -15,7 +15,7 @@ from jaxmp._transformations import composition
 from jaxmp.errors import InvalidCheckpoint
 from jaxmp.loss_scale import select_applied, value_and_grad
 from jaxmp.optimizers import check_master_weights
-from jaxmp.policy import Policy
+from jaxmp.policy import Policy, PolicyLike
 from jaxmp.training._checkpoint_policy import (
     POLICY_KEY,
     check_checkpoint_policy,
@@ -69,7 +69,7 @@ class TrainState(train_state.TrainState):
         apply_fn: Any,
         params: Any,
         tx: optax.GradientTransformation,
-        policy: Any,
+        policy: PolicyLike,
         **kwargs: Any,
     ) -> "TrainState":
         """Creates a state at step 0.

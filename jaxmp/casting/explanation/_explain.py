@@ -23,13 +23,14 @@ from jaxmp.casting.kernels._interception import tracing
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
 from jaxmp.casting.planner._whole_function import check_rules, plan_jaxpr, read_settings
+from jaxmp.policy import PolicyLike
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 
 
 def explain(
     fn: Callable[..., Any],
-    policy: Any = "mixed_bfloat16",
+    policy: PolicyLike = "mixed_bfloat16",
     *,
     rules: Sequence[Any] = (),
     half_residuals: bool = True,

@@ -15,10 +15,12 @@ from jaxmp.casting.planner._ambient_precision import ambient_precision
 from jaxmp.casting.planner._planner import JaxprPlanner
 from jaxmp.casting.planner._returned_states import returned_states
 from jaxmp.errors import AutocastError, AutocastRuleError
-from jaxmp.policy import get_policy
+from jaxmp.policy import PolicyLike, get_policy
 
 
-def read_settings(policy: Any, rules: Sequence[Any], half_residuals: bool) -> Settings:
+def read_settings(
+    policy: PolicyLike, rules: Sequence[Any], half_residuals: bool
+) -> Settings:
     """Reads what a plan depends on from the arguments of `autocast`."""
     policy = get_policy(policy)
     dtype = jnp.dtype(policy.compute_dtype)

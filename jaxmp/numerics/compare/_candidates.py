@@ -11,7 +11,7 @@ from jaxmp.errors import NumericsError
 from jaxmp.numerics.compare._stand_in import stand_in, stand_in_rules
 from jaxmp.numerics.ranges._formats import format_range
 from jaxmp.numerics.replay._program import Program
-from jaxmp.policy import Policy, get_policy
+from jaxmp.policy import Policy, PolicyLike, get_policy
 
 Read: TypeAlias = Callable[..., Program]
 """`read_program`, with the function and its arguments given."""
@@ -51,7 +51,7 @@ def read_candidates(policies: Any, rules: Sequence[Any], read: Read) -> list[Can
       PolicyError: for a policy that cannot be read.
     """
     is_one = isinstance(policies, str) or not isinstance(policies, Sequence)
-    specs = [policies] if is_one else list(policies)
+    specs: list[PolicyLike] = [policies] if is_one else list(policies)  # type: ignore
     if not specs:
         raise NumericsError(
             "policies=[] compares nothing. Write policies=['bfloat16', 'float16']."

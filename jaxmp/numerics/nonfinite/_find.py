@@ -35,12 +35,13 @@ from jaxmp.numerics.nonfinite._report import NonfiniteReport
 from jaxmp.numerics.nonfinite._sum_causes import is_mask
 from jaxmp.numerics.replay._float32_lines import Line
 from jaxmp.numerics.replay._program import Program, read_program
+from jaxmp.policy import PolicyLike
 
 
 def find_nonfinite(
     fn: Callable[..., Any],
     *args: Any,
-    policy: Any = None,
+    policy: PolicyLike | None = None,
     rules: Sequence[Any] = (),
     loss_scale: Any = None,
     argnums: int | Sequence[int] = 0,
@@ -105,7 +106,9 @@ def find_nonfinite(
     )
 
 
-def _remedy(found: Found, policy: Any, retry: Callable[..., Line | bool]) -> Remedy:
+def _remedy(
+    found: Found, policy: PolicyLike | None, retry: Callable[..., Line | bool]
+) -> Remedy:
     """What float32 mends, tried before it is advised."""
     if found.site is None or not found.origin.is_narrow or is_mask(found.origin):
         return Remedy()

@@ -27,6 +27,7 @@ from jaxmp.errors import NonScalarLoss
 from jaxmp.loss_scale import get_loss_scale
 from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE, scale_tree
 from jaxmp.numerics.replay._float32_lines import Line, keep_lines
+from jaxmp.policy import PolicyLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read_program(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     *,
-    policy: Any = None,
+    policy: PolicyLike | None = None,
     rules: Sequence[Any] = (),
     argnums: int | Sequence[int] = 0,
     backward: bool | None = None,

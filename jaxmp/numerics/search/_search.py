@@ -36,12 +36,12 @@ from jaxmp.numerics.search._problem import BudgetSpent, Problem, progress_bar
 from jaxmp.numerics.search._result import PolicySearch
 from jaxmp.numerics.search._saved import Saved, digest
 from jaxmp.numerics.search._units import rules_of, units_of
-from jaxmp.policy import get_policy
+from jaxmp.policy import PolicyLike, get_policy
 
 
 def search_policy(
     loss_fn: Callable[..., Any],
-    policy: Any,
+    policy: PolicyLike,
     *batches: Any,
     budget: int = 40,
     tolerance: float = 0.05,
@@ -110,7 +110,7 @@ def search_policy(
     dtype = jnp.dtype(policy.compute_dtype)
     _check(dtype, batches, budget)
 
-    def read(policy: Any = None, **options: Any) -> list[Program]:
+    def read(policy: PolicyLike | None = None, **options: Any) -> list[Program]:
         options = {"policy": policy, "argnums": argnums, "backward": True, **options}
         return [read_program(loss_fn, batch, {}, **options) for batch in batches]
 

@@ -11,12 +11,12 @@ from jaxmp.numerics.ranges._formats import format_range
 from jaxmp.numerics.replay._program import read_program
 from jaxmp.numerics.trace._meter import Meter
 from jaxmp.numerics.trace._result import Trace
-from jaxmp.policy import get_policy
+from jaxmp.policy import PolicyLike, get_policy
 
 
 def trace(
     fn: Callable[..., Any],
-    policy: Any = None,
+    policy: PolicyLike | None = None,
     *,
     dtype: DTypeLike | None = None,
     rules: Sequence[Any] = (),

@@ -12,7 +12,7 @@ from jaxmp._jaxpr.calls import bodies
 from jaxmp._jaxpr.types import Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp._jaxpr.walk import walk
-from jaxmp.policy import get_policy
+from jaxmp.policy import PolicyLike, get_policy
 from jaxmp.report.audit._alignment import misalignments
 from jaxmp.report.audit._dataflow import Context, Dataflow
 from jaxmp.report.audit._origins import argument_value
@@ -24,7 +24,7 @@ from jaxmp.report.audit.records import Matmul
 
 
 def audit(
-    fn: Callable[..., Any], *args: Any, policy: Any = None, **kwargs: Any
+    fn: Callable[..., Any], *args: Any, policy: PolicyLike | None = None, **kwargs: Any
 ) -> Audit:
     """Finds where a program computes in another dtype than it is meant to.
 

@@ -15,7 +15,7 @@ from jaxmp._jaxpr.arguments import argument_names
 from jaxmp._jaxpr.lowered import kept_arguments
 from jaxmp.casting import autocast
 from jaxmp.errors import NotAnArray, ShardingMismatch, StepDoesNotTrace
-from jaxmp.policy import get_policy
+from jaxmp.policy import PolicyLike, get_policy
 from jaxmp.report.compile._mlir_bytes import write_module
 from jaxmp.report.compile.targets import Target, read_target
 
@@ -49,7 +49,7 @@ class Program(NamedTuple):
         return hashlib.sha256(self.written + repr(seen).encode()).hexdigest()
 
 
-def under_policy(step: Callable[..., Any], policy: Any) -> Callable[..., Any]:
+def under_policy(step: Callable[..., Any], policy: PolicyLike) -> Callable[..., Any]:
     """A step under a policy.
 
     Args:
