@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxmp.errors import MissingPackage
 
+# Colours: what is good, kept, kept in part, lost, and neither.
 GOOD, KEPT, PALE, LOST, GREY = "#2a8a3e", "#4878a8", "#a9c4de", "#c43c2c", "#707070"
 
 
