@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from flax.linen import fp8_ops
 
-from jaxmp._jaxpr.arguments import flatten_arguments, named_leaves
+from jaxmp._jaxpr.argument_names import named_leaves
+from jaxmp._jaxpr.arguments import flatten_arguments
 from jaxmp._jaxpr.flax_internals import (
     CALL_WRAPPED_METHOD,
     LINEN_MODULE,

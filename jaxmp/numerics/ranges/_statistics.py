@@ -28,7 +28,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxmp import _tree
-from jaxmp._jaxpr.arguments import without_variable
+from jaxmp._jaxpr.argument_names import without_variable
 from jaxmp.numerics.ranges._formats import format_range
 
 EXPONENTS = range(-149, 128)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp._jaxpr.arguments import Leaf, flatten_arguments, named_leaves, state_name
+from jaxmp._jaxpr.argument_names import Leaf, named_leaves, state_name
+from jaxmp._jaxpr.arguments import flatten_arguments
 from jaxmp._jaxpr.execution import as_function
 from jaxmp._jaxpr.rewrite import with_lines_of_custom_rules
 from jaxmp._jaxpr.types import Array, Arrays, Jaxpr

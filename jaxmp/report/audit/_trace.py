@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxmp import _tree
-from jaxmp._jaxpr.arguments import flatten_arguments, named_leaves
+from jaxmp._jaxpr.argument_names import named_leaves
+from jaxmp._jaxpr.arguments import flatten_arguments
 from jaxmp._jaxpr.types import Jaxpr
 from jaxmp.errors import NotAnArray, StepDoesNotTrace
 from jaxmp.report.audit._origins import array_name

@@ -11,7 +11,7 @@ import jax
 from jax import export
 
 from jaxmp import _tree
-from jaxmp._jaxpr.arguments import argument_names
+from jaxmp._jaxpr.argument_names import argument_names
 from jaxmp._jaxpr.lowered import kept_arguments
 from jaxmp.casting import autocast
 from jaxmp.errors import NotAnArray, ShardingMismatch, StepDoesNotTrace
