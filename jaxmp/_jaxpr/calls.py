@@ -134,6 +134,23 @@ def branches(eqn: Eqn) -> Sequence[Any]:
     return eqn.params["branches"]
 
 
+def with_bodies(eqn: Eqn, *new: Jaxpr) -> dict[str, Any]:
+    """The parameters of a call with other jaxprs in it.
+
+    Args:
+      eqn: the call.
+      *new: jaxprs in the place of those it holds; of a `while`, the condition first.
+    """
+    name = eqn.primitive.name
+    if name == "cond":
+        return {**eqn.params, "branches": new}
+    if name == "while":
+        condition, body = new
+        return {**eqn.params, "cond_jaxpr": condition, "body_jaxpr": body}
+    (body,) = new
+    return {**eqn.params, "jaxpr" if name == "scan" else BODY[name]: body}
+
+
 def closed_over(eqn: Eqn) -> int:
     """How many of its first operands the function of a custom derivative closes over.
 

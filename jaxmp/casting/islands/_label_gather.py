@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
+from jaxmp._jaxpr.calls import JITS, body
+from jaxmp._jaxpr.execution import bind
 from jaxmp._jaxpr.types import Array, Atom, Eqn
 from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
 
 
 def has_pick(eqn: Eqn) -> bool:
     """True for a gather that picks one element per row, or a `jit` around one."""
-    if eqn.primitive.name == "jit":
-        return any(map(is_pick, open_jaxpr(eqn.params["jaxpr"]).eqns))
+    if eqn.primitive.name in JITS:
+        return any(map(is_pick, open_jaxpr(body(eqn)).eqns))
     return is_pick(eqn)
 
 
@@ -44,24 +46,19 @@ def is_pick(eqn: Eqn) -> bool:
 
 def bind_with_picks(eqn: Eqn, operands: Sequence[Any]) -> list[Any]:
     """Binds an equation for which `has_pick` is true."""
-    if eqn.primitive.name != "jit":
+    if eqn.primitive.name not in JITS:
         return [_pick(eqn, *operands)]
-    jaxpr = open_jaxpr(eqn.params["jaxpr"])
+    closed = body(eqn)
+    jaxpr = open_jaxpr(closed)
     values = dict(zip(jaxpr.invars, operands, strict=True))
-    constants = jaxpr_consts(eqn.params["jaxpr"])
-    values.update(zip(jaxpr.constvars, constants, strict=True))
+    values.update(zip(jaxpr.constvars, jaxpr_consts(closed), strict=True))
 
     def read(atom: Atom) -> Array:
         return atom.val if is_literal(atom) else values[atom]
 
     for inner in jaxpr.eqns:
         args = list(map(read, inner.invars))
-        if is_pick(inner):
-            outs = [_pick(inner, *args)]
-        else:
-            params = inner.primitive.get_bind_params(inner.params)
-            outs = inner.primitive.bind(*args, **params)
-            outs = outs if inner.primitive.multiple_results else [outs]
+        outs = [_pick(inner, *args)] if is_pick(inner) else bind(inner, args)
         values.update(zip(inner.outvars, outs, strict=True))
     return list(map(read, jaxpr.outvars))
 

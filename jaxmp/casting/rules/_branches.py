@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxmp._jaxpr.calls import branches
+from jaxmp._jaxpr.calls import branches, with_bodies
 from jaxmp._jaxpr.types import Array, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import jaxpr_consts
 from jaxmp.casting.plan.plan import Context, EqnPlan
@@ -48,9 +48,7 @@ class CondRule(CallRule):
     def execute(
         self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
     ) -> Any:
-        planned = tuple(
-            executor.closed(branch, jaxpr_consts(body))
-            for branch, body in zip(plan.call, branches(plan.eqn), strict=True)
-        )
-        params = {**plan.eqn.params, "branches": planned}
+        planned = zip(plan.call, branches(plan.eqn), strict=True)
+        bodies = [executor.closed(p, jaxpr_consts(held)) for p, held in planned]
+        params = with_bodies(plan.eqn, *bodies)
         return plan.eqn.primitive.bind(*operands, **params)

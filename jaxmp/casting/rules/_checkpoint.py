@@ -7,7 +7,7 @@ inside the region, and those of islands' results outside it.
 from collections.abc import Sequence
 from typing import Any
 
-from jaxmp._jaxpr.calls import BODY, CHECKPOINTS
+from jaxmp._jaxpr.calls import CHECKPOINTS, with_bodies
 from jaxmp._jaxpr.types import Array
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting.plan.plan import EqnPlan
@@ -25,5 +25,5 @@ class CheckpointRule(SingleBodyRule):
         self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
     ) -> Any:
         closed = executor.closed(plan.call, ())
-        params = {**plan.eqn.params, BODY[plan.eqn.primitive.name]: open_jaxpr(closed)}
+        params = with_bodies(plan.eqn, open_jaxpr(closed))
         return plan.eqn.primitive.bind(*operands, **params)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxmp._jaxpr.calls import BODY, GROUPINGS, JITS
+from jaxmp._jaxpr.calls import GROUPINGS, JITS, with_bodies
 from jaxmp._jaxpr.types import Array
 from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.rules._call import SingleBodyRule
@@ -19,7 +19,7 @@ class JitRule(SingleBodyRule):
         self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
     ) -> Any:
         closed = executor.closed(plan.call, self.consts(plan))
-        params = {**plan.eqn.params, BODY[plan.eqn.primitive.name]: closed}
+        params = with_bodies(plan.eqn, closed)
         return plan.eqn.primitive.bind(*operands, **params)
 
 

@@ -8,7 +8,7 @@ of the loop.
 from collections.abc import Sequence
 from typing import Any
 
-from jaxmp._jaxpr.calls import loop
+from jaxmp._jaxpr.calls import loop, with_bodies
 from jaxmp._jaxpr.types import Array, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import jaxpr_consts
 from jaxmp.casting.plan.plan import Context, EqnPlan, JaxprPlan
@@ -72,7 +72,7 @@ class ScanRule(CallRule):
         self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
     ) -> Any:
         consts = jaxpr_consts(loop(plan.eqn).body)
-        params = {**plan.eqn.params, "jaxpr": executor.closed(plan.call, consts)}
+        params = with_bodies(plan.eqn, executor.closed(plan.call, consts))
         return plan.eqn.primitive.bind(*operands, **params)
 
 
@@ -121,7 +121,7 @@ class WhileRule(CallRule):
     def execute(
         self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
     ) -> Any:
-        params = dict(plan.eqn.params)
-        for name, inside in zip(("cond_jaxpr", "body_jaxpr"), plan.call, strict=True):
-            params[name] = executor.closed(inside, jaxpr_consts(params[name]))
+        planned = zip(plan.call, self.bodies(plan.eqn), strict=True)
+        bodies = [executor.closed(p, jaxpr_consts(held)) for p, held in planned]
+        params = with_bodies(plan.eqn, *bodies)
         return plan.eqn.primitive.bind(*operands, **params)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jaxmp._jaxpr.calls import function_name
+from jaxmp._jaxpr.execution import bind
 from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import NEUTRAL, State
@@ -46,8 +47,7 @@ class _Original:
             merged = list(args)
             for i, x in zip(self.varied, diff, strict=True):
                 merged[i] = x
-            params = self.eqn.primitive.get_bind_params(self.eqn.params)
-            outs = self.eqn.primitive.bind(*merged, **params)
+            outs = bind(self.eqn, merged)
             return [outs[i] for i in self.diff_outs], [
                 x for i, x in enumerate(outs) if i not in self.diff_outs
             ]

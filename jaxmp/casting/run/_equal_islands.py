@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.calls import is_jaxpr
 from jaxmp._jaxpr.types import Atom
 from jaxmp.casting.islands._islands import Island
 
@@ -75,6 +76,6 @@ def signature(island: Island, depth: int, args: list[Any]) -> Hashable | None:
 def _parameters(params: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     # A jaxpr, such as the body of a jitted function, is what it is by identity.
     return tuple(
-        (name, (id(value), type(value)) if hasattr(value, "eqns") else value)
+        (name, (id(value), type(value)) if is_jaxpr(value) else value)
         for name, value in sorted(params.items())
     )
