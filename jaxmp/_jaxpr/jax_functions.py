@@ -10,6 +10,7 @@ from jaxmp._jaxpr.types import Eqn
 _CASTS = frozenset(("astype", "_astype", "array", "asarray", "convert_element_type"))
 # What promotes its operands, without a trace of the function that does it for them.
 _INLINED = frozenset(("ufunc.__call__", "power"))
+_OPERATOR = "_operator_"
 _SOURCES = "/jax/_src/"
 
 
@@ -40,7 +41,9 @@ def is_promotion(eqn: Eqn) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _is_promotion(traceback: Any) -> bool:
     how = written(traceback)
-    is_inlined = not _INLINED.isdisjoint(how.inside_jax)
+    is_inlined = any(
+        name in _INLINED or name.startswith(_OPERATOR) for name in how.inside_jax
+    )
     return not asks_for_cast(how) and (promotes(how) or is_inlined)
 
 
