@@ -10,6 +10,10 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import results
+import runner
+import train_digits
+import train_lm
 
 EXAMPLES = ["train_lm.py", "train_digits.py"]
 FREQUENCIES_ONLY = 3.2  # the loss of knowing how frequent each character is, about
@@ -132,13 +136,10 @@ def test_digits_are_recognised_in_all_three_precisions(start, tmp_path):
 
 
 @pytest.mark.targets
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_half_precision_takes_less_memory_on_the_h100(name, start):
-    policies = ["float32", "mixed_float16", "mixed_bfloat16"]
-    process = start(name, "--h100-memory", "--policy", ",".join(policies))
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    memory = json.loads(out.splitlines()[-1])
-    assert list(memory) == policies
+@pytest.mark.parametrize("example", [train_lm, train_digits])
+def test_half_precision_takes_less_memory_on_the_h100(example):
+    args = runner.read_flags(example.EXPERIMENT, [])
+    memory = results.h100_memory(example.EXPERIMENT, args)
+    assert list(memory) == ["float32", "mixed_float16", "mixed_bfloat16"]
     assert memory["mixed_float16"] < memory["float32"]
     assert memory["mixed_bfloat16"] < memory["float32"]

@@ -14,6 +14,7 @@ import results
 import runner
 
 import jaxmp
+from jaxmp import errors
 from jaxmp.training import Checkpoints
 
 DEFAULTS = ("float32", "mixed_float16", "mixed_bfloat16")
@@ -151,11 +152,14 @@ def test_half_evaluation_and_h100_memory_are_columns_of_their_own(run, monkeypat
 
 
 def test_a_compiler_that_fails_costs_its_column_only(run, monkeypatch):
+    def compile_step_of(*args, **kwargs):
+        raise errors.CompilerFailed("out of order")
+
     monkeypatch.setattr(results.compilers, "has_target", lambda target: True)
-    monkeypatch.setattr("sys.executable", "false")
+    monkeypatch.setattr(results.compilers, "compile_step_of", compile_step_of)
     status, printed = run("--steps", "1")
     assert status == 0
-    assert "It failed, so there is no column for it" in printed
+    assert "It failed, so there is no column for it:\nout of order" in printed
     assert len(read_table(printed)) == 3
 
 
