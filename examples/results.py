@@ -111,7 +111,7 @@ def h100_memory(experiment: "Experiment", args: argparse.Namespace) -> dict[str,
         return training.train_step, training.state, training.batch(0)
 
     try:
-        told = compilers.compile_step_of(
+        found = compilers.compile_step_of(
             step_of_policy,
             policies=list(args.policies),
             targets=["h100"],
@@ -120,7 +120,7 @@ def h100_memory(experiment: "Experiment", args: argparse.Namespace) -> dict[str,
     except JaxmpError as error:
         print(f"It failed, so there is no column for it:\n{error}")
         return {}
-    return {row.policy: row.peak or 0 for row in told.rows}
+    return {row.policy: row.peak or 0 for row in found.rows}
 
 
 # The plot

@@ -22,12 +22,16 @@ CLAIMS = {
     "Transformer-XL base": (0.52, 1.9),
 }
 JAXMP = ("bfloat16 autocast", "bfloat16 apply_policy")
+HEADLINE = (
+    "All ways here are in bfloat16. Headings below name the batch and the optimizer "
+    "of each model, which the charts share."
+)
 
 
 def page_section(rows: Rows, charts: Mapping[str, str]) -> str:
     """Writes the whole section, from rows and the file names of charts."""
     targets = list(dict.fromkeys(target for _, _, target in rows))
-    parts = ["### Against the figures that are quoted", headline(rows)]
+    parts = ["### Against the figures that are quoted", HEADLINE, headline(rows)]
     parts += [f"![memory of a training step]({charts['memory']})"]
     if "traffic" in charts:
         parts += [f"![traffic of a training step]({charts['traffic']})"]
@@ -37,7 +41,8 @@ def page_section(rows: Rows, charts: Mapping[str, str]) -> str:
         parts += [f"### {model}: {job.shape}"]
         for target in targets:
             if found := rows_of(rows, model, target):
-                parts += [f"On {chips[target].name}:", table(found)]
+                command = f'memory_table.py --model "{model}" --target {target}'
+                parts += [f"On {chips[target].name} (`{command}`):", table(found)]
                 parts += notes(model, target, found)
             else:
                 parts += [f"Nothing was compiled for {chips[target].name}."]
@@ -71,9 +76,12 @@ def speed_up(row: Row | None, reference: Row | None) -> float | None:
 
 def best_of_jaxmp(rows: Rows, model: str, target: str) -> str | None:
     """jaxmp's way that needs the least memory, in bfloat16."""
-    found = {w: rows[model, w, target] for w in JAXMP if (model, w, target) in rows}
-    fitting = {way: row for way, row in found.items() if row.peak is not None}
-    return min(fitting, key=lambda way: fitting[way].peak, default=None)
+    peaks = {}
+    for way in JAXMP:
+        row = rows.get((model, way, target))
+        if row is not None and row.peak is not None:
+            peaks[way] = row.peak
+    return min(peaks, key=peaks.__getitem__, default=None)
 
 
 def headline(rows: Rows) -> str:
@@ -86,7 +94,7 @@ def headline(rows: Rows) -> str:
         reference = rows[model, FLOAT32, "h100"]
         row = rows[model, way, "h100"]
         hand = rows.get((model, "bfloat16 by hand", "h100"))
-        part = saved(row, reference)
+        part = saved(row, reference) or 0.0
         lines.append(
             (
                 model,
@@ -161,13 +169,13 @@ def shortfall(rows: Rows, model: str) -> list[str]:
         return []
     row = rows[model, way, "h100"]
     claim, _ = CLAIMS[model]
-    if saved(row, reference) >= claim:
+    if (saved(row, reference) or 0.0) >= claim:
         return []
     lines = [
         (f"{buffer.bytes / MIB:.0f}", buffer.copies, buffer.array, made_at(buffer))
         for buffer in row.buffers
     ]
-    intro = f"What lies in the H100's memory at the peak of {way}, largest first:"
+    intro = f"In the H100's memory at the peak of {way}, the largest first:"
     return [intro, markdown_table(["MiB", "count", "array", "made at"], lines)]
 
 

@@ -64,7 +64,7 @@ def make_run(watched: bool) -> Run:
 
 
 class Times(NamedTuple):
-    """What a run told, by whether it was watched: seconds, and the last state."""
+    """Seconds and last states, by whether a monitor watched the run."""
 
     steps: dict[bool, np.ndarray]
     compiling: dict[bool, float]
