@@ -33,7 +33,6 @@ Sharp edges
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -263,28 +262,20 @@ def _transformation(
             grads = float32_view(updates)
         if value is not None:
             extra_args["value"] = value
+        finite = jnp.bool_(True)
         if looks_at_gradients:
-            looked_at = used(
-                lambda grads, state, params, extra_args: _tell(
-                    functools.partial(inner.update, grads, state, params),
-                    jnp.bool_(True),
-                    extra_args,
-                ),
-                *(grads, state.inner_state, params, extra_args),
-            )
+            update = functools.partial(_update, inner, finite)
+            looked_at = used(update, grads, state.inner_state, params, extra_args)
             finite = _agree(_tree.all_finite(looked_at), axis_name)
-        else:
-            finite = jnp.bool_(True)
         decides = composition.decides_on_nonfinite(state.inner_state)
         if decides:
-            nothing = jax.tree.map(_tree.negative_zero, grads)
-            grads = _tree.select(finite, grads, nothing)
-        update = functools.partial(inner.update, grads, state.inner_state, params)
-        updates, inner_state = _tell(update, finite, extra_args)
+            grads = _or_nothing(finite, grads)
+        updates, inner_state = _update(
+            inner, finite, grads, state.inner_state, params, extra_args
+        )
         inner_state = pinned(inner_state, state.inner_state)
         if skip_nonfinite and not decides:
-            nothing = jax.tree.map(_tree.negative_zero, updates)
-            updates = _tree.select(finite, updates, nothing)
+            updates = _or_nothing(finite, updates)
             inner_state = composition.select(finite, inner_state, state.inner_state)
         applied = finite if skip_nonfinite else jnp.bool_(True)
         scale = machine.next(_scale_of(state), finite)
@@ -292,6 +283,12 @@ def _transformation(
         return updates, new_state._replace(loss_finite=_loss_finite(value, axis_name))
 
     return optax.GradientTransformationExtraArgs(note(init_fn, made_with), update_fn)
+
+
+def _or_nothing(finite: jax.Array, updates: optax.Updates) -> optax.Updates:
+    """Returns the updates, or ones that change no bit of a parameter."""
+    nothing = jax.tree.map(_tree.negative_zero, updates)
+    return _tree.select(finite, updates, nothing)
 
 
 def _first_state(inner_state: optax.OptState, scale: Scale) -> LossScaleState:
@@ -324,20 +321,25 @@ def _next_state(
     )
 
 
-def _tell(
-    update: Callable[..., Any], finite: jax.Array, extra_args: dict[str, Any]
-) -> tuple[Any, Any]:
-    """Updates, and passes `grads_finite=` along unless the update refuses it.
+def _update(
+    inner: optax.GradientTransformationExtraArgs,
+    finite: jax.Array,
+    grads: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, optax.OptState]:
+    """Runs the inner update, and passes `grads_finite=` on unless it is refused.
 
-    A signature cannot say so: `optax.chain` takes any argument and passes it to line
+    A signature cannot show that: `optax.chain` takes any argument and passes it to line
     searches, which refuse what their `value_fn` does not take.
     """
     try:
-        return update(grads_finite=finite, **extra_args)
+        return inner.update(grads, state, params, grads_finite=finite, **extra_args)
     except TypeError as error:
         if "grads_finite" not in str(error):
             raise
-        return update(**extra_args)
+        return inner.update(grads, state, params, **extra_args)
 
 
 def _scale_of(state: LossScaleState) -> Scale:

@@ -62,6 +62,32 @@ def _policied(
 
     `inside` is the module's path below the module that the policy was applied to.
     """
+    methods = {
+        **_intercepted_methods(cls, application, inside),
+        **_other_methods(cls, application, inside),
+    }
+    return type(
+        cls.__name__,
+        (cls,),
+        {
+            **{name: nn.nowrap(method) for name, method in methods.items()},
+            "_original_class": cls,
+            "_application": application,
+            "_inside": inside,
+            "_used_rules": set(),
+            "_leaves": {},
+            "_said": set(),
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+        },
+    )
+
+
+def _intercepted_methods(
+    cls: type[nn.Module], application: Application, inside: Path
+) -> dict[str, Callable[..., Any]]:
+    """The methods that every call goes through, run under an interceptor."""
 
     def run(self: Any, name: str, call: Callable[[], Any]) -> Any:
         if self.scope is None or any(i.covers(self.scope) for i in running.get()):
@@ -73,20 +99,26 @@ def _policied(
         call = functools.partial(wrapped, self, fun, args, kwargs)
         return run(self, getattr(fun, "__name__", ""), call)
 
-    def call_lifted_method(name: str) -> Callable[..., Any]:
-        @functools.wraps(lifted[name])
+    def call_lifted_method(name: str, lifted: Any) -> Callable[..., Any]:
+        @functools.wraps(lifted)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            call = functools.partial(lifted[name], self, *args, **kwargs)
-            return run(self, name, call)
+            return run(self, name, functools.partial(lifted, self, *args, **kwargs))
 
         return method
 
     # The methods of classes that nn.remat and the like make do not pass through there.
     lifted = {
-        name: fun
-        for name, fun in vars(cls).items()
-        if is_lifted(cls) and hasattr(fun, "__wrapped__")
+        name: call_lifted_method(name, method)
+        for name, method in vars(cls).items()
+        if is_lifted(cls) and hasattr(method, "__wrapped__")
     }
+    return {**lifted, CALL_WRAPPED_METHOD: call_wrapped_method}
+
+
+def _other_methods(
+    cls: type[nn.Module], application: Application, inside: Path
+) -> dict[str, Callable[..., Any]]:
+    """Methods that give layers the policy when looked up, plan `apply`, and pickle."""
 
     def get_attribute(self: Any, name: str) -> Any:
         return _policy_children(self, name, cls.__getattribute__(self, name))
@@ -112,30 +144,12 @@ def _policied(
     def reduce(self: Any) -> tuple[Any, ...]:
         return _rebuild, (cls, linen_fields(self), self.name, application, inside)
 
-    overrides = {
-        **{name: call_lifted_method(name) for name in lifted},
-        CALL_WRAPPED_METHOD: call_wrapped_method,
+    return {
         "__getattribute__": get_attribute,
         "__getattr__": get_missing_attribute,
         "__reduce__": reduce,
         "apply": apply,
     }
-    return type(
-        cls.__name__,
-        (cls,),
-        {
-            **{name: nn.nowrap(fun) for name, fun in overrides.items()},
-            "_original_class": cls,
-            "_application": application,
-            "_inside": inside,
-            "_used_rules": set(),
-            "_leaves": {},
-            "_said": set(),
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-        },
-    )
 
 
 def _plans_own_code(module: nn.Module, application: Application) -> bool:

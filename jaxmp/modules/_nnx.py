@@ -80,8 +80,8 @@ def layers_of(module: nnx.Module, application: Application) -> Layers:
         if path == "":
             dtypes = of_root(application.policy, application.rules, layer)
         else:
-            around = _enclosing(path, layers)
-            dtypes = of_layer(around, application.rules, path, layer)
+            _, enclosing = _around(path, layers)[0]
+            dtypes = of_layer(enclosing, application.rules, path, layer)
         layers[path] = (layer, dtypes)
     return layers
 
@@ -160,9 +160,9 @@ def origins_of(layers: Layers, application: Application) -> dict[str, Origin]:
     origins = {}
     for path, (layer, dtypes) in leaves.items():
         author = author_dtype(layer)
-        around = _modules_around(path, layers)
+        is_below = any(_hands_down(module) for module, _ in _around(path, layers))
         was_handed = author == _tree.FLOAT32 and (
-            all_in_float32 or path == "" or any(map(_hands_down, around))
+            all_in_float32 or path == "" or is_below
         )
         origins[path] = origin_of(
             author,
@@ -174,13 +174,13 @@ def origins_of(layers: Layers, application: Application) -> dict[str, Origin]:
     return origins
 
 
-def _modules_around(path: str, layers: Layers) -> list[Any]:
-    """The modules around a layer, nearest first."""
+def _around(path: str, layers: Layers) -> list[tuple[nnx.Module, LayerDtypes]]:
+    """The layers around one, nearest first; the last is the module itself."""
     around = []
     while path:
         path = path.rpartition("/")[0]
         if path in layers:
-            around.append(layers[path][0])
+            around.append(layers[path])
     return around
 
 
@@ -217,11 +217,3 @@ def _path_string(parts: tuple[Any, ...]) -> str:
     for part in parts:
         path += f"_{part}" if isinstance(part, int) else f"/{part}"
     return path.removeprefix("/")
-
-
-def _enclosing(path: str, layers: Layers) -> LayerDtypes:
-    while path:
-        path = path.rpartition("/")[0]
-        if path in layers:
-            return layers[path][1]
-    return layers[""][1]

@@ -17,10 +17,12 @@ Sharp edges
 - float16 has no room for squares of small gradients: below 2e-4 they become zero.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxmp import _tree
@@ -135,6 +137,15 @@ def cast_state(
         )
         return CastStateState(inner_state, jnp.int32(0) if stochastic else None)
 
+    def store(moments: optax.OptState, state: CastStateState) -> CastStateState:
+        stored = functools.partial(_stored, dtype)
+        if not stochastic:
+            inner_state = jax.tree.map(stored, moments, state.inner_state)
+            return CastStateState(inner_state, None)
+        keys = keys_like(moments, seed, state.draws)
+        inner_state = jax.tree.map(stored, moments, state.inner_state, keys)
+        return CastStateState(inner_state, state.draws + 1)
+
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -143,7 +154,7 @@ def cast_state(
     ) -> tuple[optax.Updates, CastStateState]:
         composition.require_state(state, CastStateState, "cast_state")
         moments = jax.tree.map(
-            lambda x: _tree.at_least_float32(x) if _is_stored(x) else x,
+            lambda x: _tree.at_least_float32(x) if _has_dtype(x, dtype) else x,
             state.inner_state,
         )
         updates, moments = inner.update(
@@ -151,28 +162,21 @@ def cast_state(
         )
         return updates, store(moments, state)
 
-    def store(moments: optax.OptState, state: CastStateState) -> CastStateState:
-        if not stochastic:
-            inner_state = jax.tree.map(_store_nearest, moments, state.inner_state)
-            return CastStateState(inner_state, None)
-        keys = keys_like(moments, seed, state.draws)
-        inner_state = jax.tree.map(_store_random, moments, state.inner_state, keys)
-        return CastStateState(inner_state, state.draws + 1)
-
-    def _is_stored(x: Any) -> bool:
-        return _tree.is_array(x) and x.dtype == dtype
-
-    def _store_nearest(x: Any, stored: Any) -> Any:
-        if _is_stored(stored) and dtype in _tree.HALF:
-            x = round_to_nearest(_tree.at_least_float32(x), dtype)
-        return pinned(x, stored)
-
-    def _store_random(x: Any, stored: Any, key: jax.Array) -> Any:
-        if _is_stored(stored) and dtype in _tree.HALF:
-            x = stochastic_round(x, dtype, key)
-        return pinned(x, stored)
-
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _stored(dtype: np.dtype, x: Any, old: Any, key: jax.Array | None = None) -> Any:
+    """Rounds a leaf of the state for storage: to nearest, or at random with a key."""
+    if _has_dtype(old, dtype) and dtype in _tree.HALF:
+        if key is None:
+            x = round_to_nearest(_tree.at_least_float32(x), dtype)
+        else:
+            x = stochastic_round(x, dtype, key)
+    return pinned(x, old)
+
+
+def _has_dtype(x: Any, dtype: np.dtype) -> bool:
+    return _tree.is_array(x) and x.dtype == dtype
 
 
 def _is_castable(x: Any) -> bool:

@@ -97,10 +97,7 @@ class TrainState(train_state.TrainState):
         Example:
           >>> import jax.numpy as jnp, jaxmp, optax
           >>> state = jaxmp.TrainState.create(
-          ...     apply_fn=None,
-          ...     params=jnp.ones(2),
-          ...     tx=optax.sgd(1.0),
-          ...     policy="float32",
+          ...     apply_fn=None, params=jnp.ones(2), tx=optax.sgd(1.0), policy="float32"
           ... )
         """
         policy = read_policy(policy)
