@@ -121,7 +121,7 @@ BAD_INPUT = {
         errors.LossScaleOptionError,
         ("init_scale=-2.0", "Use a power of two"),
     ),
-    "scale that is no power of two": (
+    "scale that is not a power of two": (
         lambda: scaling(init_scale=1000.0),
         errors.LossScaleOptionError,
         ("init_scale=1000.0", "Use 512 or 1024"),

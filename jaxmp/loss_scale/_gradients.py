@@ -60,9 +60,8 @@ def value_and_grad(
       micro_batch_aux: `"stack"` gives the auxiliary outputs a first axis of parts;
         `"mean"` averages the floating ones and takes the others from the last part.
       transform: what differentiates: `jax.value_and_grad`, `nnx.value_and_grad`,
-        `equinox.filter_value_and_grad`, or one of the same form; a `grad` among them
-        counts as its `value_and_grad`. An nnx model that holds statistics, counters or
-        keys needs the one of nnx.
+        `equinox.filter_value_and_grad`, or one of the same form; their `grad`s work
+        too. An nnx model with statistics, counters or keys needs `nnx.value_and_grad`.
       **transform_kwargs: passed on to `transform`: `allow_int`, `holomorphic`, ...
 
     Returns:
@@ -80,8 +79,8 @@ def value_and_grad(
       NonScalarLoss: if the loss has axes, or is not a number.
       NonFloatingLoss: if the loss is an integer or boolean.
       MissingAux: if `has_aux` and `fun` does not return a pair.
-      TransformError: if `transform` returns no value, or if it is JAX's own and the
-        model is an nnx model that needs the one of nnx.
+      TransformError: if `transform` returns no value, or if an nnx model needs
+        `nnx.value_and_grad`.
       MicroBatchError: if the batch cannot be cut.
 
     References:

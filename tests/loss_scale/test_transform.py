@@ -531,7 +531,7 @@ def step_returning(what):
 def test_jax_debug_nans_aborts_on_an_overflow_that_would_be_skipped():
     """A NaN that leaves a compiled function aborts; one that is selected away does not.
 
-    So debug_nans and loss scaling do not go together: `grads_finite` tells the same.
+    So debug_nans and loss scaling do not go together: `grads_finite` says the same.
     """
     _, finite = step_returning("grads")
     assert not finite

@@ -1,4 +1,4 @@
-"""`apply_policy` and linen modules inside of one another, lifted and shared."""
+"""`apply_policy` and nested linen modules, lifted and shared."""
 
 import flax.linen as nn
 import jax

@@ -110,9 +110,9 @@ def test_a_dtype_of_the_author_is_the_one_that_is_named():
 def test_names_do_not_enter_the_paths_of_explain():
     module = jaxmp.apply_policy(Linen(), "mixed_bfloat16")
     params = module.init(jax.random.key(0), TOKENS, X)
-    told = jaxmp.explain(module.apply)(params, TOKENS, X)
-    assert any(row.path.endswith("head") for row in told.rows)
-    assert not any("jaxmp" in row.path for row in told.rows)
+    explanation = jaxmp.explain(module.apply)(params, TOKENS, X)
+    assert any(row.path.endswith("head") for row in explanation.rows)
+    assert not any("jaxmp" in row.path for row in explanation.rows)
 
 
 def test_an_nnx_layer_that_is_only_named_returns_what_it_returned():

@@ -49,8 +49,8 @@ class Case:
     extra: Callable[[Any], dict[str, Any]] = nothing
     per_example: bool = False
     lookahead: bool = False
-    # What it returns is no descent of a continuous function of the gradients, so that
-    # two programs that differ in the last bit go different ways.
+    # Its updates do not depend continuously on the gradients, so two programs that
+    # differ in the last bit diverge.
     chaotic: bool = False
 
     def __str__(self):

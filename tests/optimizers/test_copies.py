@@ -91,7 +91,7 @@ def test_what_stands_beside_the_masters_gets_the_rounded_weights():
 
 
 def test_moments_and_moved_copies_are_left_alone():
-    """A moment of zero beside a bias of zero is no copy of it."""
+    """A moment of zero beside a bias of zero is not a copy of it."""
     tx = jaxmp.master_weights(optax.chain(optax.adam(0.1), ema(0.5)))
     params = {"w": jnp.ones((2, 2), jnp.bfloat16), "b": jnp.zeros(2, jnp.bfloat16)}
     new = {"w": jnp.full((2, 2), 3.0), "b": jnp.full(2, 5.0)}

@@ -1,4 +1,4 @@
-"""The wrappers inside of what others wrote: Flax, Orbax, shardings, Optax."""
+"""The wrappers together with Flax, Orbax, shardings and Optax."""
 
 import functools
 
