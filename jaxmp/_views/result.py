@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 
 class Result(abc.ABC):
     """The base of what jaxmp finds out; `print` of it is a table.
@@ -62,7 +60,7 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, np.generic | np.ndarray):
+    if hasattr(value, "tolist"):
         return plain(value.tolist())
     if hasattr(value, "_asdict"):
         return plain(value._asdict())
