@@ -143,6 +143,8 @@ OPERATIONS = {
     ),
     "checkpoint": lambda x, w: jax.checkpoint(jnp.sin)(x),
 }
+INSIDE_JAX = {"solve": ("precision=HIGHEST",)}
+"""What JAX itself asks for, in the gradient of one of its functions."""
 NOT_DIFFERENTIABLE = {
     "unknown primitive",
     "callback",
@@ -236,7 +238,10 @@ def test_one_operation_leaves_the_gradients_of_the_others_in_half(name):
         forward, both = (shares(OPERATIONS[name], f, every=3) for f in transforms)
         for i, (own, actual) in enumerate(zip(forward, both, strict=True)):
             allowed = 3 * (own.total - own.half)
-            inside_jax = sum(r.flops for r in actual.reasons if not r.source)
+            by_jax = (
+                r.flops for r in actual.reasons if r.reason in INSIDE_JAX.get(name, ())
+            )
+            inside_jax = sum(by_jax)
             assert actual.total - actual.half - inside_jax <= allowed, (i, actual)
 
 
