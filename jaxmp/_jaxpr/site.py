@@ -25,7 +25,7 @@ class Site:
 
     @property
     def primitive(self) -> str:
-        """Name of the primitive; empty outside of all."""
+        """Name of the primitive; empty outside all of them."""
         return "" if self.eqn is None else self.eqn.primitive.name
 
     @functools.cached_property

@@ -184,7 +184,7 @@ def _settings(module: nn.Module, method: str, dtypes: LayerDtypes) -> dict[str, 
 def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, Any]:
     kind = kind_of(module)
     if kind == "norm":
-        # Flax computes statistics and arithmetic in float32 unless it is told to reduce
+        # Flax computes statistics and arithmetic in float32 unless asked to reduce
         # in half; `dtype` is the dtype of the output alone.
         if dtypes.compute.itemsize >= 4:
             return {"dtype": dtypes.output}

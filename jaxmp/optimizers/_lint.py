@@ -136,7 +136,7 @@ def _lost_hyperparameters(tx: Any, params: PyTree) -> Iterator[Finding]:
             yield Finding(
                 "hyperparameter",
                 f"{float(wanted[name]):g} becomes {float(x):g} in {x.dtype}. Put the "
-                "optimizer inside of master_weights, which shows it float32.",
+                "optimizer inside master_weights, which shows it float32.",
                 name,
             )
 
@@ -160,7 +160,7 @@ def _lost_literals(tx: Any, params: PyTree, extra_args: Any) -> Iterator[Finding
             yield Finding(
                 "literal",
                 f"{before:g} becomes {after:g} in {dtype}, in {place[1]!r}. Put the "
-                "optimizer inside of master_weights, which shows it float32.",
+                "optimizer inside master_weights, which shows it float32.",
                 place[0],
             )
 

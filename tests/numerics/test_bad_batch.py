@@ -181,7 +181,7 @@ def test_nothing_to_save(tmp_path):
 
 
 def test_saving_is_for_the_host(tmp_path):
-    with pytest.raises(NotOnHost, match="outside of jit"):
+    with pytest.raises(NotOnHost, match="outside jit"):
         jax.jit(lambda record: record.save(tmp_path / "bad.npz"))(ODD._replace(batch=1))
 
 

@@ -5,8 +5,8 @@ rule, integrators, state space models, running means. Rounding it to half would 
 increments, so it stays float32, and those who read it round their copy. Sums are found
 in the carries of loops, and in the state that a function takes and returns.
 
-A residual stream, `x + f(x)` over the layers of a network, is a sum as well. It is told
-apart by three properties: nothing scales what was there, but for a norm of it; `f`
+A residual stream, `x + f(x)` over the layers of a network, is a sum as well. It differs
+in three properties: nothing scales what was there, but for a norm of it; `f`
 reads it through something that is not linear; and there are fewer steps, those of loops
 in loops multiplied, than it takes to lose a term.
 """

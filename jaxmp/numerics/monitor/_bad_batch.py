@@ -61,7 +61,7 @@ class BadBatch(NamedTuple):
         except jax.errors.TracerArrayConversionError:
             raise NotOnHost(
                 "BadBatch.save() writes a file and was called in a compiled function. "
-                "Call it outside of jit, on the record that the step returned."
+                "Call it outside jit, on the record that the step returned."
             ) from None
         if step == 0:
             raise NumericsError(

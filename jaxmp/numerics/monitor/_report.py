@@ -123,7 +123,7 @@ def monitor_report(
     except jax.errors.TracerArrayConversionError:
         raise NotOnHost(
             "monitor_report() reads values and was called in a compiled function. Call "
-            "it outside of jit, on the state that the step returned; inside, use "
+            "it outside jit, on the state that the step returned; inside, use "
             "get_statistics()."
         ) from None
     if loss_scale is None:
