@@ -113,13 +113,16 @@ def test_links_to_files_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
-NAMED = re.compile(r"`((?:tests|examples|docs)/[\w./]+|jaxmp/[\w./]+\.py)")
+NAMED = re.compile(
+    r"`((?:tests|examples|docs)/[\w./]+)"
+    r"|(?<![\w/.])((?:tests|examples|docs|jaxmp)/[\w./-]+\.\w+)"
+)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_the_files_that_a_page_names_exist(path):
-    for name in NAMED.findall(path.read_text()):
-        assert (ROOT / name).exists(), name
+    for names in NAMED.findall(path.read_text()):
+        assert all((ROOT / name).exists() for name in names), names
 
 
 def test_readme_has_two_set_up_commands_of_one_line():
