@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jax.extend import source_info_util
+
 from jaxmp._jaxpr.types import Eqn
 
 EXPORT_SCOPE = "jit(call)/call_exported/"
@@ -15,7 +17,7 @@ _CLASS = re.compile(r"[A-Z]\w*?(?<!_\d)(?<!_\d\d)")
 
 def scope_names(eqn: Eqn) -> tuple[str, ...]:
     """The name scopes and transformations around an equation, as they were traced."""
-    return tuple(getattr(part, "name", "") for part in _stack(eqn))
+    return tuple(getattr(part, "name", "") for part in stack_parts(eqn))
 
 
 def name_scopes(eqn: Eqn, without: Iterable[str] = ()) -> tuple[str, ...]:
@@ -25,7 +27,7 @@ def name_scopes(eqn: Eqn, without: Iterable[str] = ()) -> tuple[str, ...]:
       eqn: the equation.
       without: names to leave out.
     """
-    names = (part.name for part in _stack(eqn) if type(part).__name__ == "Scope")
+    names = (part.name for part in stack_parts(eqn) if type(part).__name__ == "Scope")
     return normalise(tuple(name for name in names if name not in without))
 
 
@@ -39,12 +41,26 @@ def count_derivatives(eqn: Eqn) -> int:
     return _transformations(eqn).count("jvp")
 
 
-def _stack(eqn: Eqn) -> Sequence[Any]:
+def stack_parts(eqn: Eqn) -> tuple[Any, ...]:
+    """The parts of the name stack of an equation, outermost first."""
     return () if eqn is None else eqn.source_info.name_stack.stack
 
 
+def scope_parts(name: str) -> tuple[Any, ...]:
+    """The parts that a name scope adds to a name stack."""
+    return source_info_util.new_name_stack(name).stack
+
+
+def inside_current(parts: tuple[Any, ...]) -> Any:
+    """The name stack of what is traced here, with more parts inside."""
+    current = source_info_util.current_name_stack()
+    return type(current)(current.stack + parts)
+
+
 def _transformations(eqn: Eqn) -> list[str]:
-    return [part.name for part in _stack(eqn) if type(part).__name__ == "Transform"]
+    return [
+        part.name for part in stack_parts(eqn) if type(part).__name__ == "Transform"
+    ]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,8 +1,8 @@
 """`autocast`: any JAX function in mixed precision, operation by operation.
 
-The function is traced to a jaxpr, the jaxpr is planned (`_plan`), and the plan is run
-(`_execute`). No mode is entered: what comes out is a function of the same arguments, to
-be jitted, differentiated and batched like the one that went in.
+The function is traced to a jaxpr, the jaxpr is planned (`planner`), and the plan is run
+(`run`). No mode is entered: what comes out is a function of the same arguments, to be
+jitted, differentiated and batched like the one that went in.
 """
 
 import functools
@@ -20,9 +20,7 @@ from jaxmp.casting import rules as _call_rules  # noqa: F401  registers their ru
 from jaxmp.casting._check_function import check_function
 from jaxmp.casting.kernels._interception import tracing, tracing_rule
 from jaxmp.casting.kernels.half_operands import as_written, noting_float32
-from jaxmp.casting.planner._ambient_precision import (
-    without_ambient_precision,
-)
+from jaxmp.casting.planner._ambient_precision import without_ambient_precision
 from jaxmp.casting.planner._whole_function import check_rules, plan_jaxpr, read_settings
 from jaxmp.casting.run._eager import compiled
 from jaxmp.casting.run._whole_function import run_plan

@@ -3,7 +3,7 @@
 Code calls a fused kernel by a name in a module or a class. Where such a name leads to a
 function that is to be traced on half operands, it leads to a wrapper of the function
 for as long as any thread traces, and to the function again afterwards. The wrapper
-narrows operands only where autocast traces (`_half_operands`): another thread that
+narrows operands only where autocast traces (`half_operands`): another thread that
 calls it meanwhile gets the function as it is.
 """
 

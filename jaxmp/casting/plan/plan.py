@@ -90,7 +90,7 @@ class JaxprPlan:
       jaxpr: the jaxpr that was planned.
       in_states, out_states: of its inputs and outputs.
       eqns: the plans of its equations, in order.
-      steps: what to run, in order; see `_islands`.
+      steps: what to run, in order: plans of equations, and islands of them.
       cache: rebuilt jaxprs of the executor, which belong to this plan.
     """
 

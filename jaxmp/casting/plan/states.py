@@ -11,7 +11,7 @@ from jaxmp import _tree
 from jaxmp._jaxpr.atoms import castable_dtype
 from jaxmp._jaxpr.types import Atom
 
-FLOAT32 = jnp.dtype(jnp.float32)
+FLOAT32 = _tree.FLOAT32
 FLOAT16 = jnp.dtype(jnp.float16)
 
 

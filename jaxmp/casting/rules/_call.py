@@ -1,5 +1,6 @@
 """What the rules of calls have in common."""
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxmp.casting.planner._interface import Planner
 from jaxmp.casting.run._executor import Executor
 
 
-class CallRule:
+class CallRule(abc.ABC):
     """Plans and runs one kind of primitive that holds jaxprs.
 
     Attributes:
@@ -28,16 +29,17 @@ class CallRule:
     is_composite = True
     is_loop = False
 
+    @abc.abstractmethod
     def bodies(self, eqn: Eqn) -> list[Jaxpr]:
         """The jaxprs that the equation holds."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def wants(
         self, eqn: Eqn, results: Sequence[bool], planner: Planner, context: Context
     ) -> Sequence[bool]:
         """Which operands are wanted low, given which results are."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def plan(
         self,
         eqn: Eqn,
@@ -47,13 +49,12 @@ class CallRule:
         context: Context,
     ) -> EqnPlan:
         """Plans the bodies, and so the equation."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def execute(
         self, plan: EqnPlan, operands: Sequence[Array], executor: Executor
     ) -> Any:
         """Binds the equation with its planned bodies."""
-        raise NotImplementedError
 
 
 class SingleBodyRule(CallRule):

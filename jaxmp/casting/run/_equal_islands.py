@@ -12,22 +12,22 @@ import numpy as np
 
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.calls import is_jaxpr
+from jaxmp._jaxpr.scopes import stack_parts
 from jaxmp._jaxpr.types import Atom
 from jaxmp.casting.islands._islands import Island
 
 
-def common_scope(island: Island) -> Any:
-    """The name stack that all equations of an island are under, as far as it goes."""
-    stacks = [plan.eqn.source_info.name_stack for plan in island.members]
-    shared = stacks[0].stack
-    for other in stacks[1:]:
+def common_scope(island: Island) -> tuple[Any, ...]:
+    """The parts of the name stack that all equations of an island are under."""
+    shared, *stacks = (stack_parts(plan.eqn) for plan in island.members)
+    for other in stacks:
         length = 0
-        for mine, theirs in zip(shared, other.stack, strict=False):
+        for mine, theirs in zip(shared, other, strict=False):
             if mine != theirs:
                 break
             length += 1
         shared = shared[:length]
-    return type(stacks[0])(shared)
+    return shared
 
 
 def signature(island: Island, depth: int, args: list[Any]) -> Hashable | None:
@@ -60,7 +60,7 @@ def signature(island: Island, depth: int, args: list[Any]) -> Hashable | None:
                 plan.in_dtypes,
                 id(plan.call),
                 eqn.ctx,
-                eqn.source_info.name_stack.stack[depth:],
+                stack_parts(eqn)[depth:],
                 eqn.source_info.traceback,
             )
         )

@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.scopes import inside_current, stack_parts
 from jaxmp._jaxpr.types import Array, Atom, Eqn, Var
 from jaxmp.casting.islands._islands import Island, is_elementwise
 from jaxmp.casting.islands._label_gather import bind_with_picks, has_pick
@@ -106,9 +107,7 @@ class Executor:
         The outermost `depth` of its name scopes have been entered by the caller.
         """
         eqn = plan.eqn
-        scope = eqn.source_info.name_stack
-        scope = type(scope)(scope.stack[depth:] + region)
-        stack = source_info_util.current_name_stack() + scope
+        stack = inside_current(stack_parts(eqn)[depth:] + region)
         traceback = eqn.source_info.traceback
         with (
             source_info_util.user_context(traceback, name_stack=stack),
@@ -137,11 +136,9 @@ class Executor:
     def run_island(self, island: Island, env: "_Values") -> None:
         """Runs the operations of an island as one function of its stored inputs."""
         common = common_scope(island)
-        depth = len(common.stack)
+        depth = len(common)
         region = region_of_island(island) if self.named_scopes else ()
-        scope = type(common)(common.stack + region)
-        stack = source_info_util.current_name_stack() + scope
-        with source_info_util.set_name_stack(stack):
+        with source_info_util.set_name_stack(inside_current(common + region)):
             if island.softmax is not None:
                 self.run_softmax(island, island.softmax, env, depth)
                 return

@@ -4,9 +4,9 @@ import functools
 from typing import Any
 
 import numpy as np
-from jax.extend import source_info_util
 
 from jaxmp import _tree
+from jaxmp._jaxpr.scopes import scope_parts
 from jaxmp.casting.islands._islands import Island
 from jaxmp.casting.ops._op_lists import OpClass
 from jaxmp.casting.plan.plan import EqnPlan
@@ -40,4 +40,4 @@ def region_of_island(island: Island) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _scopes(region: str, dtype: np.dtype) -> tuple[Any, ...]:
-    return source_info_util.new_name_stack(f"jaxmp/{region}/{dtype}").stack
+    return scope_parts(f"jaxmp/{region}/{dtype}")

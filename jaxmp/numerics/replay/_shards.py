@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxmp._jaxpr.calls import held
 from jaxmp._jaxpr.types import Array, Arrays, Jaxpr
 from jaxmp._jaxpr.versions import shard_map_arguments
 from jaxmp.numerics.replay._site import ReplaySite
@@ -41,8 +42,8 @@ def run_shards(
       run: `run(body, args, record)` runs a jaxpr on tracers and calls
         `record(site, operands, results)` for each operation.
     """
-    params = site.eqn.params
-    arguments = shard_map_arguments(params)
+    arguments = shard_map_arguments(site.eqn.params)
+    (inside,) = held(site.eqn)
     names = arguments["axis_names"]
     axes = tuple(name for name in arguments["mesh"].axis_names if name in names)
     sites: list[ReplaySite] = []
@@ -59,7 +60,7 @@ def run_shards(
             counts.append((len(floats[0]), len(floats[1])))
             shown.extend(x[None] for values in floats for x in values)
 
-        outs = run(params["jaxpr"], args, record)
+        outs = run(inside, args, record)
         return tuple(outs), shown
 
     out_specs = (tuple(arguments["out_specs"]), PartitionSpec(axes))

@@ -6,7 +6,7 @@ import jax
 import jax.extend.core
 
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp._jaxpr.calls import JITS, bodies
+from jaxmp._jaxpr.calls import JITS, bodies, body
 from jaxmp._jaxpr.primitives import CAST
 from jaxmp._jaxpr.residuals import residual_jaxpr
 from jaxmp._jaxpr.scopes import is_backward
@@ -66,7 +66,7 @@ def _stored(v: Atom, made_by: Mapping[Var, Eqn]) -> Var | None:
     while not is_literal(v) and v in made_by:
         eqn = made_by[v]
         if eqn.primitive.name in JITS:
-            inside = open_jaxpr(eqn.params["jaxpr"])
+            inside = open_jaxpr(body(eqn))
             made_inside = makers(inside)
             result = inside.outvars[eqn.outvars.index(v)]
             stored = _stored(result, made_inside)
