@@ -13,12 +13,12 @@ from jaxmp._jaxpr.versions import open_jaxpr, scan_arity
 
 V = TypeVar("V")
 
-JITS = ("jit", "pjit")
-CHECKPOINTS = ("remat2", "checkpoint", "remat")
-GROUPINGS = ("closed_call", "core_call", "call", "eval_jaxpr")
+JITS = ("jit",)
+CHECKPOINTS = ("remat2",)
+GROUPINGS = ("closed_call", "call", "eval_jaxpr")
 """Calls that only group equations."""
 CUSTOM_JVPS = ("custom_jvp_call",)
-CUSTOM_VJPS = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+CUSTOM_VJPS = ("custom_vjp_call",)
 LOOPS = ("scan", "while")
 
 BODY = MappingProxyType(
@@ -29,7 +29,7 @@ BODY = MappingProxyType(
 )
 """The parameter that holds the jaxpr of a call which runs it once, on its operands."""
 
-KERNELS = frozenset(("pallas_call", "core_map", "run_state", "mosaic_gpu_call"))
+KERNELS = frozenset(("pallas_call", "core_map", "run_state"))
 """Programs of their own, on blocks of what is passed to them."""
 REDUCERS = frozenset(("reduce", "reduce_window"))
 """What they hold says how two numbers become one: it is not a call."""

@@ -71,7 +71,7 @@ def _name(equation: Any) -> str:
     return getattr(equation.primitive, "prim", equation.primitive).name
 
 
-_CALLS = frozenset((*JITS, *CHECKPOINTS, "closed_call", "core_call"))
+_CALLS = frozenset((*JITS, *CHECKPOINTS, "closed_call"))
 
 
 def _last_inside(
