@@ -8,7 +8,9 @@ import jax.core
 import jax.extend.core
 import jax.numpy as jnp
 
+from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.types import Array, Atom, Eqn, Jaxpr
+from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
 
 T = TypeVar("T")
 
@@ -19,6 +21,31 @@ def bind(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:
     with eqn.ctx.manager:
         outs = eqn.primitive.bind(*operands, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def evaluate(
+    jaxpr: Jaxpr,
+    args: Sequence[Array],
+    bind: Callable[[Eqn, Sequence[Array]], Sequence[Array]],
+) -> list[Array]:
+    """The results of a jaxpr, whose equations `bind(eqn, operands)` carries out.
+
+    Args:
+      jaxpr: with or without its constants.
+      args: values of its inputs.
+      bind: gives the results of an equation.
+    """
+    opened = open_jaxpr(jaxpr)
+    values = dict(zip(opened.constvars, jaxpr_consts(jaxpr), strict=True))
+    values.update(zip(opened.invars, args, strict=True))
+
+    def read(atom: Atom) -> Array:
+        return atom.val if is_literal(atom) else values[atom]
+
+    for eqn in opened.eqns:
+        outs = bind(eqn, list(map(read, eqn.invars)))
+        values.update(zip(eqn.outvars, outs, strict=True))
+    return list(map(read, opened.outvars))
 
 
 def literal_array(atom: Atom) -> jax.Array:

@@ -18,9 +18,21 @@ BORDER_SCOPE = "jaxmp.border"
 for float32: the value stays in half, and follows its readers."""
 HALF_SCOPE = "jaxmp.half_operands"
 """A function that was traced on half operands, such as a fused kernel."""
+WIDE_GRADIENTS_SCOPE = "jaxmp.gradients_in_float32"
+"""A layer whose weights get their gradients in float32."""
+HALF_GRADIENTS_SCOPE = "jaxmp.gradients_in_half"
+"""A layer whose weights get theirs in half, among others that get them in float32."""
 
 MARKS = frozenset(
-    (AUTOCAST_SCOPE, FULL_PRECISION_SCOPE, LAYER_SCOPE, BORDER_SCOPE, HALF_SCOPE)
+    (
+        AUTOCAST_SCOPE,
+        FULL_PRECISION_SCOPE,
+        LAYER_SCOPE,
+        BORDER_SCOPE,
+        HALF_SCOPE,
+        WIDE_GRADIENTS_SCOPE,
+        HALF_GRADIENTS_SCOPE,
+    )
 )
 
 
@@ -38,6 +50,14 @@ def is_in_layer(eqn: Eqn) -> bool:
     """True inside one of Flax's layers under a policy, and of what is like one."""
     names = scope_names(eqn)
     return LAYER_SCOPE in names or HALF_SCOPE in names
+
+
+def has_half_gradients(eqn: Eqn, around: bool) -> bool:
+    """Whether weights get their gradients in half here, given how it is around."""
+    for name in reversed(scope_names(eqn)):
+        if name in (WIDE_GRADIENTS_SCOPE, HALF_GRADIENTS_SCOPE):
+            return name == HALF_GRADIENTS_SCOPE
+    return around
 
 
 def is_on_half_operands(eqn: Eqn) -> bool:

@@ -23,9 +23,25 @@ from jaxmp.casting.run._eager import compiled, is_eager
 from jaxmp.casting.run._whole_function import run_plan
 
 
-def region_settings(dtype: np.dtype, precision: Any = None) -> Settings:
-    """What a region depends on: a half compute dtype, and a precision for the rest."""
-    return read_settings(dtype, (), True)._replace(matmul_precision=precision)
+def region_settings(
+    dtype: np.dtype,
+    precision: Any = None,
+    wide_gradients: bool = False,
+    as_written: bool = False,
+) -> Settings:
+    """What a region depends on.
+
+    Args:
+      dtype: the compute dtype.
+      precision: of the matmuls that stay in float32.
+      wide_gradients: whether weights get their gradients in float32.
+      as_written: whether all else stays as it was traced.
+    """
+    return read_settings(dtype, (), True)._replace(
+        matmul_precision=precision,
+        wide_gradients=wide_gradients,
+        as_written=as_written,
+    )
 
 
 def run_region(

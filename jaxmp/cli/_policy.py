@@ -51,6 +51,9 @@ def describe(policy: Policy) -> dict[str, Any]:
         "compute": jnp.dtype(policy.compute_dtype).name,
         "outputs": jnp.dtype(policy.output_dtype).name,
         "matmul precision": str(policy.matmul_precision or "the device's default"),
+        "gradients summed over devices in": str(
+            jnp.dtype(policy.reduce_dtype or policy.compute_dtype)
+        ),
         "largest number": f"{float(compute.max):.6g}",
         "smallest normal number": f"{float(compute.tiny):.6g}",
         "relative rounding": f"{float(compute.eps) / 2:.3g}",

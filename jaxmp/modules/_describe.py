@@ -188,13 +188,14 @@ def _row(
     author: Any = None,
     is_applied: bool = True,
 ) -> Row:
+    reduces = "" if dtypes.reduce is None else str(dtypes.reduce)
     if origin is Origin.AUTHOR:
         computes = str(jnp.dtype(author))
-        return Row(path, name, stored, computes, returns, Origin.AUTHOR.value)
+        return Row(path, name, stored, computes, returns, reduces, Origin.AUTHOR.value)
     computes = str(dtypes.compute) if is_applied else "as given"
     is_handed_down = origin is Origin.HANDED_DOWN and dtypes.rule is None
     decided = Origin.HANDED_DOWN.value if is_handed_down else _rule_text(dtypes.rule)
-    return Row(path, name, stored, computes, returns, decided)
+    return Row(path, name, stored, computes, returns, reduces, decided)
 
 
 def _is_planned(module: Any, dtypes: LayerDtypes, application: Application) -> bool:
@@ -208,7 +209,7 @@ def _rule_text(rule: PolicyRule | None) -> str:
     if rule is None:
         return "policy"
     text = str(rule).removeprefix("PolicyRule(").removesuffix(")")
-    return re.split(r", (?=params=|compute=|output=)", text)[0]
+    return re.split(r", (?=params=|compute=|output=|reduce=)", text)[0]
 
 
 def _class_name(cls: type[nn.Module]) -> str:

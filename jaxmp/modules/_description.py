@@ -18,6 +18,7 @@ class Row(NamedTuple):
     stored: str
     computes: str
     returns: str
+    reduces: str
     rule: str
 
 
@@ -32,7 +33,8 @@ class Description(Result):
     Attributes:
       title: the policy, and the one that it replaces.
       rows: one row for every layer: `path`, `type`, and the dtypes that it `stored`,
-        `computes` and `returns`, with the `rule` that decided.
+        `computes` and `returns`, the dtype in which it `reduces` the gradients of its
+        weights if the policy or a rule names one, with the `rule` that decided.
     """
 
     title: str
@@ -46,11 +48,23 @@ class Description(Result):
         return {"title": self.title, "rows": self.to_rows()}
 
     def _page(self) -> str:
-        return page(self.title, table(Row._fields, _folded(self.rows), code=("path",)))
+        columns, cells = self._table()
+        return page(self.title, table(columns, cells, code=("path",)))
 
     def __str__(self) -> str:
-        columns = [field.upper() for field in Row._fields]
-        return f"{self.title}\n\n{text_table(columns, _folded(self.rows))}"
+        columns, cells = self._table()
+        columns = [column.upper() for column in columns]
+        return f"{self.title}\n\n{text_table(columns, cells)}"
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """The columns and their cells, without a column that is empty throughout."""
+        rows = _folded(self.rows)
+        columns = [
+            name
+            for name in Row._fields
+            if name != "reduces" or any(row.reduces for row in rows)
+        ]
+        return columns, [[getattr(row, name) for name in columns] for row in rows]
 
 
 def outer_first(rows: Iterable[Row]) -> list[Row]:

@@ -1,19 +1,27 @@
 """The kind of a layer, and its dtypes under a policy and rules."""
 
+import contextlib
 import difflib
 import enum
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.flax_internals import is_flax_layer
+from jaxmp._jaxpr.marks import HALF_GRADIENTS_SCOPE, WIDE_GRADIENTS_SCOPE
 from jaxmp.errors import UnusedRule
 from jaxmp.policy import Policy, PolicyRule
-from jaxmp.policy.rule_sets import first_match, norms_in_float32
+from jaxmp.policy.reduce_dtype import read_reduce_dtype
+from jaxmp.policy.rule_sets import (
+    first_match,
+    first_reduction,
+    norms_in_float32,
+)
 
 _KIND_OF_FLAX_CLASS = {
     "Dense": "dense",
@@ -96,6 +104,26 @@ class Application(NamedTuple):
     explicit_dtype: str | None = None
     own_code: str = "autocast"
 
+    @property
+    def has_wide_gradients(self) -> bool:
+        """Whether some weights get their gradients in float32."""
+        dtypes = (self.policy.reduce_dtype, *(rule.reduce for rule in self.rules))
+        return _tree.FLOAT32 in dtypes
+
+    @property
+    def half_dtype(self) -> np.dtype:
+        """The half dtype that the policy or a rule computes in; float32 for none."""
+        dtypes = (self.policy.compute_dtype, *(rule.compute for rule in self.rules))
+        halves = (dtype for dtype in dtypes if dtype in _tree.HALF)
+        return next(halves, _tree.FLOAT32)
+
+    def gradients_scope(self, dtypes: "LayerDtypes") -> str | None:
+        """The mark of a layer, where rules give layers different reduce dtypes."""
+        if all(rule.reduce is None for rule in self.rules):
+            return None
+        is_wide = dtypes.reduce == _tree.FLOAT32
+        return WIDE_GRADIENTS_SCOPE if is_wide else HALF_GRADIENTS_SCOPE
+
 
 def application_of(module: Any) -> Application | None:
     """What was applied to a module by `apply_policy`; None if nothing was."""
@@ -106,6 +134,11 @@ def scope_of(module: Any, dtype: Any) -> str | None:
     """The name scope of a layer that computes in a dtype; None without a kind."""
     kind = kind_of(module)
     return None if kind is None else f"jaxmp/{kind}/{jnp.dtype(dtype)}"
+
+
+def named(scope: str | None) -> Any:
+    """Enters a name scope, if there is one."""
+    return contextlib.nullcontext() if scope is None else jax.named_scope(scope)
 
 
 class Origin(enum.Enum):
@@ -152,6 +185,15 @@ class LayerDtypes(NamedTuple):
     """`precision=` of the layer's matmuls; None leaves it alone."""
     outside: Any = None
     """For a layer named like a norm: the dtypes around it, for the layers inside."""
+    reduce: np.dtype | None = None
+    """The dtype in which gradients of weights are summed; None is the compute dtype."""
+    reduce_rule: PolicyRule | None = None
+    """The rule that decided about that."""
+
+    @property
+    def rules(self) -> tuple[PolicyRule, ...]:
+        """The rules that decided something."""
+        return tuple(r for r in (self.rule, self.reduce_rule) if r is not None)
 
     @property
     def names_output(self) -> bool:
@@ -168,7 +210,9 @@ def of_root(policy: Policy, rules: Iterable[PolicyRule], module: Any) -> LayerDt
     """Returns the dtypes of the module that a policy was applied to."""
     rule = first_match(rules, "", module, kind_of(module))
     dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
-    return by_rule(rule, *dtypes)._replace(precision=policy.lax_precision)
+    of_rule = by_rule(rule, *dtypes)._replace(precision=policy.lax_precision)
+    reduction = first_reduction(rules, "", module, kind_of(module))
+    return _reduced(of_rule, reduction, policy.reduce_dtype)
 
 
 def of_layer(
@@ -185,10 +229,22 @@ def of_layer(
     if enclosing.outside is not None and kind != "norm":
         enclosing = enclosing.outside
     dtypes = by_rule(rule, enclosing.params, enclosing.compute, enclosing.compute)
-    return dtypes._replace(
+    dtypes = dtypes._replace(
         precision=enclosing.precision,
         outside=enclosing if is_ready_made_norm else None,
     )
+    reduction = first_reduction(rules, path, module, kind)
+    return _reduced(dtypes, reduction, enclosing.reduce)
+
+
+def _reduced(
+    dtypes: LayerDtypes, rule: PolicyRule | None, around: np.dtype | None
+) -> LayerDtypes:
+    """The dtypes with the one in which gradients are summed."""
+    if rule is None or dtypes.compute not in _tree.HALF:
+        return dtypes._replace(reduce=around, reduce_rule=rule)
+    reduce = read_reduce_dtype(rule.reduce, dtypes.compute)
+    return dtypes._replace(reduce=reduce, reduce_rule=rule)
 
 
 def by_rule(

@@ -185,7 +185,8 @@ def _apply_in_region(
             name = original_class(type(module)).__name__
             check_plan(plan, type(module)._leaves, name, application)
 
-    settings = region_settings(dtypes.compute, dtypes.precision)
+    is_wide = application.has_wide_gradients
+    settings = region_settings(dtypes.compute, dtypes.precision, is_wide)
     with region(dtypes.compute):
         return run_region(
             run,

@@ -26,6 +26,7 @@ from jaxmp.modules._layers import (
     check_all_used,
     is_of_flax,
     kind_of,
+    named,
     of_layer,
     of_root,
     original_class,
@@ -45,6 +46,8 @@ from jaxmp.modules._linen_layers import (
 from jaxmp.modules._linen_region import planned_method
 from jaxmp.modules._own_code import (
     inside_region,
+    is_planned,
+    kept_as_written,
     opens_region,
     region,
     region_dtype,
@@ -147,6 +150,9 @@ class Interceptor:
             with inside_region(dtypes.compute):
                 output = self(next_fun, args, kwargs, context)
             return cast_carry(carry_of(module, args, kwargs), output, dtypes.output)
+        is_wide = self.application.has_wide_gradients
+        if is_entry and is_wide and not (is_planned() or module.is_initializing()):
+            return self._run_as_written(module, context, args, kwargs)
         handed = self._handed_down(module, dtypes)
         call = LayerCall(
             module,
@@ -164,6 +170,7 @@ class Interceptor:
             self._entered(module),
             attributes(module, handed),
             self._named(call) if is_entry else contextlib.nullcontext(),
+            named(self.application.gradients_scope(dtypes)),
         ):
             output = adapt(call)
             if is_entry:
@@ -217,13 +224,37 @@ class Interceptor:
         bound: Any = context.orig_method
         lifted = planned_method(
             bound.func,
-            region_settings(dtypes.compute, dtypes.precision),
+            region_settings(
+                dtypes.compute, dtypes.precision, self.application.has_wide_gradients
+            ),
             self.application.named_scopes,
             finish,
             watch,
             functools.partial(self.around_rules, dtypes.compute),
         )
         with region(dtypes.compute):
+            return lifted(module, *args, **kwargs)
+
+    def _run_as_written(
+        self,
+        module: nn.Module,
+        context: InterceptorContext,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Runs a method that no region is around, for the gradients of its weights."""
+        bound: Any = context.orig_method
+        lifted = planned_method(
+            bound.func,
+            region_settings(
+                self.application.half_dtype, wide_gradients=True, as_written=True
+            ),
+            self.application.named_scopes,
+            lambda output: output,
+            lambda plan: None,
+            contextlib.nullcontext,
+        )
+        with kept_as_written():
             return lifted(module, *args, **kwargs)
 
     @contextlib.contextmanager
@@ -275,8 +306,7 @@ class Interceptor:
         """A name scope for a layer of a known kind."""
         dtype = self._computes(call)
         is_named = self.application.named_scopes
-        name = scope_of(call.module, dtype) if is_named else None
-        return contextlib.nullcontext() if name is None else jax.named_scope(name)
+        return named(scope_of(call.module, dtype) if is_named else None)
 
     def _computes(self, call: LayerCall) -> np.dtype:
         """The dtype that a layer computes in."""
@@ -294,8 +324,7 @@ class Interceptor:
                 path = self._path_string(module)
                 dtypes = of_layer(self._enclosing(module), rules, path, module)
             self.layers[key] = dtypes
-            if dtypes.rule is not None:
-                self.used.add(dtypes.rule)
+            self.used.update(dtypes.rules)
         return self.layers[key]
 
     def _enclosing(self, module: nn.Module) -> LayerDtypes:

@@ -58,7 +58,7 @@ def apply_to_nnx(module: M, application: Application, check: bool = True) -> M:
     """Returns a new graph with a policy applied, as `apply_policy` documents."""
     new = nnx.clone(module)
     layers = layers_of(new, application)
-    used = [dtypes.rule for _, dtypes in layers.values() if dtypes.rule is not None]
+    used = [rule for _, dtypes in layers.values() for rule in dtypes.rules]
     check_all_used(application.rules, used, layers)
     for layer, _ in layers.values():
         forget_earlier_policy(layer)
@@ -119,6 +119,8 @@ def _apply_to_layer(
         named_scopes=application.named_scopes,
         precision=dtypes.precision,
         scope=scope,
+        gradients=application.gradients_scope(dtypes),
+        wide=application.half_dtype if application.has_wide_gradients else None,
     )
     if origin is not None:
         border = _leaf_border(layer, dtypes, border, origin)

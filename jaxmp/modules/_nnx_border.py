@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -19,7 +18,7 @@ from jaxmp.casting.plan.plan import JaxprPlan
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs, show_result
 from jaxmp.modules._effect import check_plan
 from jaxmp.modules._handed_down import fields_of, handed_down
-from jaxmp.modules._layers import Application, application_of
+from jaxmp.modules._layers import Application, application_of, named
 from jaxmp.modules._nnx_region import ReturnsModule, run_method
 from jaxmp.modules._nnx_variables import cast_cache, cast_parameter, replaced
 from jaxmp.modules._own_code import (
@@ -27,6 +26,8 @@ from jaxmp.modules._own_code import (
     has_half,
     in_float32,
     inside_region,
+    is_planned,
+    kept_as_written,
     opens_region,
     region,
     region_dtype,
@@ -50,6 +51,8 @@ class Border:
       named_scopes: whether planned code is named.
       precision: `precision=` of matmuls that stay in float32.
       scope: a name scope.
+      gradients: a name scope that says in which dtype weights get their gradients.
+      wide: the half dtype, if some weights of the module get them in float32.
     """
 
     is_leaf: bool
@@ -63,6 +66,8 @@ class Border:
     named_scopes: bool = True
     precision: Any = None
     scope: str | None = None
+    gradients: str | None = None
+    wide: np.dtype | None = None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -120,17 +125,15 @@ def _casting(method: Callable[..., Any], border: Border) -> Callable[..., Any]:
         with _entered(self) as from_outside:
             if not from_outside:
                 return method(self, *args, **kwargs)
+            if border.plans and opens_region(border.compute) and not border.is_leaf:
+                return _open_region(self, casting, method, border, args, kwargs)
+            if border.wide is not None and not is_planned():
+                return _run_as_written(self, casting, border, args, kwargs)
             if border.is_leaf:
                 return _call_leaf(self, method, border, args, kwargs)
-            if border.plans and opens_region(border.compute):
-                return _open_region(self, casting, method, border, args, kwargs)
             return _call_users(self, method, border, args, kwargs)
 
     return casting
-
-
-def _named(scope: str | None) -> Any:
-    return contextlib.nullcontext() if scope is None else jax.named_scope(scope)
 
 
 def _call_leaf(
@@ -143,7 +146,12 @@ def _call_leaf(
     """Calls a layer of Flax's, whose settings make it compute in its dtypes."""
     carry = carry_of(layer, args, kwargs)
     cast = functools.partial(cast_cache, layer)
-    with _named(border.scope), as_decided(), replaced(layer, cast):
+    with (
+        named(border.scope),
+        named(border.gradients),
+        as_decided(),
+        replaced(layer, cast),
+    ):
         output = method(layer, *args, **kwargs)
         if border.output is not None:
             output = cast_carry(carry, output, border.output)
@@ -174,13 +182,41 @@ def _open_region(
                 run,
                 (layer, *args),
                 kwargs,
-                region_settings(border.compute, border.precision),
+                region_settings(
+                    border.compute, border.precision, border.wide is not None
+                ),
                 border.named_scopes,
                 functools.partial(_check_plan, layer, method),
                 around,
             )
     except ReturnsModule:
         return method(layer, *args, **kwargs)
+
+
+def _run_as_written(
+    layer: nnx.Module,
+    casting: Callable[..., Any],
+    border: Border,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls a method that no region is around, for the gradients of its weights."""
+    assert border.wide is not None
+    settings = region_settings(border.wide, wide_gradients=True, as_written=True)
+    try:
+        with kept_as_written():
+            return run_method(
+                casting,
+                (layer, *args),
+                kwargs,
+                settings,
+                border.named_scopes,
+                None,
+                contextlib.nullcontext,
+            )
+    except ReturnsModule:
+        with kept_as_written():
+            return casting(layer, *args, **kwargs)
 
 
 def _check_plan(layer: nnx.Module, method: Callable[..., Any], plan: JaxprPlan) -> None:
@@ -203,7 +239,12 @@ def _call_users(
     reads = shown if around is not None else _tree.cast_floating
     dtype = _tree.FLOAT32 if around is not None else border.compute
     cast = functools.partial(cast_parameter, functools.partial(reads, dtype=dtype))
-    with _named(border.scope), _handing_down(layer, border), replaced(layer, cast):
+    with (
+        named(border.scope),
+        named(border.gradients),
+        _handing_down(layer, border),
+        replaced(layer, cast),
+    ):
         if around == border.compute:
             output = method(layer, *args, **kwargs)
             is_cast = border.names_output

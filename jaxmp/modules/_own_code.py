@@ -37,12 +37,33 @@ def opens_region(dtype: np.dtype) -> bool:
     return dtype in _tree.HALF and _dtype.get() != dtype
 
 
+_is_planned: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "whether a plan follows", default=False
+)
+
+
+def is_planned() -> bool:
+    """Whether the code that runs now is traced to be planned, in whatever way."""
+    return _is_planned.get()
+
+
+@contextlib.contextmanager
+def kept_as_written() -> Iterator[None]:
+    """Marks code that is planned only to give weights their gradients in float32."""
+    token = _is_planned.set(True)
+    try:
+        yield
+    finally:
+        _is_planned.reset(token)
+
+
 @contextlib.contextmanager
 def inside_region(dtype: np.dtype) -> Iterator[None]:
     """Marks the code that runs as planned with a compute dtype."""
     token = _dtype.set(dtype)
     try:
-        yield
+        with kept_as_written():
+            yield
     finally:
         _dtype.reset(token)
 

@@ -78,6 +78,7 @@ def cast_for_eval(
         policy.compute_dtype,
         policy.output_dtype,
         matmul_precision=policy.matmul_precision,
+        reduce_dtype=policy.reduce_dtype,
     )
     if isinstance(module_or_variables, nn.Module) and module_or_variables.scope:
         module, variables = module_or_variables.unbind()

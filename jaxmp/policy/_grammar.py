@@ -35,6 +35,7 @@ _FIELD_OF_KEY = {
     "o": "output_dtype",
     "output": "output_dtype",
     "matmul": "matmul_precision",
+    "reduce": "reduce_dtype",
 }
 _DTYPES = ("half", *name_to_dtype)
 _NAMES = ("auto", *PRESETS, *_DTYPES)
@@ -48,7 +49,8 @@ def get_policy(spec: PolicyLike, *, device: Any = None) -> Policy:
 
         - key=value parts in any order: `"params=float32,compute=bfloat16"`, or, for
           short, `"p=f32,c=bf16,o=f32"`. `params` defaults to float32, `compute` to
-          params, `output` to compute. `matmul=tf32` chooses the matmuls' algorithm.
+          params, `output` to compute. `matmul=tf32` chooses the matmuls' algorithm,
+        and `reduce=float32` the dtype in which devices add up gradients.
         - a name of Keras or Lightning: `"mixed_bfloat16"`, `"mixed_float16"`,
           `"bf16-mixed"`, `"16-mixed"`, `"32-true"`, `"bf16-true"`, `"16-true"`. The
           mixed ones return float32.
@@ -170,7 +172,7 @@ def _error(
         lines.append(f"Allowed here: {', '.join(allowed)}.")
     if keys:
         lines.append(
-            "Keys: params (p), compute (c), output (o), matmul; "
+            "Keys: params (p), compute (c), output (o), matmul, reduce; "
             "for example 'p=f32,c=bf16,o=f32'."
         )
     return PolicyError("\n".join(lines))

@@ -16,6 +16,7 @@ from jaxmp.policy._matmul_precision import (
     read_precision,
 )
 from jaxmp.policy.dtypes import dtype_to_names, name_to_dtype, read_dtype
+from jaxmp.policy.reduce_dtype import read_reduce_dtype
 
 T = TypeVar("T")
 
@@ -35,9 +36,13 @@ class Policy(jmp.Policy):
       matmul_precision: algorithm of the matmuls, which changes no dtype:
         `"tensorfloat32"` (`"tf32"`), or any name or member of `jax.lax.Precision` or
         `jax.lax.DotAlgorithmPreset`. None keeps JAX's default.
+      reduce_dtype: dtype in which the gradients of weights leave their matmuls and
+        convolutions, and in which devices therefore add them up: the compute dtype, or
+        float32. None is the compute dtype, as for a model that is cast by hand.
 
     Raises:
-      PolicyError: for a dtype that is not floating, or an unknown precision.
+      PolicyError: for a dtype that is not floating, an unknown precision, or a
+        reduce dtype that cannot hold what the compute dtype holds.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp
@@ -52,6 +57,7 @@ class Policy(jmp.Policy):
     compute_dtype: Any
     output_dtype: Any
     matmul_precision: Any = dataclasses.field(default=None, kw_only=True)
+    reduce_dtype: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for field in ("param_dtype", "compute_dtype", "output_dtype"):
@@ -71,6 +77,9 @@ class Policy(jmp.Policy):
                     f"Write one of: {', '.join(precision_names())}."
                 )
             object.__setattr__(self, "matmul_precision", precision)
+        if self.reduce_dtype is not None:
+            dtype = read_reduce_dtype(self.reduce_dtype, self.compute_dtype)
+            object.__setattr__(self, "reduce_dtype", dtype)
 
     @property
     def lax_precision(self) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset | None:
@@ -154,8 +163,10 @@ class Policy(jmp.Policy):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, jmp.Policy):
             return NotImplemented
-        precision = getattr(other, "matmul_precision", None)
-        return _dtypes(self) == _dtypes(other) and self.matmul_precision == precision
+        return _dtypes(self) == _dtypes(other) and all(
+            getattr(self, option) == getattr(other, option, None)
+            for option in ("matmul_precision", "reduce_dtype")
+        )
 
     def __hash__(self) -> int:
         # As jmp.Policy hashes, whose dtypes are scalar types.
@@ -164,9 +175,11 @@ class Policy(jmp.Policy):
     def __str__(self) -> str:
         names = [dtype_to_names[dtype.type][0] for dtype in _dtypes(self)]
         text = "p={},c={},o={}".format(*names)
-        if self.matmul_precision is None:
-            return text
-        return f"{text},matmul={self.matmul_precision}"
+        if self.matmul_precision is not None:
+            text += f",matmul={self.matmul_precision}"
+        if self.reduce_dtype is not None:
+            text += f",reduce={self.reduce_dtype.name}"
+        return text
 
 
 def _dtypes(policy: jmp.Policy) -> tuple[Any, ...]:

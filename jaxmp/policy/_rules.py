@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxmp.errors import InvalidRule
 from jaxmp.policy.dtypes import name_to_dtype, read_dtype
+from jaxmp.policy.reduce_dtype import read_reduce_dtype
 
 KINDS = ("norm", "attention", "embed", "recurrent", "conv", "dense")
 
@@ -36,6 +37,10 @@ class PolicyRule:
       params: dtype in which the layer's parameters are stored.
       compute: dtype in which the layer computes.
       output: dtype of the layer's results.
+      reduce: dtype in which the gradients of the layer's weights leave its matmuls,
+        and devices add them up: float32, or the layer's compute dtype. The first rule
+        that matches and has one decides; a rule with no other dtype decides nothing
+        else.
       allow_unused: True lets the rule match no layer; otherwise this is an error.
       yields_to_author: True leaves layers alone whose author set `dtype=`.
 
@@ -57,6 +62,7 @@ class PolicyRule:
     params: Any = None
     compute: Any = None
     output: Any = None
+    reduce: Any = None
     allow_unused: bool = False
     yields_to_author: bool = False
 
@@ -75,7 +81,7 @@ class PolicyRule:
             )
         if self.module_type is not None and not isinstance(self.module_type, tuple):
             object.__setattr__(self, "module_type", (self.module_type,))
-        for field in ("params", "compute", "output"):
+        for field in ("params", "compute", "output", "reduce"):
             given = getattr(self, field)
             dtype = read_dtype(given)
             if given is not None and dtype is None:
@@ -84,6 +90,14 @@ class PolicyRule:
                     f"Write one of: half, {', '.join(name_to_dtype)}."
                 )
             object.__setattr__(self, field, dtype)
+        if self.reduce is not None and self.compute is not None:
+            read_reduce_dtype(self.reduce, self.compute)
+
+    @property
+    def is_for_reduction(self) -> bool:
+        """Whether it decides about the reduce dtype alone."""
+        dtypes = (self.params, self.compute, self.output)
+        return self.reduce is not None and all(dtype is None for dtype in dtypes)
 
     def matches(self, path: str, module: Any = None, kind: str | None = None) -> bool:
         """Returns whether a layer meets the conditions of this rule.

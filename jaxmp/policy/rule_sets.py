@@ -75,8 +75,17 @@ def matmuls_in_half(dtype: Any) -> tuple[PolicyRule, ...]:
 def first_match(
     rules: Iterable[PolicyRule], path: str, module: Any, kind: str | None
 ) -> PolicyRule | None:
-    """Returns the first rule that matches a layer, or None."""
-    return next((rule for rule in rules if rule.matches(path, module, kind)), None)
+    """Returns the first rule that decides in which dtypes a layer computes, or None."""
+    matching = (rule for rule in rules if rule.matches(path, module, kind))
+    return next((rule for rule in matching if not rule.is_for_reduction), None)
+
+
+def first_reduction(
+    rules: Iterable[PolicyRule], path: str, module: Any, kind: str | None
+) -> PolicyRule | None:
+    """Returns the first rule that decides in which dtype its gradients are summed."""
+    matching = (rule for rule in rules if rule.reduce is not None)
+    return next((r for r in matching if r.matches(path, module, kind)), None)
 
 
 def check_rules(rules: Any) -> tuple[PolicyRule, ...]:

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmp._jaxpr.atoms import castable_dtype, is_literal
+from jaxmp._jaxpr.atoms import castable_dtype
 from jaxmp._jaxpr.calls import JITS, body
-from jaxmp._jaxpr.execution import bind
-from jaxmp._jaxpr.types import Array, Atom, Eqn
-from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
+from jaxmp._jaxpr.execution import bind, evaluate
+from jaxmp._jaxpr.types import Array, Eqn
+from jaxmp._jaxpr.versions import open_jaxpr
 
 
 def has_pick(eqn: Eqn) -> bool:
@@ -48,19 +48,11 @@ def bind_with_picks(eqn: Eqn, operands: Sequence[Any]) -> list[Any]:
     """Binds an equation for which `has_pick` is true."""
     if eqn.primitive.name not in JITS:
         return [_pick(eqn, *operands)]
-    closed = body(eqn)
-    jaxpr = open_jaxpr(closed)
-    values = dict(zip(jaxpr.invars, operands, strict=True))
-    values.update(zip(jaxpr.constvars, jaxpr_consts(closed), strict=True))
 
-    def read(atom: Atom) -> Array:
-        return atom.val if is_literal(atom) else values[atom]
+    def pick_or_bind(inner: Eqn, operands: Sequence[Array]) -> list[Array]:
+        return [_pick(inner, *operands)] if is_pick(inner) else bind(inner, operands)
 
-    for inner in jaxpr.eqns:
-        args = list(map(read, inner.invars))
-        outs = [_pick(inner, *args)] if is_pick(inner) else bind(inner, args)
-        values.update(zip(inner.outvars, outs, strict=True))
-    return list(map(read, jaxpr.outvars))
+    return evaluate(body(eqn), operands, pick_or_bind)
 
 
 def _pick(eqn: Eqn, operand: Any, indices: Any) -> Any:

@@ -93,7 +93,7 @@ def _read_rule(rule: Any) -> OpRule:
             f"{rule!r} is not a rule. Write jaxmp.casting.OpRule(path=..., "
             "compute=...)."
         )
-    unseen = ("module_type", "kind", "where", "params", "output")
+    unseen = ("module_type", "kind", "where", "params", "output", "reduce")
     given = [name for name in unseen if getattr(rule, name, None) is not None]
     if given or rule.path is None or rule.compute is None:
         raise AutocastRuleError(

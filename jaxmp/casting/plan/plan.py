@@ -52,6 +52,9 @@ class EqnPlan:
       params: parameters that replace those of the equation, because they name dtypes.
       call: the plans of the bodies of a call, made and read by its rule.
       rule: the rule that matched, if any.
+      weights: which operands of a matmul get their gradient in float32.
+      is_lookup: whether it looks rows up in a table, its first operand.
+      is_apart: whether its result is a sum to keep apart from others.
     """
 
     eqn: Eqn
@@ -63,6 +66,9 @@ class EqnPlan:
     params: dict[str, Any] | None = None
     call: Any = None
     rule: OpRule | None = None
+    weights: tuple[int, ...] = ()
+    is_lookup: bool = False
+    is_apart: bool = False
 
     @property
     def is_as_traced(self) -> bool:
@@ -70,7 +76,7 @@ class EqnPlan:
         return (
             self.params is None
             and self.call is None
-            and not self.in_island
+            and not (self.in_island or self.weights or self.is_lookup or self.is_apart)
             and self.in_dtypes == tuple(map(castable_dtype, self.eqn.invars))
             and self.out_states == tuple(map(traced_state, self.eqn.outvars))
         )
@@ -115,17 +121,22 @@ class Context(NamedTuple):
       in_backward: whether it is part of a backward pass.
       updates: ids of the equations that update the sums of the loops around it. Others
         may share such an equation, in a call that JAX traced once.
+      half_gradients: whether a layer around asks for the gradients of its weights in
+        half, where others get them in float32.
     """
 
     scopes: tuple[str, ...] = ()
     in_backward: bool = False
     updates: frozenset[int] = frozenset()
+    half_gradients: bool = False
 
 
 class Settings(NamedTuple):
     """What a plan depends on, besides the jaxpr.
 
     `ambient` is the precision parameter that matmuls were to get where it was called.
+    `wide_gradients` asks for the gradients of weights in float32; `as_written` leaves
+    all else as it was traced, as in a layer of Flax.
     """
 
     compute_dtype: np.dtype
@@ -133,6 +144,8 @@ class Settings(NamedTuple):
     rules: tuple[OpRule, ...] = ()
     recompute: bool = True
     ambient: Any = None
+    wide_gradients: bool = False
+    as_written: bool = False
 
     @property
     def is_plain(self) -> bool:

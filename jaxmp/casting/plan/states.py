@@ -34,6 +34,10 @@ class Kind(enum.Enum):
     KEPT = "kept"
     """What a gradient or a cast to float32 was added to: elementwise operations and the
     carries of loops keep it in float32, matmuls read it in half."""
+    WEIGHT = "weight"
+    """From outside, and half where the program goes on with it: it is kept as it came,
+    and each reader casts it, so that its gradient can be summed in float32. Only for a
+    policy that reduces in float32."""
 
 
 class State(NamedTuple):
@@ -65,6 +69,18 @@ def traced_state(atom: Atom) -> State | None:
     if dtype is None:
         return None
     return low(dtype) if dtype in _tree.HALF else NEUTRAL
+
+
+def weight(dtype: np.dtype) -> State:
+    """The state of a value that is read in half, and kept in a dtype."""
+    return State(Kind.WEIGHT, dtype)
+
+
+def as_read(atom: Atom, state: State | None) -> State | None:
+    """The state in which most operations find a value: a weight is half for them."""
+    if state is None or state.kind is not Kind.WEIGHT:
+        return state
+    return traced_state(atom)
 
 
 def join(states: Iterable[State | None], wanted: bool) -> State | None:

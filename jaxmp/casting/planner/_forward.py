@@ -10,14 +10,16 @@ from typing import Any
 
 from jaxmp import _tree
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
+from jaxmp._jaxpr.calls import JITS
 from jaxmp._jaxpr.jax_functions import is_in_special_function, is_promotion
-from jaxmp._jaxpr.marks import is_border
+from jaxmp._jaxpr.marks import has_half_gradients, is_border
 from jaxmp._jaxpr.primitives import CAST
 from jaxmp._jaxpr.types import Atom, Eqn, Jaxpr
 from jaxmp.casting.islands._schedule import schedule
 from jaxmp.casting.ops import _registry
 from jaxmp.casting.ops._op_lists import OpClass
 from jaxmp.casting.plan.plan import (
+    LAYER_REASON,
     SPECIAL_FUNCTION,
     Context,
     Decision,
@@ -33,12 +35,14 @@ from jaxmp.casting.plan.states import (
     PINNED,
     Kind,
     State,
+    as_read,
     traced_state,
 )
 from jaxmp.casting.planner._following import Choice, Follower, choose
 from jaxmp.casting.planner._intents import is_outer_product, matmul_intent
 from jaxmp.casting.planner._interface import Planner, Wants
 from jaxmp.casting.planner._outcomes import Outcomes, States
+from jaxmp.casting.planner._weights import Weights, apart, wide_gradient
 from jaxmp.casting.sums._unrolled import unrolled_sums
 
 
@@ -72,6 +76,7 @@ class ForwardPass:
         self.states.update((v, traced_state(v)) for v in jaxpr.constvars)
         self.outcomes = Outcomes(planner, jaxpr, context, consts)
         self.sums = unrolled_sums(jaxpr)
+        self.weights = Weights()
 
     def plan(self, out_wants: Sequence[bool]) -> JaxprPlan:
         """Plans the equations in their order, and groups them into islands."""
@@ -94,16 +99,40 @@ class ForwardPass:
 
     def output_state(self, atom: Atom, want: bool) -> State | None:
         """The state in which an output is handed back."""
-        state = self.state(atom)
+        state = as_read(atom, self.state(atom))
         if want and state is not None and state.kind is Kind.FULL:
             return self.planner.low
         return state
 
     def equation(self, eqn: Eqn, states: States) -> EqnPlan:
         """Plans an equation, by what the user decided or by what it is."""
+        if self.planner.settings.is_plain:
+            return self.outcomes.untouched(eqn, "float32 is the policy: as traced")
+        in_backward = self.outcomes.in_backward(eqn)
+        if not self.planner.settings.wide_gradients:
+            return apart(self.read_equation(eqn, states, states), in_backward)
+        read = [as_read(v, s) for v, s in zip(eqn.invars, states, strict=True)]
+        if in_backward:
+            plan = apart(self.read_equation(eqn, read, read), in_backward)
+            is_wide = id(eqn) in self.planner.weight_gradients
+            return wide_gradient(plan) if is_wide else plan
+        decision = self.planner.user.about(eqn, self.context)
+        plan = self.weights.handed_on(eqn, states, decision, self.outcomes)
+        if plan is not None:
+            return plan
+        plan = self.read_equation(eqn, read, states)
+        is_half = has_half_gradients(eqn, self.context.half_gradients)
+        return self.weights.read_by(plan, states, is_half)
+
+    def read_equation(self, eqn: Eqn, states: States, stored: States) -> EqnPlan:
+        """Plans an equation that reads its operands.
+
+        Args:
+          eqn: the equation.
+          states: those in which most operations find the operands.
+          stored: those in which they are kept: weights are known as such.
+        """
         planner, outcomes = self.planner, self.outcomes
-        if planner.settings.is_plain:
-            return outcomes.untouched(eqn, "float32 is the policy: as traced")
         call = _registry.call_rule(eqn.primitive.name)
         if not any(states) and not any(map(castable_dtype, eqn.outvars)):
             bodies = planner.contents.of_bodies(eqn)
@@ -112,8 +141,11 @@ class ForwardPass:
         decision = planner.user.about(eqn, self.context)
         if decision is None and call is not None and planner.contents.is_special(eqn):
             decision = Decision(FLOAT32, SPECIAL_FUNCTION)
-        if decision is not None and (call is None or decision.dtype in (FLOAT32, None)):
-            return self.decided(eqn, states, decision)
+        is_whole = call is None or getattr(decision, "dtype", "") in (FLOAT32, None)
+        if decision is not None and is_whole:
+            is_product = call and self.is_product_of_weights(eqn, decision, stored)
+            if not is_product:
+                return self.decided(eqn, states, decision)
         if call is None:
             return self.operation(eqn, states)
         whole = self.whole_call(eqn, states, call)
@@ -121,7 +153,17 @@ class ForwardPass:
             return whole
         wants = tuple(v in self.wants.values for v in eqn.outvars)
         inside = planner.inside(eqn, self.context)
-        return call.plan(eqn, states, wants, planner, inside)
+        entering = stored if call.takes_weights else states
+        return call.plan(eqn, entering, wants, planner, inside)
+
+    def is_product_of_weights(
+        self, eqn: Eqn, decision: Decision, stored: States
+    ) -> bool:
+        """Whether a call in a layer of Flax multiplies by a weight, as `einsum`."""
+        takes = any(s is not None and s.kind is Kind.WEIGHT for s in stored)
+        bodies = self.planner.contents.of_bodies(eqn)
+        is_product = any(body.has_matmul for body in bodies)
+        return takes and is_product and decision.reason == LAYER_REASON
 
     def operation(self, eqn: Eqn, states: States) -> EqnPlan:
         """Plans an equation that is not a call, by the class of its primitive."""
@@ -133,7 +175,7 @@ class ForwardPass:
             return self.matmul(eqn, states, entry.reason)
         if entry.op_class is OpClass.FULL:
             return outcomes.full(eqn, states, entry.reason)
-        if name == "gather" and self.is_lookup(eqn, states):
+        if self.has_lookup(eqn) and self.is_lookup(eqn, states):
             return outcomes.lookup(eqn)
         if entry.op_class is OpClass.FOLLOW:
             reads_half = any(s is not None and s.is_low for s in states)
@@ -199,6 +241,9 @@ class ForwardPass:
     def decided(self, eqn: Eqn, states: States, decision: Decision) -> EqnPlan:
         """Plans what the user decided about."""
         if decision.dtype is None:
+            is_layer = decision.reason == LAYER_REASON
+            if is_layer and self.has_lookup(eqn) and self.is_lookup(eqn, states):
+                return self.outcomes.lookup(eqn)
             plan = self.outcomes.untouched(eqn, decision.reason)
             is_cast_to_half = (
                 eqn.primitive.name == CAST and eqn.params["new_dtype"] in _tree.HALF
@@ -240,10 +285,18 @@ class ForwardPass:
             return outcomes.untouched(eqn, "a call that returns nothing")
         if any(body.has_full for body in bodies):
             return outcomes.full(eqn, states, "a call of float32 operations")
-        if any(body.has_lookup for body in bodies) and self.is_lookup(eqn, states):
+        if self.has_lookup(eqn) and self.is_lookup(eqn, states):
             return outcomes.lookup(eqn)
         choice = self.choice(eqn, states)
         return None if choice.state.is_low else outcomes.follow(eqn, states, choice)
+
+    def has_lookup(self, eqn: Eqn) -> bool:
+        """Whether an equation is a gather, or a simple `jit` around one."""
+        if eqn.primitive.name == "gather":
+            return True
+        is_call = eqn.primitive.name in JITS and len(eqn.outvars) == 1
+        bodies = self.planner.contents.of_bodies(eqn)
+        return is_call and any(b.has_lookup and b.is_simple for b in bodies)
 
     def is_lookup(self, eqn: Eqn, states: States) -> bool:
         """Rows looked up in a table of parameters are activations, from there on."""

@@ -32,12 +32,15 @@ class Planner(Protocol):
       low: the state of a value in the compute dtype.
       contents: what jaxprs are made of.
       user: what the user decided.
+      weight_gradients: ids of the matmuls in a backward pass whose results are
+        gradients of weights, if these are wanted in float32.
     """
 
     settings: Settings
     low: State
     contents: CallContents
     user: UserDecisions
+    weight_gradients: frozenset[int]
 
     def wants(self, jaxpr: Jaxpr, out_wants: Sequence[bool], context: Context) -> Wants:
         """Which values of a jaxpr are wanted low, given which outputs are."""

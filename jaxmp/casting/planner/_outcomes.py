@@ -141,12 +141,12 @@ class Outcomes:
             plan = self.full(eqn, states, reason, state)
         return dataclasses.replace(plan, op_class=OpClass.FOLLOW)
 
-    def lookup(self, eqn: Eqn) -> EqnPlan:
-        """Reads a float32 table as it is stored, and hands the rows on in half."""
-        dtypes = tuple(map(castable_dtype, eqn.invars))
+    def lookup(self, eqn: Eqn, stored: np.dtype = FLOAT32) -> EqnPlan:
+        """Reads a table whose gradient is added up as it is stored; rows are half."""
+        dtypes = (stored, *map(castable_dtype, eqn.invars[1:]))
         outs = tuple(castable_dtype(v) and self.low for v in eqn.outvars)
         reason = "a lookup in a float32 table"
-        return EqnPlan(eqn, OpClass.FOLLOW, reason, dtypes, outs)
+        return EqnPlan(eqn, OpClass.FOLLOW, reason, dtypes, outs, is_lookup=True)
 
     def _half(self, eqn: Eqn, state: State, op_class: OpClass, reason: str) -> EqnPlan:
         """Operands and results in one half dtype."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxmp._jaxpr.marks import scopes
+from jaxmp._jaxpr.marks import has_half_gradients, scopes
 from jaxmp._jaxpr.scopes import is_backward
 from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
@@ -24,7 +24,8 @@ class JaxprPlanner:
         self.settings = settings
         self.low = low(settings.compute_dtype)
         self.contents = CallContents(has_rules=bool(settings.rules))
-        self.user = UserDecisions(settings.rules, self.contents)
+        self.user = UserDecisions(settings.rules, self.contents, settings.as_written)
+        self.weight_gradients: frozenset[int] = frozenset()
         # Keyed by id; `_alive` keeps the jaxprs from being collected meanwhile.
         self._plans: dict[Any, JaxprPlan] = {}
         self._wants: dict[Any, Wants] = {}
@@ -76,4 +77,9 @@ class JaxprPlanner:
         if self.settings.rules:
             around = (*around, *scopes(eqn))
         in_backward = context.in_backward or is_backward(eqn)
-        return context._replace(scopes=around, in_backward=in_backward)
+        half = context.half_gradients
+        if self.settings.wide_gradients:
+            half = has_half_gradients(eqn, half)
+        return context._replace(
+            scopes=around, in_backward=in_backward, half_gradients=half
+        )

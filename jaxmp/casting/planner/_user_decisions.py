@@ -34,18 +34,28 @@ _BY_SCOPE = {
 class UserDecisions:
     """Reads a user's rules and scopes.
 
+    Args:
+      rules: the rules.
+      contents: what calls are made of.
+      as_written: whether everything counts as decided, like a layer of Flax.
+
     Attributes:
       used: the rules that matched something so far.
     """
 
-    def __init__(self, rules: Sequence[OpRule], contents: CallContents):
+    def __init__(
+        self, rules: Sequence[OpRule], contents: CallContents, as_written: bool = False
+    ):
         self._rules = rules
+        self._as_written = as_written
         self._contents = contents
         self.used: set[OpRule] = set()
 
     def about(self, eqn: Eqn, context: Context) -> Decision | None:
         """What was decided about an equation, wherever it stands."""
         decision = _by_scope(eqn)
+        if decision is None and self._as_written:
+            return _BY_SCOPE[LAYER_SCOPE]
         if not self._rules:
             return decision
         if decision is not None:

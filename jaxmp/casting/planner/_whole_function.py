@@ -10,12 +10,14 @@ from jaxmp._jaxpr.atoms import castable_dtype
 from jaxmp._jaxpr.types import Jaxpr
 from jaxmp.casting.ops._user_rules import read_rules
 from jaxmp.casting.plan.plan import JaxprPlan, Settings
-from jaxmp.casting.plan.states import FLOAT32, traced_state
+from jaxmp.casting.plan.states import FLOAT32, traced_state, weight
 from jaxmp.casting.planner._ambient_precision import ambient_precision
 from jaxmp.casting.planner._planner import JaxprPlanner
 from jaxmp.casting.planner._returned_states import returned_states
+from jaxmp.casting.planner._weight_gradients import weight_gradients
 from jaxmp.errors import AutocastError, AutocastRuleError
 from jaxmp.policy import PolicyLike, get_policy
+from jaxmp.policy.reduce_dtype import is_wider
 
 
 def read_settings(
@@ -36,7 +38,13 @@ def read_settings(
                 f"{rule} carries in {rule.carry}, but {str(policy)!r} computes in "
                 f"{dtype}. Write carry='{dtype}' or carry='float32'."
             )
-    return Settings(dtype, policy.lax_precision, rules, half_residuals)
+    return Settings(
+        dtype,
+        policy.lax_precision,
+        rules,
+        half_residuals,
+        wide_gradients=is_wider(policy.reduce_dtype, dtype),
+    )
 
 
 def plan_jaxpr(
@@ -49,9 +57,13 @@ def plan_jaxpr(
     """
     planner = JaxprPlanner(settings._replace(ambient=ambient_precision()))
     in_states = [traced_state(v) for v in jaxpr.jaxpr.invars]
+    if settings.wide_gradients:
+        in_states = [weight(s.dtype) if s and s.is_low else s for s in in_states]
+    if settings.wide_gradients:
+        planner.weight_gradients = weight_gradients(jaxpr)
     is_half = output_dtype is not None and jnp.dtype(output_dtype) in _tree.HALF
     out_wants = [is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars]
-    if not settings.is_plain:
+    if not (settings.is_plain or settings.as_written):
         in_states = returned_states(planner, jaxpr, in_states, out_wants)
     plan = planner.plan(jaxpr, in_states, out_wants, consts=jaxpr.consts)
     return plan, planner

@@ -23,11 +23,13 @@ class CallRule(abc.ABC):
       primitives: names of the primitives.
       is_composite: whether a call without a matmul in it may be bound whole.
       is_loop: whether its body runs more than once.
+      takes_weights: whether its body may get weights as they are kept.
     """
 
     primitives: tuple[str, ...] = ()
     is_composite = True
     is_loop = False
+    takes_weights = True
 
     @abc.abstractmethod
     def bodies(self, eqn: Eqn) -> list[Jaxpr]:

@@ -38,6 +38,9 @@ class _CustomCall:
 
 
 class _CustomRule(SingleBodyRule):
+    # Its derivative rule is the user's, and gets what the user wrote it for.
+    takes_weights = False
+
     def plan(
         self,
         eqn: Eqn,

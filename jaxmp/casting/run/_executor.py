@@ -11,8 +11,9 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.primitives import CAST
 from jaxmp._jaxpr.scopes import inside_current, stack_parts
-from jaxmp._jaxpr.types import Array, Atom, Eqn, Var
+from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.islands._islands import Island, is_elementwise
 from jaxmp.casting.islands._label_gather import bind_with_picks, has_pick
 from jaxmp.casting.islands._softmax import Softmax, run_softmax
@@ -20,9 +21,13 @@ from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import LAYER_REASON, EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import FLOAT32
 from jaxmp.casting.run._equal_islands import common_scope, signature
+from jaxmp.casting.run._lookup import look_up
+from jaxmp.casting.run._many_devices import sum_apart
 from jaxmp.casting.run._named_scopes import region_of, region_of_island
 from jaxmp.casting.run._recompute import recomputed
 from jaxmp.casting.run._scatter import is_retyped_scatter, scatter
+from jaxmp.casting.run._values import Values, cast
+from jaxmp.casting.run._wide_gradients import multiply
 
 
 class Executor:
@@ -58,7 +63,7 @@ class Executor:
         Returns:
           The outputs, in the dtypes of `plan.out_states`.
         """
-        env = _Values()
+        env = Values()
         env.write(plan.jaxpr.constvars, consts)
         env.write(plan.jaxpr.invars, args)
         for step in plan.steps:
@@ -85,7 +90,7 @@ class Executor:
             plan.cache["closed"] = jax.make_jaxpr(run)(*avals)
         return plan.cache["closed"]
 
-    def run_eqn(self, plan: EqnPlan, env: "_Values") -> list[Any]:
+    def run_eqn(self, plan: EqnPlan, env: Values) -> list[Any]:
         """Binds one equation; its results have the dtypes of their states."""
         region = region_of(plan) if self.named_scopes else ()
         outs = self.bind(plan, env, region=region)
@@ -97,7 +102,7 @@ class Executor:
     def bind(
         self,
         plan: EqnPlan,
-        env: "_Values",
+        env: Values,
         in_island: bool = False,
         depth: int = 0,
         region: tuple[Any, ...] = (),
@@ -113,27 +118,47 @@ class Executor:
             source_info_util.user_context(traceback, name_stack=stack),
             eqn.ctx.manager,
         ):
+            if plan.is_lookup:
+                return [self.look_up(plan, env)]
+            params = eqn.params if plan.params is None else plan.params
+            invars, params = env.copies.without_transposes(eqn, params)
             # A layer widens its input once: its gradient is added up in float32.
-            read = env.read_once if plan.reason == LAYER_REASON else env.read
+            is_layer = plan.reason.startswith(LAYER_REASON)
+            read = env.read_once if is_layer else env.read
             operands = [
-                read(v, dtype)
-                for v, dtype in zip(eqn.invars, plan.in_dtypes, strict=True)
+                env.half(v, dtype) if i in plan.weights else read(v, dtype)
+                for i, (v, dtype) in enumerate(zip(invars, plan.in_dtypes, strict=True))
             ]
             if plan.call is not None:
                 rule = _registry.call_rule(eqn.primitive.name)
                 return list(rule.execute(plan, operands, self))
-            params = eqn.params if plan.params is None else plan.params
+            if plan.weights:
+                stored = {i: env.get(invars[i]) for i in plan.weights}
+                return [multiply(eqn.primitive, params, operands, stored)]
             if _is_done_cast(eqn, params, operands):
                 return operands
+            if copy := env.copies.claim_cast(eqn):
+                return copy
             if in_island and has_pick(eqn):
                 return bind_with_picks(eqn, operands)
             if is_retyped_scatter(eqn, operands):
-                return [scatter(eqn, operands)]
-            bind_params = eqn.primitive.get_bind_params(params)
-            outs = eqn.primitive.bind(*operands, **bind_params)
-        return list(outs) if eqn.primitive.multiple_results else [outs]
+                outs = scatter(eqn, operands)
+            else:
+                bind_params = eqn.primitive.get_bind_params(params)
+                outs = eqn.primitive.bind(*operands, **bind_params)
+            env.copies.note_transpose(eqn)
+            results = list(outs) if eqn.primitive.multiple_results else [outs]
+            return [*map(sum_apart, results)] if plan.is_apart else results
 
-    def run_island(self, island: Island, env: "_Values") -> None:
+    def look_up(self, plan: EqnPlan, env: Values) -> Any:
+        """Looks rows up in a table, whose half copy others may share."""
+        table, *rest = plan.eqn.invars
+        (state,) = plan.out_states
+        assert state is not None
+        half = env.half(table, state.dtype)
+        return look_up(plan.eqn, half, env.get(table), [*map(env.get, rest)])
+
+    def run_island(self, island: Island, env: Values) -> None:
         """Runs the operations of an island as one function of its stored inputs."""
         common = common_scope(island)
         depth = len(common)
@@ -142,7 +167,7 @@ class Executor:
             if island.softmax is not None:
                 self.run_softmax(island, island.softmax, env, depth)
                 return
-            args = [env.read(v, _AS_STORED) for v in island.inputs]
+            args = [env.get(v) for v in island.inputs]
             run = functools.partial(self._run_members, island, depth)
             if island.recompute:
                 key = signature(island, depth, args)
@@ -153,7 +178,7 @@ class Executor:
             env.write_at(v, dtype, value)
 
     def _run_members(self, island: Island, depth: int, *args: Any) -> list[Any]:
-        inside = _Values()
+        inside = Values()
         inside.write(island.inputs, [_widen(x) for x in args])
         for plan in island.members:
             outs = self.bind(plan, inside, in_island=island.recompute, depth=depth)
@@ -161,13 +186,13 @@ class Executor:
         return [inside.read(v, dtype) for v, dtype in island.outputs]
 
     def run_softmax(
-        self, island: Island, softmax: Softmax, env: "_Values", depth: int
+        self, island: Island, softmax: Softmax, env: Values, depth: int
     ) -> None:
         """Runs an island that is one softmax, keeping its half result only."""
         ((result, dtype),) = island.outputs
 
         def bind(softmax: Softmax, scores: Array, shift: Array) -> Array:
-            inside = _Values()
+            inside = Values()
             inside.write([softmax.scores], [scores])
             if not is_literal(softmax.shift):
                 inside.write([softmax.shift], [shift])
@@ -182,60 +207,6 @@ class Executor:
         env.write_at(result, dtype, value)
 
 
-class _Values:
-    """The values of a jaxpr's variables, some of them in two dtypes."""
-
-    def __init__(self):
-        self.stored: dict[Any, Any] = {}
-        self.narrow: dict[tuple[Any, np.dtype], Any] = {}
-        self.widened: dict[Any, Any] = {}
-
-    def write(self, variables: Sequence[Var], values: Sequence[Array]) -> None:
-        self.stored.update(zip(variables, values, strict=True))
-
-    def write_at(self, v: Var, dtype: Any, value: Array) -> None:
-        if dtype is None:
-            self.stored[v] = value
-        else:
-            self.narrow[v, dtype] = value
-            self.stored.setdefault(v, value)
-
-    def read(self, atom: Atom, dtype: Any) -> Any:
-        if is_literal(atom):
-            return literal(atom, dtype)
-        if dtype is _AS_STORED:
-            return self.stored[atom]
-        if (atom, dtype) in self.narrow:
-            return self.narrow[atom, dtype]
-        value = self.stored[atom]
-        return value if dtype is None else cast(value, dtype)
-
-    def read_once(self, atom: Atom, dtype: Any) -> Any:
-        """Reads a value, and widens it once for all who read it like this."""
-        if dtype != FLOAT32 or is_literal(atom):
-            return self.read(atom, dtype)
-        if atom not in self.widened:
-            self.widened[atom] = self.read(atom, dtype)
-        return self.widened[atom]
-
-
-_AS_STORED = object()
-
-
-def literal(atom: Atom, dtype: np.dtype | None) -> Any:
-    """The value of a literal, in another dtype if one is given."""
-    if dtype is None or atom.aval.dtype == dtype:
-        return atom.val
-    return np.asarray(atom.val).astype(dtype)
-
-
-def cast(x: Any, dtype: np.dtype) -> Any:
-    """Casts a floating value; one that has the dtype passes unchanged."""
-    if jnp.result_type(x) == dtype:
-        return x
-    return jax.lax.convert_element_type(x, dtype)
-
-
 def _widen(x: Any) -> Any:
     is_half = jnp.result_type(x) in (jnp.float16, jnp.bfloat16)
     return jax.lax.convert_element_type(x, FLOAT32) if is_half else x
@@ -243,7 +214,7 @@ def _widen(x: Any) -> Any:
 
 def _is_done_cast(eqn: Eqn, params: Mapping[str, Any], operands: Sequence[Any]) -> bool:
     return (
-        eqn.primitive.name == "convert_element_type"
+        eqn.primitive.name == CAST
         and jnp.result_type(operands[0]) == params["new_dtype"]
     )
 

@@ -28,6 +28,7 @@ def stand_in(policy: Policy) -> Policy:
         jnp.bfloat16,
         jnp.float32,
         matmul_precision=policy.matmul_precision,
+        reduce_dtype=jnp.float32 if policy.reduce_dtype == jnp.float32 else None,
     )
 
 

@@ -1,0 +1,82 @@
+"""Which matmuls of a backward pass make the gradient of a weight.
+
+Where a function differentiates itself, as a training step does, its matmuls stand in
+one row. One that makes the gradient of an activation is read by what comes before it in
+the network. One that makes the gradient of a weight is done: what it returns is moved,
+cast and added to other gradients, until it leaves the backward pass.
+"""
+
+from collections.abc import Sequence
+
+from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.calls import LOOPS, body, loop
+from jaxmp._jaxpr.primitives import ADDS, CAST, LAYOUT, MATMULS
+from jaxmp._jaxpr.scopes import is_backward
+from jaxmp._jaxpr.types import Eqn, Jaxpr, Var
+from jaxmp._jaxpr.versions import open_jaxpr
+
+_MOVES = LAYOUT | ADDS | {CAST, "pad", "concatenate", "dynamic_update_slice"}
+
+
+def weight_gradients(jaxpr: Jaxpr) -> frozenset[int]:
+    """The ids of the matmuls that make the gradients of weights, in calls too."""
+    search = _Search()
+    search.inputs(jaxpr, [True] * len(open_jaxpr(jaxpr).outvars), False)
+    return frozenset(key for key, is_one in search.found.items() if is_one)
+
+
+class _Search:
+    """Reads jaxprs from their last equation to the first.
+
+    A value is *done* if all who read it only move it on to what is done.
+
+    Attributes:
+      found: whether a matmul is done in every call that it stands in.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, bool] = {}
+
+    def inputs(
+        self, jaxpr: Jaxpr, outs: Sequence[bool], in_backward: bool
+    ) -> list[bool]:
+        """Which inputs of a jaxpr are done, given which of its outputs are."""
+        jaxpr = open_jaxpr(jaxpr)
+        read_on: set[Var] = set()
+
+        def note(atoms: Sequence[Var], done: Sequence[bool]) -> None:
+            pairs = zip(atoms, done, strict=True)
+            read_on.update(v for v, is_done in pairs if not (is_done or is_literal(v)))
+
+        note(jaxpr.outvars, outs)
+        for eqn in reversed(jaxpr.eqns):
+            results = [v not in read_on for v in eqn.outvars]
+            if not (in_backward or is_backward(eqn)):
+                continue
+            note(eqn.invars, self.operands(eqn, results))
+        return [v not in read_on for v in jaxpr.invars]
+
+    def operands(self, eqn: Eqn, results: Sequence[bool]) -> Sequence[bool]:
+        """Which operands are done as far as one equation of a backward pass reads."""
+        name = eqn.primitive.name
+        if name in MATMULS:
+            self.found[id(eqn)] = self.found.get(id(eqn), True) and results[0]
+        elif name in _MOVES:
+            return [all(results)] * len(eqn.invars)
+        elif name == "scan":
+            return self.scan(eqn, results)
+        elif name not in LOOPS and (inner := body(eqn)) is not None:
+            return self.inputs(inner, results, True)
+        return [False] * len(eqn.invars)
+
+    def scan(self, eqn: Eqn, results: Sequence[bool]) -> Sequence[bool]:
+        """A gradient that a loop carries is done if it is only added to."""
+        read = loop(eqn)
+        carried, others = list(results[: read.carries]), results[read.carries :]
+        while True:
+            inputs = self.inputs(read.body, [*carried, *others], True)
+            again = inputs[read.consts : read.consts + read.carries]
+            kept = [a and b for a, b in zip(carried, again, strict=True)]
+            if kept == carried:
+                return inputs
+            carried = kept

@@ -1,0 +1,85 @@
+"""What is worth doing only in a program for several devices.
+
+How many devices a program is for shows when it is lowered, not when it is traced. So
+these are primitives, and on one device nothing is left of them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxmp._jaxpr.lowering import device_count
+from jaxmp._jaxpr.types import Array
+
+_apart = Primitive("sum_apart")
+
+
+def sum_apart(x: jax.Array) -> jax.Array:
+    """Keeps a sum, and the gradient of what passes here, apart from other sums.
+
+    XLA turns the rows that are added up for a table, plus the table's gradient from a
+    matmul, into rows that are added to that gradient. On several devices the gradient
+    is then reduced, gathered again and reduced a second time, in float32: on eight v5e
+    chips that made a tied embedding move three times as many bytes.
+    """
+    return _apart.bind(x)
+
+
+def one_or_many(
+    one: Callable[..., Array], many: Callable[..., Array], *args: Array
+) -> Array:
+    """`one(*args)` in a program for one device, `many(*args)` in one for several.
+
+    Both have to return the same values. Neither is differentiated.
+    """
+    return _choice.bind(*args, one=one, many=many)
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+_apart.def_impl(_identity)
+_apart.def_abstract_eval(_identity)
+ad.deflinear2(_apart, lambda cotangent, _: [_apart.bind(cotangent)])
+batching.defvectorized(_apart)
+_nothing: Any = mlir.lower_fun(_identity, multiple_results=False)
+_barrier: Any = mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
+
+
+def _lower_apart(context: Any, x: Any) -> Any:
+    return (_barrier if device_count(context) > 1 else _nothing)(context, x)
+
+
+mlir.register_lowering(_apart, _lower_apart)
+
+_choice = Primitive("one_or_many_devices")
+
+
+def _run_one(*args: Array, one: Callable[..., Array], many: Any) -> Array:
+    return one(*args)
+
+
+def _abstract_choice(*avals: Any, one: Callable[..., Array], many: Any) -> Any:
+    return jax.make_jaxpr(one)(*avals).out_avals[0]
+
+
+def _batch_choice(
+    args: Sequence[Any], axes: Sequence[Any], *, one: Any, many: Any
+) -> tuple[Any, int]:
+    one, many = (jax.vmap(f, in_axes=tuple(axes)) for f in (one, many))
+    return _choice.bind(*args, one=one, many=many), 0
+
+
+def _lower_choice(context: Any, *args: Any, one: Any, many: Any) -> Any:
+    function = many if device_count(context) > 1 else one
+    return mlir.lower_fun(function, multiple_results=False)(context, *args)
+
+
+_choice.def_impl(_run_one)
+_choice.def_abstract_eval(_abstract_choice)
+batching.primitive_batchers[_choice] = _batch_choice
+mlir.register_lowering(_choice, _lower_choice)
