@@ -9,7 +9,7 @@ scale. Everything is a pure function of pytrees.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxmp import casting, errors, loss_scale, optimizers, policy
+from jaxmp import casting, errors, loss_scale, optimizers, policy, sharding
 from jaxmp._jaxpr import versions as versions  # checks the version of JAX
 from jaxmp.casting import (
     autocast,
@@ -118,6 +118,7 @@ __all__ = [
     "loss_scale",
     "optimizers",
     "policy",
+    "sharding",
 ]
 
 

@@ -183,6 +183,37 @@ class DtypeMismatch(OptimizerError, ValueError):
     """Arrays are stored in other dtypes than they should be."""
 
 
+# Many devices
+
+
+class ShardingError(JaxmpError):
+    """Arrays, axes or processes do not fit the devices that they run on."""
+
+
+class UnknownAxis(ShardingError, NameError):
+    """An axis is named that nothing has bound, or that the mesh does not have."""
+
+
+class ShardingOptionError(ShardingError, ValueError):
+    """An option of `jaxmp.sharding` is missing, or has no meaning on this mesh."""
+
+
+class ReduceDtypeError(ShardingError, ValueError):
+    """Gradients cannot be summed over devices in this dtype."""
+
+
+class GradientsAlreadySummed(ShardingError, ValueError):
+    """Gradients are to be reduced over an axis along which JAX has summed them."""
+
+
+class PartitionMismatch(ShardingError, ValueError):
+    """Partition specs or shardings do not fit the arrays that they are for."""
+
+
+class ProcessPolicyMismatch(ShardingError, ValueError):
+    """Two processes of one run have different policies."""
+
+
 # Checkpoints
 
 
@@ -196,6 +227,10 @@ class CheckpointPolicyMismatch(CheckpointError, ValueError):
 
 class InvalidCheckpoint(CheckpointError, ValueError):
     """A checkpoint holds no train state of jaxmp, or nothing at all."""
+
+
+class CheckpointMeshMismatch(CheckpointError, ValueError):
+    """An array of a checkpoint cannot be divided over the mesh it is restored on."""
 
 
 # Values

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "casting": GROUND | {"policy"},
     "loss_scale": GROUND | {"policy"},
     "optimizers": GROUND | {"policy"},
+    "sharding": GROUND | {"policy", "loss_scale"},
     "modules": GROUND | {"policy", "casting"},
     "report": GROUND | {"policy", "casting"},
     "numerics": GROUND | {"policy", "casting", "loss_scale"},
@@ -38,7 +39,8 @@ MAY_IMPORT = {
     "cli": GROUND | {"policy", "loss_scale", "numerics", "report"},
     # The everyday names, and `python -m jaxmp`.
     "__init__": GROUND
-    | {"policy", "casting", "loss_scale", "optimizers", "modules", "training"},
+    | {"policy", "casting", "loss_scale", "optimizers", "sharding"}
+    | {"modules", "training"},
     "__main__": {"cli"},
 }
 """What a part of the package may import besides itself, each after those it may."""

@@ -24,6 +24,7 @@ KINDS = (
     errors.LossScaleError,
     errors.GradientError,
     errors.OptimizerError,
+    errors.ShardingError,
     errors.CheckpointError,
     errors.NumericsError,
     errors.ReportError,

@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp import _tree
+from jaxmp._jaxpr.axes import AxisName, bound_size
 from jaxmp._transformations import composition
 from jaxmp._transformations.wrapping import (
     float32_view,
@@ -63,8 +64,6 @@ from jaxmp.loss_scale.state_machines import (
     StaticMachine,
 )
 from jaxmp.loss_scale.unscale import unscale_tree
-
-AxisName = str | tuple[str, ...]
 
 
 def loss_scaling(
@@ -104,6 +103,7 @@ def loss_scaling(
       PolicyError: for a policy that cannot be read.
       MultipleLossScales: from `init`, if `inner` already has a loss scale.
       GradientTreeMismatch: from `update`, if gradients and parameters differ.
+      UnknownAxis: from `update`, if nothing binds `axis_name` there.
 
     References:
       Micikevicius et al., "Mixed Precision Training", 2018, section 3.2
@@ -346,9 +346,16 @@ def _scale_of(state: LossScaleState) -> Scale:
     return Scale(state.loss_scale, state.good_steps, state.hysteresis_left)
 
 
+_LEAVE_OUT = (
+    "Update inside jax.shard_map or jax.pmap over this axis. Under jit with sharded "
+    "arrays leave axis_name out: there is one decision already."
+)
+
+
 def _agree(finite: jax.Array, axis_name: AxisName | None) -> jax.Array:
     if axis_name is None:
         return finite
+    bound_size(axis_name, "loss_scaling(..., axis_name=...)", _LEAVE_OUT)
     return jax.lax.pmin(finite.astype(jnp.int32), axis_name).astype(jnp.bool_)
 
 
