@@ -1,8 +1,9 @@
-"""Named axes of a mesh: which are bound, how long they are, what varies along them."""
+"""Named axes of a mesh: which are bound, what varies and what is divided along them."""
 
 from typing import TypeAlias
 
 import jax
+from jax.sharding import PartitionSpec
 
 from jaxmp._jaxpr.types import Array
 from jaxmp.errors import UnknownAxis
@@ -78,3 +79,19 @@ def to_varying(x: Array, names: tuple[str, ...]) -> Array:
     """
     missing = tuple(n for n in names if counts_varying(n) and n not in varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def dimension_axes(spec: PartitionSpec, ndim: int = 0) -> list[tuple[str, ...]]:
+    """Lists the axes of each dimension; an empty tuple where it is not divided.
+
+    Args:
+      spec: of an array.
+      ndim: dimensions of the array; those that the spec leaves out are not divided.
+    """
+    found = []
+    for entry in spec:
+        if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+            found.append(())
+        else:
+            found.append(entry if isinstance(entry, tuple) else (entry,))
+    return found + [()] * (ndim - len(found))

@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmp import _tree
+from jaxmp._jaxpr.axes import dimension_axes
 from jaxmp._jaxpr.types import Array
 from jaxmp._tree import PyTree
-from jaxmp.sharding._specs import dimension_axes
 
 
 class _Plan(NamedTuple):

@@ -9,10 +9,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxmp import _tree
-from jaxmp._jaxpr.axes import counts_varying, to_varying, varying_axes
+from jaxmp._jaxpr.axes import counts_varying, dimension_axes, to_varying, varying_axes
 from jaxmp._jaxpr.types import Array
 from jaxmp.errors import PartitionMismatch
-from jaxmp.sharding._specs import dimension_axes
 
 
 class Settings(NamedTuple):

@@ -1,4 +1,4 @@
-"""Partition specs: which mesh axes each dimension of an array is divided over."""
+"""Partition specs: how they are made, and given to every weight of a tree."""
 
 from collections.abc import Iterable
 
@@ -7,22 +7,6 @@ from jax.sharding import PartitionSpec
 
 from jaxmp._tree import PyTree
 from jaxmp.errors import PartitionMismatch
-
-
-def dimension_axes(spec: PartitionSpec, ndim: int = 0) -> list[tuple[str, ...]]:
-    """Lists the axes of each dimension; an empty tuple where it is not divided.
-
-    Args:
-      spec: of an array.
-      ndim: dimensions of the array; those that the spec leaves out are not divided.
-    """
-    found = []
-    for entry in spec:
-        if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-            found.append(())
-        else:
-            found.append(entry if isinstance(entry, tuple) else (entry,))
-    return found + [()] * (ndim - len(found))
 
 
 def spec_of(dimensions: Iterable[tuple[str, ...]]) -> PartitionSpec:

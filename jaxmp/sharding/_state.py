@@ -27,10 +27,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 from jaxmp import _tree
-from jaxmp._jaxpr.axes import AxisName, axis_names
+from jaxmp._jaxpr.axes import AxisName, axis_names, dimension_axes
 from jaxmp._tree import PyTree
 from jaxmp.errors import PartitionMismatch, UnknownAxis
-from jaxmp.sharding._specs import broadcast_prefix, dimension_axes, spec_of
+from jaxmp.sharding._specs import broadcast_prefix, spec_of
 
 T = TypeVar("T")
 

@@ -20,6 +20,7 @@ from jaxmp.training._checkpoint_policy import (
     check_checkpoint_policy,
     convert_like,
 )
+from jaxmp.training._mesh import check_mesh
 from jaxmp.training._train_state import TrainState
 
 T = TypeVar("T")
@@ -118,7 +119,9 @@ class Checkpoints:
         """Reads a checkpoint into the form of a freshly created state.
 
         Args:
-          state: a state with the structure, dtypes and shardings of the result.
+          state: a state with the structure, dtypes and shardings of the result: arrays,
+            or `jax.ShapeDtypeStruct` with a `sharding`. The mesh may be another than
+            the one that the checkpoint was written on.
           step: step of the checkpoint; the newest by default.
           policy: policy to go on with; a `TrainState` has its own.
           convert: True accepts a checkpoint of another policy: parameters and moments
@@ -131,6 +134,7 @@ class Checkpoints:
           CheckpointPolicyMismatch: if the policies differ and `convert` is False.
           InvalidCheckpoint: if there is none, if it names no policy, or if its arrays
             have other names, shapes or dtypes than those of `state`.
+          CheckpointMeshMismatch: if a sharding of `state` does not divide its array.
         """
         step = self._existing(step)
         same = check_checkpoint_policy(
@@ -140,6 +144,7 @@ class Checkpoints:
         )
         named = _by_name(state)
         self._check_arrays(step, named, check_dtypes=same)
+        check_mesh(named, f"Checkpoint {step} in {self.directory}")
         form = jax.tree.map(ocp.utils.to_shape_dtype_struct, named)
         arrays = self._read(step, ARRAYS, ocp.args.StandardRestore(form))
         leaves = [arrays[name] for name in named]
@@ -222,8 +227,10 @@ def _policy_of(state: Any, policy: PolicyLike | None) -> Policy:
 
 
 def _is_plain_array(x: Any) -> bool:
+    if not (_tree.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)):
+        return False
     # Orbax describes a PRNG key by the integers inside it.
-    return _tree.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
 def _by_name(state: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from jaxmp._tree import PyTree
 from jaxmp.errors import NotOnHost, NumericsError
 from jaxmp.loss_scale import get_loss_scale, loss_scale_metrics
 from jaxmp.numerics.monitor import _bad_batch_file
+from jaxmp.numerics.monitor._processes import wait_for_all, whole_on_host
 
 
 class BadBatch(NamedTuple):
@@ -48,6 +49,11 @@ class BadBatch(NamedTuple):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the record to one file, for `load_bad_batch`.
+
+        With several processes, all call it, and the first one writes: arrays that are
+        divided over the devices of all are gathered, and the file is there for every
+        process once this returns. Of an array that belongs to one process alone, the
+        file holds the one of the first.
 
         Args:
           path: of the file; it is replaced.
@@ -68,7 +74,10 @@ class BadBatch(NamedTuple):
                 "There is no bad batch to save: every step so far had finite "
                 "gradients. record.step is 0 until one has not."
             )
-        _bad_batch_file.write(path, self)
+        record = whole_on_host(self)
+        if jax.process_index() == 0:
+            _bad_batch_file.write(path, record)
+        wait_for_all("jaxmp.numerics.BadBatch.save")
 
 
 def no_bad_batch(*, batch: PyTree, params: PyTree = None) -> BadBatch:
