@@ -209,6 +209,16 @@ BAD_INPUT = {
         errors.LossScaleCollapsed,
         ("last 3 steps", "only gradients overflowed", "min_scale"),
     ),
+    "axis that nothing binds": (
+        lambda: jaxmp.sharding.reduce_gradients(params, "data"),
+        errors.UnknownAxis,
+        ("'data'", "jax.shard_map(fn, mesh=mesh, ...)", "Under jit"),
+    ),
+    "unscaled float16 sum": (
+        lambda: jaxmp.sharding.reduce_gradients(params, "data", dtype="float16"),
+        errors.ReduceDtypeError,
+        ("float16 without a loss scale", "loss_scale=opt_state", "dtype='bfloat16'"),
+    ),
     "compile target": (
         lambda: has_target("h200"),
         errors.UnknownTarget,

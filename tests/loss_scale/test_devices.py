@@ -1,6 +1,7 @@
 """Eight devices: a bad gradient on one makes all skip, and there is one scale."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmp
+from jaxmp.errors import UnknownAxis
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
 SHARDED_TX = jaxmp.loss_scaling(TX, "mixed_float16")
@@ -228,3 +230,154 @@ def test_sharded_state_is_donated_and_keeps_its_sharding():
     new = [x for x in jax.tree.leaves((w, state)) if x.size > 1]
     assert [x.sharding for x in new] == shardings
     assert int(state.applied_steps) == 2
+
+
+def test_a_bad_value_on_one_device_of_an_explicit_mesh_skips_on_all():
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+
+    @jax.jit
+    def step(w, state, x):
+        loss, grads = jaxmp.value_and_grad(loss_fn)(w, x, loss_scale=state)
+        updates, state = SHARDED_TX.update(grads, state, w, value=loss)
+        return optax.apply_updates(w, updates), state
+
+    with jax.set_mesh(explicit):
+        w = jax.device_put(jnp.linspace(0.5, 1.5, 16), NamedSharding(explicit, P()))
+        state = SHARDED_TX.init(w)
+        for bad, applied in ((5, 0), (None, 1)):
+            x = jax.device_put(batch(bad), NamedSharding(explicit, P("data")))
+            new, state = step(w, state, x)
+            assert int(state.applied_steps) == applied
+            for shard in new.addressable_shards:
+                is_same = shard.data.tobytes() == w[shard.index].tobytes()
+                assert is_same == (bad is not None)
+    assert float(state.loss_scale) == 2.0**15
+
+
+# Stages of a pipeline: devices hold different weights
+
+
+@functools.cache
+def pipeline_step(shape, names):
+    """Each device of the axis "stage" has a layer of its own, and gradients for it."""
+    devices = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+    tx = jaxmp.loss_scaling(optax.adamw(0.1), "mixed_float16", axis_name="stage")
+
+    def step(w, state, grads):
+        if "data" in names:
+            grads = jaxmp.sharding.reduce_gradients(grads, "data")
+        updates, state = tx.update(grads, state, w)
+        return optax.apply_updates(w, updates), state
+
+    first = tx.init(jnp.ones((devices.shape["stage"], 3)))
+    specs = jax.tree.map(lambda x: P("stage") if x.ndim else P(), first)
+    step = jax.shard_map(
+        step,
+        mesh=devices,
+        in_specs=(
+            P("stage"),
+            specs,
+            P(("stage", "data") if "data" in names else "stage"),
+        ),
+        out_specs=(P("stage"), specs),
+    )
+    return jax.jit(step), first
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"), [((8,), ("stage",)), ((4, 2), ("stage", "data"))]
+)
+def test_stages_with_different_weights_decide_together(shape, names):
+    step, state = pipeline_step(shape, names)
+    count = shape[0]
+    w = jnp.arange(count * 3.0).reshape(count, 3)
+    grads = jnp.ones((8, 3))
+    new, state = step(w, state, grads.at[6, 1].set(jnp.inf))
+    assert new.tobytes() == w.tobytes()
+    assert int(state.skipped_steps) == 1
+    scales = {float(shard.data) for shard in state.loss_scale.addressable_shards}
+    assert scales == {2.0**15}
+    new, state = step(w, state, grads)
+    assert int(state.applied_steps) == 1
+    assert np.all(np.asarray(new) != np.asarray(w))
+
+
+def test_the_decision_comes_after_the_reduction():
+    """Every device's gradient is finite, and their sum is not."""
+    tx = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16")
+
+    def step(w, state, grads):
+        grads = jaxmp.sharding.reduce_gradients(grads, "data", mean=False)
+        updates, state = tx.update(grads, state, w)
+        return optax.apply_updates(w, updates), state
+
+    step = jax.jit(
+        jax.shard_map(
+            step, mesh=mesh(), in_specs=(P(), P(), P("data")), out_specs=(P(), P())
+        )
+    )
+    w = jnp.ones(1)
+    new, state = step(w, tx.init(w), jnp.full(8, 1e38))
+    assert all(x.data.tobytes() == w.tobytes() for x in new.addressable_shards)
+    assert (float(state.loss_scale), int(state.skipped_steps)) == (2.0**15, 1)
+    new, state = step(w, state, jnp.full(8, 1e37))
+    assert int(state.applied_steps) == 1
+
+
+# What it costs
+
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+
+
+def collectives(tx, params_spec):
+    """The collectives of a compiled step over eight devices, sorted."""
+
+    def step(w, state, x):
+        scale = state if hasattr(state, "loss_scale") else jaxmp.NoOpLossScale()
+        loss, grads = jaxmp.value_and_grad(loss_fn)(w, x, loss_scale=scale)
+        grads = jax.lax.with_sharding_constraint(grads, sharding)
+        kwargs = {"value": loss} if hasattr(state, "loss_scale") else {}
+        updates, state = tx.update(grads, state, w, **kwargs)
+        return optax.apply_updates(w, updates), state, loss
+
+    sharding = NamedSharding(mesh(), params_spec)
+    w = jnp.linspace(0.5, 1.5, 16)
+    state = jax.eval_shape(tx.init, w)
+    shardings = jaxmp.sharding.state_shardings(state, w, sharding, over=())
+    rows = NamedSharding(mesh(), P("data"))
+    everywhere = NamedSharding(mesh(), P())
+    step = jax.jit(
+        step,
+        in_shardings=(sharding, shardings, rows),
+        out_shardings=(sharding, shardings, everywhere),
+    )
+    text = step.lower(w, state, batch()).compile().as_text()
+    return sorted(kind for kind, _ in COLLECTIVE.findall(text))
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("params_spec", [P(), P("data")], ids=["whole", "sharded"])
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_the_decision_costs_no_collective(params_spec, policy):
+    """With a clip, whose norm is a sum over all devices just as the count of NaNs."""
+    without = collectives(TX, params_spec)
+    assert without
+    assert collectives(jaxmp.loss_scaling(TX, policy), params_spec) == without
+
+
+@pytest.mark.optimised
+def test_without_a_clip_the_count_of_nans_is_one_sum_of_a_single_number():
+    bare = optax.adamw(0.1)
+    scaled = jaxmp.loss_scaling(bare, "mixed_float16")
+    assert collectives(scaled, P()) == collectives(bare, P())
+    more = sorted([*collectives(bare, P("data")), "all-reduce"])
+    assert collectives(scaled, P("data")) == more
+
+
+def test_an_axis_that_nothing_binds_is_named_with_the_repair():
+    w = jnp.ones(2)
+    for update in (AXIS_TX.update, jax.jit(AXIS_TX.update)):
+        with pytest.raises(UnknownAxis, match=r"'data'.*leave axis_name out"):
+            update(w, AXIS_TX.init(w), w)
