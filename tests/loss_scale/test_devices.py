@@ -327,12 +327,23 @@ def test_the_decision_comes_after_the_reduction():
 # What it costs
 
 COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\("
 )
 
 
-def collectives(tx, params_spec):
-    """The collectives of a compiled step over eight devices, sorted."""
+LAYOUTS = {
+    "data parallel": (P(), P("data")),
+    "weights sharded": (P("data"), P("data")),
+    "tensor parallel": (P("data"), P(None, "data")),
+}
+
+
+def collectives(tx, layout):
+    """The collectives of a compiled step over eight devices, and their results' sizes.
+
+    XLA joins sums that it can do at once: these are one collective with more results.
+    """
+    params_spec, rows_spec = LAYOUTS[layout]
 
     def step(w, state, x):
         scale = state if hasattr(state, "loss_scale") else jaxmp.NoOpLossScale()
@@ -346,7 +357,7 @@ def collectives(tx, params_spec):
     w = jnp.linspace(0.5, 1.5, 16)
     state = jax.eval_shape(tx.init, w)
     shardings = jaxmp.sharding.state_shardings(state, w, sharding, over=())
-    rows = NamedSharding(mesh(), P("data"))
+    rows = NamedSharding(mesh(), rows_spec)
     everywhere = NamedSharding(mesh(), P())
     step = jax.jit(
         step,
@@ -354,26 +365,32 @@ def collectives(tx, params_spec):
         out_shardings=(sharding, shardings, everywhere),
     )
     text = step.lower(w, state, batch()).compile().as_text()
-    return sorted(kind for kind, _ in COLLECTIVE.findall(text))
+    found = COLLECTIVE.findall(text)
+    sizes = [
+        int(n or 1) for types, _ in found for n in re.findall(r"\w\[(\d*)\]", types)
+    ]
+    return sorted(kind for _, kind in found), sorted(sizes)
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("params_spec", [P(), P("data")], ids=["whole", "sharded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_the_decision_costs_no_collective(params_spec, policy):
+def test_the_decision_costs_no_collective(layout, policy):
     """With a clip, whose norm is a sum over all devices just as the count of NaNs."""
-    without = collectives(TX, params_spec)
+    without, _ = collectives(TX, layout)
     assert without
-    assert collectives(jaxmp.loss_scaling(TX, policy), params_spec) == without
+    assert collectives(jaxmp.loss_scaling(TX, policy), layout)[0] == without
 
 
 @pytest.mark.optimised
-def test_without_a_clip_the_count_of_nans_is_one_sum_of_a_single_number():
+def test_without_a_clip_the_count_of_nans_is_one_number_more_in_a_sum():
+    """Where devices have parts of the gradients; else they count what all have."""
     bare = optax.adamw(0.1)
     scaled = jaxmp.loss_scaling(bare, "mixed_float16")
-    assert collectives(scaled, P()) == collectives(bare, P())
-    more = sorted([*collectives(bare, P("data")), "all-reduce"])
-    assert collectives(scaled, P("data")) == more
+    assert collectives(scaled, "data parallel") == collectives(bare, "data parallel")
+    for layout in ("weights sharded", "tensor parallel"):
+        kinds, sizes = collectives(bare, layout)
+        assert collectives(scaled, layout) == (kinds, [1, *sizes])
 
 
 def test_an_axis_that_nothing_binds_is_named_with_the_repair():
