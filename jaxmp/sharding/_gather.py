@@ -7,7 +7,8 @@ FSDP by hand. Half the bytes travel, and each device keeps its float32 shard:
             return model(gather_weights(shards, "data", specs=specs), batch)
         loss, grads = jaxmp.value_and_grad(loss_fn)(shards, loss_scale=state)
 
-The gradients of this are the shards' own, already summed over the devices.
+The gradients of this are the shards' own, already summed over the devices: do not give
+them to `reduce_gradients`, which would average the shards of different devices.
 
 Sharp edges
 - A step on automatic meshes (`jit`, axes of type `Auto`) needs none of this: cast the

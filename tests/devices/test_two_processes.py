@@ -16,6 +16,7 @@ from jaxmp.training import Checkpoints
 from tests.devices import worker
 from tests.devices.processes import Processes, run
 
+BACKED_OFF = worker.FIRST_SCALE / 2
 BOTH = pytest.mark.parametrize("process", [0, 1])
 
 
@@ -41,12 +42,19 @@ def test_an_infinity_in_one_process_skips_the_step_of_both(trained, process):
         assert bool(step["grads_finite"]) == (not bad)
         assert step["moved"] == (not bad)
     after = steps[worker.BAD_STEP]
-    assert (after["loss_scale"], after["skipped_steps"]) == (2.0**9, 1)
+    assert (after["loss_scale"], after["skipped_steps"]) == (BACKED_OFF, 1)
     assert steps[-1]["applied_steps"] == worker.STEPS - 1
 
 
 def test_both_processes_print_the_same_scales_and_counts(trained):
     assert trained.said(0, "step") == trained.said(1, "step")
+
+
+def test_a_step_by_hand_decides_as_one_too(trained):
+    bad, good = trained.said(0, "by hand")
+    assert (bad["finite"], bad["moved"], bad["scale"]) == (False, False, BACKED_OFF)
+    assert (good["finite"], good["moved"], good["scale"]) == (True, True, BACKED_OFF)
+    assert trained.said(1, "by hand") == [bad, good]
 
 
 # The record of the bad batch
@@ -58,7 +66,7 @@ def test_the_bad_batch_is_written_once_and_whole(trained):
     assert [record["step"] for record in records] == [worker.BAD_STEP + 1] * 2
     loaded = load_bad_batch(trained.folder / "bad_0.npz")
     assert int(loaded.step) == worker.BAD_STEP + 1
-    assert float(loaded.loss_scale) == 2.0**10
+    assert float(loaded.loss_scale) == worker.FIRST_SCALE
     expected = worker.batch_of(worker.BAD_STEP, mesh_of(8))
     assert loaded.batch.tobytes() == np.asarray(expected).tobytes()
 

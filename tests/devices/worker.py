@@ -21,10 +21,16 @@ from jax.sharding import PartitionSpec as P
 import jaxmp
 from jaxmp.errors import ProcessPolicyMismatch
 from jaxmp.numerics import no_bad_batch, record_bad_batch
-from jaxmp.sharding import check_same_policy, state_shardings
+from jaxmp.sharding import (
+    check_same_policy,
+    reduce_gradients,
+    replicated,
+    state_shardings,
+)
 from jaxmp.training import Checkpoints
 
 POLICY = "mixed_float16"
+FIRST_SCALE = 2.0**10
 STEPS = 6
 # One value of the batch of this step, on the last device, is infinite.
 BAD_STEP = 2
@@ -80,7 +86,7 @@ def new_state(mesh):
             params=params,
             tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01)),
             policy=POLICY,
-            init_scale=2.0**10,
+            init_scale=FIRST_SCALE,
         )
 
     params = first_weights()
@@ -131,6 +137,35 @@ def train(folder, *, pause=False):
     return record
 
 
+def step_by_hand(mesh):
+    """A good and a bad step in `shard_map`, whose gradients travel in bfloat16."""
+    options = {"axis_name": "data", "init_scale": FIRST_SCALE}
+    tx = jaxmp.loss_scaling(optax.sgd(0.1), POLICY, **options)
+    params = first_weights()
+
+    def step(params, state, x):
+        local = replicated(params, "data")
+        loss, grads = jaxmp.value_and_grad(loss_fn)(local, x, loss_scale=state)
+        grads = reduce_gradients(grads, "data", dtype="bfloat16")
+        updates, state = tx.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state
+
+    specs = (P(), P(), P("data"))
+    step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(P(), P()))
+    step = jax.jit(step)
+    params, state = jax.device_put((params, tx.init(params)), NamedSharding(mesh, P()))
+    for index in (BAD_STEP, BAD_STEP + 1):
+        before = digest(params)
+        params, state = step(params, state, batch_of(index, mesh))
+        say(
+            "by hand",
+            finite=bool(state.grads_finite),
+            moved=digest(params) != before,
+            scale=float(state.loss_scale),
+            params=digest(params),
+        )
+
+
 def main(job, port, process, count, folder):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
@@ -142,6 +177,7 @@ def main(job, port, process, count, folder):
     record = train(folder)
     if job == "resumed":
         return
+    step_by_hand(new_mesh())
     path = Path(folder) / f"bad_{process}.npz"
     record.save(path)
     multihost_utils.sync_global_devices("all have looked for the file")
