@@ -11,8 +11,10 @@ from jaxmp.cli._output import Output
 from jaxmp.report import StepReport, compile_step, compile_step_of
 from jaxmp.report.compile.progress import Progress
 from jaxmp.report.compile.targets import read_target
+from jaxmp.report.wire_findings import WIRE_KINDS
 
-KINDS = ("does-not-fit",)
+_TOO_LARGE = "does-not-fit"
+KINDS = (_TOO_LARGE, *WIRE_KINDS)
 _LOCAL = ("gpu", "tpu")
 
 
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         action="append",
-        help="such as h100, tpu-v5e, tpu-v5e:16; may be repeated (h100 and tpu-v5e)",
+        help="such as h100, h100:8, tpu-v5e:16; may be repeated (h100 and tpu-v5e)",
     )
     parser.add_argument(
         "--policy",
@@ -52,12 +54,14 @@ def run(options: argparse.Namespace) -> Output:
     report = _compile(options, chosen, progress)
     if options.png:
         report.to_png(options.png)
-    too_large = any(row.fits is False for row in report.rows)
+    kinds = {finding.kind for row in report.rows for finding in row.findings}
+    if any(row.fits is False for row in report.rows):
+        kinds.add(_TOO_LARGE)
     return Output(
         text=str(report),
         data=report.to_rows(),
         to_html=report.to_html,
-        kinds=frozenset(KINDS if too_large else ()),
+        kinds=frozenset(kinds),
     )
 
 

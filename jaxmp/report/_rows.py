@@ -1,21 +1,27 @@
 """`Row`: one step on one target, made from what the target's compiler said."""
 
 import functools
+import os
 from typing import NamedTuple
 
 import jax
 
 from jaxmp._jaxpr.scopes import EXPORT_SCOPE
 from jaxmp._jaxpr.sources import is_users
+from jaxmp.report.audit.records import Finding
 from jaxmp.report.compile._programs import Program
 from jaxmp.report.compile._worker import Answer
 from jaxmp.report.compile.chips import Chip, chip_of, chips
 from jaxmp.report.compile.targets import Target, target_devices
+from jaxmp.report.hlo._collectives import transfers
 from jaxmp.report.hlo._contents import Contents, read_contents
 from jaxmp.report.hlo._liveness import LiveBuffers, find_peak, largest
 from jaxmp.report.hlo._parse import read_hlo
 from jaxmp.report.hlo._program import Computation, HloProgram, Instruction
 from jaxmp.report.hlo._roofline import Roofline, roofline
+from jaxmp.report.wire_findings import find_on_the_wire
+
+_HERE = os.path.dirname(__file__) + os.sep
 
 
 class Row(NamedTuple):
@@ -41,6 +47,8 @@ class Row(NamedTuple):
       buffers: the ten largest entries of what is alive at the peak.
       explained: bytes of all buffers found alive at the peak, over `peak`: how well
         the reading agrees with the compiler's own figure.
+      findings: what devices send each other in the wrong dtype, the most bytes first:
+        `"gathered-in-float32"` and `"reduced-in-half"`.
       seconds_to_compile: by the target's compiler.
       message: what the compiler said, if it refused the step.
     """
@@ -59,6 +67,7 @@ class Row(NamedTuple):
     roofline: Roofline | None = None
     buffers: tuple[LiveBuffers, ...] = ()
     explained: float | None = None
+    findings: tuple[Finding, ...] = ()
     seconds_to_compile: float = 0.0
     message: str = ""
 
@@ -96,15 +105,18 @@ def read_answer(policy: str, program: Program, answer: Answer) -> Row:
     if not answer.text:
         return row()
     hlo = read_hlo(answer.text)
-    found = find_peak(hlo, functools.partial(users_line, hlo), peak)
+    line = functools.partial(users_line, hlo)
+    found = find_peak(hlo, line, peak)
     buffers = largest(found.buffers, program.arguments)
+    sent = transfers(hlo)
     return row(
-        contents=read_contents(hlo),
+        contents=read_contents(hlo, sent, line),
         roofline=None if chip is None else roofline(hlo, chip),
         buffers=tuple(
             b._replace(name=b.name.removeprefix(EXPORT_SCOPE)) for b in buffers
         ),
         explained=found.size / peak if peak else None,
+        findings=find_on_the_wire(hlo, sent, line),
     )
 
 
@@ -113,6 +125,8 @@ def users_line(
 ) -> str:
     """The innermost line of the user's code that an instruction comes from."""
     lines = program.source(instruction, computation)
+    # What the compiling process does to lower a program is nobody's line.
+    lines = tuple(line for line in lines if not line.startswith(_HERE))
     own = [line for line in lines if is_users(line.partition(":")[0])]
     return (own or lines or ("",))[-1]
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import os
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jaxmp._views.figures import new_figure
 from jaxmp._views.numbers import GIB, MIB
 from jaxmp._views.result import Result, plain
 from jaxmp.report._rows import Row
+from jaxmp.report._wire_table import WIRE_CAPTION, WIRE_COLUMNS, wire_cells
 
 _COLUMNS = (
     "target",
@@ -87,9 +89,10 @@ class StepReport(Result):
         for row in self.rows:
             parts += ["", f"{row.policy} on {row.target}: {_verdict(row)}"]
             if row.buffers:
-                table = _table.text_table(_BUFFER_COLUMNS, _buffer_cells(row))
-                parts += ["", *(f"  {line}" for line in table.splitlines())]
-            parts += [f"  {line}" for line in _collectives(row)]
+                parts += ["", _indented(_BUFFER_COLUMNS, _buffer_cells(row))]
+            if cells := wire_cells(row):
+                parts += ["", WIRE_CAPTION, "", _indented(WIRE_COLUMNS, cells)]
+            parts += [f"\n{finding.paragraph}" for finding in row.findings]
         return "\n".join(parts)
 
     def _page(self) -> str:
@@ -109,7 +112,10 @@ class StepReport(Result):
             if row.buffers:
                 cells, code = _buffer_cells(row), ("array", "made at", "name")
                 parts.append(_html.table(_BUFFER_COLUMNS, cells, code=code))
-            parts += map(_html.paragraph, _collectives(row))
+            if cells := wire_cells(row):
+                table = _html.table(WIRE_COLUMNS, cells, code=("most at",))
+                parts += [_html.paragraph(WIRE_CAPTION), table]
+            parts += [_html.preformatted(one.paragraph) for one in row.findings]
         return _html.page("A training step, as its compilers see it", *parts)
 
 
@@ -120,6 +126,10 @@ def _as_dict(row: Row) -> dict[str, Any]:
         data["roofline"]["bound"] = estimate.bound
         data["roofline"]["largest_gain"] = estimate.largest_gain
     return data
+
+
+def _indented(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    return textwrap.indent(_table.text_table(columns, cells), "  ")
 
 
 def _note(rows: Iterable[Row]) -> str:
@@ -177,6 +187,11 @@ def _verdict(row: Row) -> str:
     if row.memory is not None:
         verb = "fits" if row.fits else "does not fit"
         size += f", {verb} into {row.memory / GIB:.2f} GiB"
+    if row.contents is None:
+        return (
+            f"{size}. Its compiler cannot write the program down: what it sends and "
+            "what it holds is unknown."
+        )
     if row.explained is None:
         return f"{size}."
     return f"{size}. The largest of the buffers that explain {row.explained:.0%} of it:"
@@ -193,14 +208,6 @@ def _buffer_cells(row: Row) -> list[list[str]]:
             buffer.name,
         ]
         for buffer in row.buffers
-    ]
-
-
-def _collectives(row: Row) -> list[str]:
-    found = row.contents.collectives if row.contents else {}
-    return [
-        f"{name}: {total.times} a step, {total.amount / MIB:.2f} MiB on each device"
-        for name, total in found.items()
     ]
 
 

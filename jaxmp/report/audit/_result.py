@@ -118,7 +118,7 @@ class Audit(Result):
         )
 
     def __str__(self) -> str:
-        parts = [self.summary, *map(_paragraph, self.findings)]
+        parts = [self.summary, *(found.paragraph for found in self.findings)]
         for columns, rows in self._tables():
             if rows:
                 parts.append(_table.text_table(columns, rows))
@@ -179,15 +179,6 @@ class Audit(Result):
             for r in (self.residuals or ())[:_MOST_RESIDUALS]
         ]
         return [(_MATMUL_COLUMNS, _matmul_rows(self)), (_RESIDUAL_COLUMNS, kept)]
-
-
-def _paragraph(finding: Finding) -> str:
-    inside = f" in {finding.path}" if finding.path else ""
-    return (
-        f"{finding.kind}: {finding.message}\n"
-        f"  at {at(finding.source)}{inside}\n"
-        f"  {finding.repair}"
-    )
 
 
 def _matmul_rows(audit: Audit) -> list[tuple[Any, ...]]:

@@ -12,7 +12,8 @@ class Finding(NamedTuple):
     """One thing to mend.
 
     Attributes:
-      kind: `"accumulation"`, `"upcast"`, `"matmul"`, `"collective"` or `"alignment"`.
+      kind: `"accumulation"`, `"upcast"`, `"matmul"`, `"collective"` or `"alignment"`;
+        of a compiled step `"gathered-in-float32"` or `"reduced-in-half"`.
       source: the user's line.
       path: name scopes and modules around it.
       message: what was found.
@@ -27,6 +28,16 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         return f"{at(self.source)}: {self.message}. {self.repair}"
+
+    @property
+    def paragraph(self) -> str:
+        """The finding in three lines."""
+        inside = f" in {self.path}" if self.path else ""
+        return (
+            f"{self.kind}: {self.message}\n"
+            f"  at {at(self.source)}{inside}\n"
+            f"  {self.repair}"
+        )
 
 
 class Widening(NamedTuple):

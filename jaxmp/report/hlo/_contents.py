@@ -1,20 +1,11 @@
 """What a compiled program consists of: matmuls, converts and collectives by dtype."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from jaxmp.report.hlo._collectives import Collective, Line, Transfer, total
 from jaxmp.report.hlo._matmuls import read_matmul
 from jaxmp.report.hlo._program import HloProgram, walk
-
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-broadcast",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
 
 
 class Total(NamedTuple):
@@ -22,7 +13,7 @@ class Total(NamedTuple):
 
     Attributes:
       times: how often it runs in a step.
-      amount: FLOPs of matmuls, bytes of collectives, elements of converts.
+      amount: FLOPs of matmuls, elements of converts.
     """
 
     times: int
@@ -35,19 +26,27 @@ class Contents(NamedTuple):
     Attributes:
       matmuls: FLOPs by dtype of the operands.
       converts: elements by `"float32 -> bfloat16"`.
-      collectives: bytes by `"all-reduce bfloat16"`, on one device.
+      collectives: what the devices send each other, the most bytes first.
     """
 
     matmuls: Mapping[str, Total]
     converts: Mapping[str, Total]
-    collectives: Mapping[str, Total]
+    collectives: tuple[Collective, ...]
 
 
-def read_contents(program: HloProgram) -> Contents:
-    """Counts what a program runs."""
+def read_contents(
+    program: HloProgram, sent: Iterable[Transfer], line: Line
+) -> Contents:
+    """Counts what a program runs.
+
+    Args:
+      program: what is compiled.
+      sent: its transfers between devices.
+      line: returns the user's line that an instruction comes from, given the
+        instruction and the computation in which it stands.
+    """
     matmuls: dict[str, Total] = {}
     converts: dict[str, Total] = {}
-    collectives: dict[str, Total] = {}
     for step in walk(program):
         instruction, times = step.instruction, step.times
         if matmul := read_matmul(instruction, step.computation):
@@ -59,13 +58,10 @@ def read_contents(program: HloProgram) -> Contents:
                 elements = new.size * 8 // new.bits if new.bits else 0
                 name = f"{old.dtype_name} -> {new.dtype_name}"
                 _add(converts, name, times, elements)
-        elif (kind := instruction.opcode.removesuffix("-start")) in COLLECTIVES:
-            for array in step.computation.results(instruction):
-                _add(collectives, f"{kind} {array.dtype_name}", times, array.size)
     return Contents(
         matmuls=_sorted(matmuls),
         converts=_sorted(converts),
-        collectives=_sorted(collectives),
+        collectives=total(sent, line),
     )
 
 

@@ -46,6 +46,8 @@ def read_hlo(text: str) -> HloProgram:
         entry=entry,
         aliases=_aliases(text),
         sources=_sources(tables),
+        replicas=_count(text, "replica_count"),
+        partitions=_count(text, "num_partitions"),
     )
 
 
@@ -93,6 +95,12 @@ def _aliases(text: str) -> dict[int, int]:
         int(output.split(",")[0] or 0): int(argument)
         for output, argument in _ALIAS.findall(listed)
     }
+
+
+def _count(text: str, attribute: str) -> int:
+    """A count of devices in the head of a program, where 1 is not written."""
+    match = re.search(rf"\b{attribute}=(\d+)", text.partition("\n")[0])
+    return int(match[1]) if match else 1
 
 
 def _sources(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str, ...]]:

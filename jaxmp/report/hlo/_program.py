@@ -51,6 +51,11 @@ class HloArray(NamedTuple):
         return math.prod(dims) * self.bits // 8
 
     @property
+    def elements(self) -> int:
+        """How many numbers it holds, without padding."""
+        return math.prod(self.dims)
+
+    @property
     def bits(self) -> int:
         """Bits of one element."""
         if self.dtype in _BITS:
@@ -164,12 +169,16 @@ class HloProgram(NamedTuple):
       aliases: which argument each result reuses, by the number of the result.
       sources: lines of code, `file:line (function)`, by the number of a stack frame;
         the innermost is the last.
+      replicas: how many copies of the program run, as under `jax.pmap`.
+      partitions: over how many devices each copy is divided.
     """
 
     computations: Mapping[str, Computation]
     entry: str
     aliases: Mapping[int, int]
     sources: Mapping[int, tuple[str, ...]]
+    replicas: int = 1
+    partitions: int = 1
 
     def source(
         self, instruction: Instruction, computation: Computation | None = None
@@ -219,12 +228,26 @@ class HloProgram(NamedTuple):
         if counter.opcode != "get-tuple-element" or not limits:
             return 1
         limit, start = _constant(limits[0]), 0
+        index = int(counter.attribute("index") or 0)
         for carry in computation.operands(loop):
-            index = int(counter.attribute("index") or 0)
             if carry.opcode == "tuple":
                 first = computation.operands(carry)[index : index + 1]
                 start = (_constant(first[0]) if first else 0) or 0
-        return 1 if limit is None else max(limit - start, 0)
+        if limit is None:
+            return 1
+        return max(-(-(limit - start) // self._increment(loop, index)), 0)
+
+    def _increment(self, loop: Instruction, index: int) -> int:
+        """What an iteration adds to a counter: 2 in a loop that is unrolled once."""
+        body = self.computations.get(loop.attribute("body").lstrip("%"))
+        if body is None or body.result.opcode != "tuple":
+            return 1
+        increment, value = 0, body.by_name.get(body.result.operands[index])
+        while value is not None and value.opcode == "add":
+            terms = body.operands(value)
+            increment += sum(_constant(term) or 0 for term in terms)
+            value = next((term for term in terms if _constant(term) is None), None)
+        return max(increment, 1)
 
 
 def _constant(instruction: Instruction) -> int | None:
@@ -240,26 +263,53 @@ class Step(NamedTuple):
       computation: where it stands.
       times: how often.
       is_fused: whether it is part of a fusion, whose inner values are never stored.
+      caller: the instruction that runs the computation; None at the entry.
     """
 
     instruction: Instruction
     computation: Computation
     times: int
     is_fused: bool
+    caller: "Step | None" = None
+
+    @property
+    def operands(self) -> list["Step"]:
+        """What computes its operands, where a fusion is given them outside of it."""
+        found = []
+        for operand in self.computation.operands(self.instruction):
+            step = self._replace(instruction=operand)
+            outside = self.caller
+            if operand.opcode == "parameter" and self.is_fused and outside is not None:
+                step = outside.operands[int(operand.arguments)]
+            found.append(step)
+        return found
+
+
+def before(step: Step, depth: int = 4) -> Iterator[Step]:
+    """Iterates over a step, what computes its operands, and what computes theirs."""
+    steps = [step]
+    for _ in range(depth):
+        yield from steps
+        steps = [operand for one in steps for operand in one.operands]
 
 
 def walk(program: HloProgram) -> Iterator[Step]:
     """Iterates over everything that a program runs, loops and fusions included."""
-    yield from _walk(program, program.entry, 1, False)
+    yield from _walk(program, program.entry, 1, None)
 
 
-def _walk(program: HloProgram, name: str, times: int, is_fused: bool) -> Iterator[Step]:
+def _walk(
+    program: HloProgram, name: str, times: int, caller: Step | None
+) -> Iterator[Step]:
     computation = program.computations[name]
+    is_fused = caller is not None and (
+        caller.is_fused or caller.instruction.opcode == "fusion"
+    )
     for instruction in computation.instructions:
-        yield Step(instruction, computation, times, is_fused)
-        is_fusion = is_fused or instruction.opcode == "fusion"
+        step = Step(instruction, computation, times, is_fused, caller)
+        yield step
         trips = 1
         if instruction.opcode == "while":
             trips = program.trips(instruction, computation)
         for called in instruction.called:
-            yield from _walk(program, called, times * trips, is_fusion)
+            yield from _walk(program, called, times * trips, step)
