@@ -13,8 +13,8 @@ from jaxmp.report.compile.progress import Progress
 from jaxmp.report.compile.targets import read_target
 from jaxmp.report.wire_findings import WIRE_KINDS
 
-_TOO_LARGE = "does-not-fit"
-KINDS = (_TOO_LARGE, *WIRE_KINDS)
+_TOO_LARGE, _UNREAD = "does-not-fit", "unread"
+KINDS = (_TOO_LARGE, _UNREAD, *WIRE_KINDS)
 _LOCAL = ("gpu", "tpu")
 
 
@@ -57,6 +57,9 @@ def run(options: argparse.Namespace) -> Output:
     kinds = {finding.kind for row in report.rows for finding in row.findings}
     if any(row.fits is False for row in report.rows):
         kinds.add(_TOO_LARGE)
+    # Without its text a program has no findings, and nobody knows whether it should.
+    if any(row.contents is None and not row.message for row in report.rows):
+        kinds.add(_UNREAD)
     return Output(
         text=str(report),
         data=report.to_rows(),

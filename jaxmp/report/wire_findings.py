@@ -130,7 +130,7 @@ def _is_result(end: End) -> bool:
 
 
 def _casts_and_moves(opcode: str, position: int) -> bool:
-    return opcode in ("convert", "select") or moves(opcode, position)
+    return opcode == "convert" or moves(opcode, position)
 
 
 def _is_elementwise(opcode: str, position: int) -> bool:
@@ -155,9 +155,10 @@ def _finding(line: str, members: list[_Found]) -> Finding:
     if kind == GATHERED:
         message = f"{what} whose result is only cast to {half}: twice the bytes"
         repair = (
-            f"Cast first and gather the cast array, for the same bits: "
-            f"x.astype(jnp.{half}) before with_sharding_constraint, reshard or "
-            "all_gather."
+            f"Gather x.astype(jnp.{half}), for the same bits: cast where it is used "
+            "and leave the gather to the compiler, or all_gather what is cast. Before "
+            "a constraint that replicates, constrain the cast to the sharding of x, "
+            "or XLA may gather first."
         )
     else:
         message = f"{what}: every addition on the way rounds to {half}"

@@ -17,6 +17,7 @@ MODULE = """
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 W = jax.ShapeDtypeStruct((256, 128), jnp.float32)
 X = jax.ShapeDtypeStruct((8, 256), jnp.float32)
@@ -42,6 +43,21 @@ def leaking(w, x):
 
 def make_leak():
     return leaking, W.update(dtype=jnp.bfloat16), X.update(dtype=jnp.bfloat16)
+
+
+def sharded(*shape):
+    sharding = NamedSharding(AbstractMesh((8,), ("data",)), PartitionSpec("data"))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+
+def gathering(w, x):
+    everywhere = NamedSharding(AbstractMesh((8,), ("data",)), PartitionSpec())
+    whole = jax.lax.with_sharding_constraint(w, everywhere)
+    return x.astype(jnp.bfloat16) @ whole.astype(jnp.bfloat16)
+
+
+def make_gathering():
+    return gathering, sharded(256, 128), sharded(8, 256)
 
 
 def make_nothing():
@@ -130,6 +146,19 @@ def test_report_has_a_row_for_each_policy_and_target(capsys):
     assert [row["policy"] for row in rows] == ["float32", "bfloat16"]
     whole, half = (row["arguments"] for row in rows)
     assert whole == 2 * half == 4 * (256 * 128 + 8 * 256)
+
+
+def test_report_of_several_devices_fails_on_what_they_send(capsys):
+    command = ["report", "steps:make_gathering", "--policy", "float32", "--quiet"]
+    wide = [*command, "--target", "cpu:8", "--fail-on", "gathered-in-float32"]
+    assert main(wide) == 1
+    printed = capsys.readouterr()
+    assert "found gathered-in-float32" in printed.err
+    assert re.search(r"all-gather +float32 +8 +1 +0\.12 +0\.11", printed.out)
+    assert re.search(r"at steps\.py:\d+ \(gathering\)", printed.out)
+    assert main([*command, "--target", "cpu:8", "--fail-on", "reduced-in-half"]) == 0
+    assert main([*command, "--target", "cpu:4"]) == 2
+    assert "'cpu:4' has 4 devices, and the step is" in capsys.readouterr().err
 
 
 def test_report_writes_a_chart(folder, capsys):

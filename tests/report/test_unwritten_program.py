@@ -31,4 +31,5 @@ def test_a_program_that_cannot_be_written_down_has_memory_and_traffic():
         None,
     )
     assert "float32 on tpu-v6e" in str(StepReport((row,)))
+    assert "cannot write the program down" in str(StepReport((row,)))
     assert "null" in StepReport((row,)).to_json()

@@ -195,11 +195,14 @@ def test_a_sharded_step_has_its_collectives_in_the_dtype_of_its_gradients(
         step, *args, policies=["float32", "mixed_bfloat16"], targets=[target]
     )
     whole, half = (row.contents.collectives for row in report.rows)
-    assert sum(t.amount for t in whole.values()) >= 512 * 256 * 4
-    assert any("bfloat16" in name for name in half)
-    assert sum(t.amount for t in half.values()) < 0.75 * sum(
-        t.amount for t in whole.values()
-    )
+    assert {one.group for one in (*whole, *half)} == {4}
+    gradients = 512 * 256 * 4
+    assert gradients <= sum(one.bytes for one in whole) < 1.1 * gradients
+    assert any(one.dtype == "bfloat16" for one in half)
+    assert sum(one.wire for one in half) < 0.75 * sum(one.wire for one in whole)
+    (finding,) = report.rows[1].findings
+    assert finding.kind == "reduced-in-half"
+    assert "test_report.py" in finding.source.file
 
 
 def test_a_compiler_that_fails_says_what_it_was_given(cache):

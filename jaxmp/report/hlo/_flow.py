@@ -15,6 +15,7 @@ MOVES = (
     "pad",
     "reshape",
     "reverse",
+    "select",
     "slice",
     "transpose",
 )
@@ -53,6 +54,8 @@ class End(NamedTuple):
 
 def moves(opcode: str, position: int) -> bool:
     """Whether an operation only moves what it reads at a position."""
+    if opcode == "select":
+        return position > 0
     return opcode in MOVES and (position == 0 or opcode not in _FIRST_ONLY)
 
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 
+from jaxmp._warnings import warn
 from jaxmp.report.hlo._program import HloProgram, Instruction
 
 _OVER_PARTITIONS_TOO = ("all-gather", "all-reduce", "reduce-scatter")
@@ -15,7 +16,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d,\s]*\},?\s*)*)\}")
 _MESH = re.compile(
     r"@?mesh[\[<](?P<sizes>[^\]>]*)[\]>]"
     r"(?:,\s*device_ids=\((?:[^()]|\([^()]*\))*\))?"
-    r"\s*(?:axes\s*)?\{(?P<axes>[^}]*)\}"
+    r",?\s*(?:axes\s*)?\{(?P<axes>[^}]*)\}"
 )
 _SIZE = re.compile(r"'?([\w.-]+)'?\s*=\s*(\d+)")
 _AXIS = re.compile(r"'?([\w.-]+)'?(?::\(\d+\)(\d+))?")
@@ -61,6 +62,11 @@ def _listed_size(attributes: str) -> int:
         sizes = {name: int(size) for name, size in _SIZE.findall(mesh["sizes"])}
         axes = _AXIS.findall(mesh["axes"])
         return math.prod(int(part or sizes[name]) for name, part in axes)
+    warn(
+        "XLA wrote groups of devices in a form that jaxmp cannot read: "
+        f"{groups[:80]!r}. This collective is counted as one over all devices. Please "
+        "report the form."
+    )
     return 0
 
 
