@@ -17,7 +17,8 @@ from jaxmp._views.numbers import MIB
 from jaxmp.report.audit.records import Finding
 from jaxmp.report.hlo._collectives import Line, Transfer, finished
 from jaxmp.report.hlo._flow import End, Flow, Value, moves
-from jaxmp.report.hlo._program import HloProgram, Instruction, Step, before
+from jaxmp.report.hlo._program import HloProgram, Instruction
+from jaxmp.report.hlo._steps import Step, before
 
 GATHERED, REDUCED = "gathered-in-float32", "reduced-in-half"
 WIRE_KINDS = (GATHERED, REDUCED)

@@ -16,10 +16,8 @@ from jaxmp.report.hlo._program import (
     HloArray,
     HloProgram,
     Instruction,
-    Step,
-    before,
-    walk,
 )
+from jaxmp.report.hlo._steps import Step, before, walk
 
 COLLECTIVES = (
     "all-gather",

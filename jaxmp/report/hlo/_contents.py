@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from jaxmp.report.hlo._collectives import Collective, Line, Transfer, total
 from jaxmp.report.hlo._matmuls import read_matmul
-from jaxmp.report.hlo._program import HloProgram, walk
+from jaxmp.report.hlo._program import HloProgram
+from jaxmp.report.hlo._steps import walk
 
 
 class Total(NamedTuple):
