@@ -125,8 +125,9 @@ def users_line(
 ) -> str:
     """The innermost line of the user's code that an instruction comes from."""
     lines = program.source(instruction, computation)
-    # What the compiling process does to lower a program is nobody's line.
-    lines = tuple(line for line in lines if not line.startswith(_HERE))
+    # What stands around the last line of this package traced or lowered the program.
+    ours = [i for i, line in enumerate(lines) if line.startswith(_HERE)]
+    lines = lines[ours[-1] + 1 :] if ours else lines
     own = [line for line in lines if is_users(line.partition(":")[0])]
     return (own or lines or ("",))[-1]
 

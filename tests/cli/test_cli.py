@@ -17,8 +17,9 @@ MODULE = """
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+MESH = AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,))
 W = jax.ShapeDtypeStruct((256, 128), jnp.float32)
 X = jax.ShapeDtypeStruct((8, 256), jnp.float32)
 
@@ -46,12 +47,12 @@ def make_leak():
 
 
 def sharded(*shape):
-    sharding = NamedSharding(AbstractMesh((8,), ("data",)), PartitionSpec("data"))
+    sharding = NamedSharding(MESH, PartitionSpec("data"))
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
 
 def gathering(w, x):
-    everywhere = NamedSharding(AbstractMesh((8,), ("data",)), PartitionSpec())
+    everywhere = NamedSharding(MESH, PartitionSpec())
     whole = jax.lax.with_sharding_constraint(w, everywhere)
     return x.astype(jnp.bfloat16) @ whole.astype(jnp.bfloat16)
 

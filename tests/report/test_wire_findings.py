@@ -6,7 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmp import report
@@ -17,7 +17,7 @@ from jaxmp.report.hlo._parse import read_hlo
 from jaxmp.report.wire_findings import find_on_the_wire
 
 FOLDER = pathlib.Path(__file__).parent / "compiled"
-MESH = AbstractMesh((8,), ("data",))
+MESH = AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,))
 SHARDED, REPLICATED = NamedSharding(MESH, P("data")), NamedSharding(MESH, P())
 
 
@@ -27,8 +27,8 @@ def found_in(name, change=lambda text: text):
     return find_on_the_wire(program, transfers(program), line)
 
 
-def sharded(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=SHARDED)
+def sharded(*shape, sharding=SHARDED):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
 
 def over_devices(local):
@@ -134,6 +134,19 @@ def test_a_float32_gather_that_is_only_cast_is_found(step):
     assert step.__name__ in one.source.function
     assert f"only cast to {half}: twice the bytes" in one.message
     assert f"x.astype(jnp.{half})" in one.repair
+
+
+def test_a_reshard_of_a_mesh_with_explicit_axes_is_found_too():
+    mesh = AbstractMesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+
+    def step(w, x):
+        whole = jax.sharding.reshard(w, NamedSharding(mesh, P()))
+        return x.astype(jnp.bfloat16) @ whole.astype(jnp.bfloat16)
+
+    explicit = NamedSharding(mesh, P("data"))
+    args = sharded(64, 64, sharding=explicit), sharded(16, 64, sharding=explicit)
+    (one,) = found_here(jax.jit(step), *args)
+    assert one.kind == "gathered-in-float32"
 
 
 def cast_at_use(w, x):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmp.report import compile_step
@@ -14,6 +14,7 @@ from jaxmp.report import compile_step
 pytestmark = pytest.mark.targets
 
 WIDTH, WORDS, HEADS, LAYERS, DEVICES = 256, 2048, 4, 2, 8
+MESH = AbstractMesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
 SHAPES = {"table": (WORDS, WIDTH), "head": (WIDTH, WORDS)}
 for i in range(LAYERS):
     SHAPES |= {f"{i}/{name}": (WIDTH, WIDTH) for name in "qkvo"}
@@ -65,8 +66,9 @@ def fully_sharded():
 
     def divided(x):
         spec = P("data") if x.ndim else P()
-        sharding = NamedSharding(AbstractMesh((DEVICES,), ("data",)), spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(MESH, spec)
+        )
 
     params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
     tokens = jax.ShapeDtypeStruct((32, 256), jnp.int32)

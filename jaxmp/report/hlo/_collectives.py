@@ -5,6 +5,7 @@ a start, steps and an end is one operation, and so is an asynchronous operation 
 TPU, which appears again in every fusion that it runs behind.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from jaxmp.report.hlo._program import (
     HloProgram,
     Instruction,
 )
-from jaxmp.report.hlo._steps import Step, before, walk
+from jaxmp.report.hlo._steps import Step, after, before, walk
 
 COLLECTIVES = (
     "all-gather",
@@ -91,11 +92,16 @@ class Transfer(NamedTuple):
         return operands[place] if place < len(operands) else None
 
     def line(self, line: Line) -> str:
-        """The user's line: of its own array, where a collective sends several."""
-        steps = before(self.step)
+        """The user's line: of its own array, where a collective sends several.
+
+        Where the compiler made up the collective and what it sends, the line that reads
+        what it brings.
+        """
+        steps = [before(self.step), after(self.step)]
         if self.place is not None and self.operand is not None:
-            steps = (*before(self.operand), self.step)
-        lines = (line(step.instruction, step.computation) for step in steps)
+            steps.insert(0, before(self.operand))
+        found = itertools.chain.from_iterable(steps)
+        lines = (line(step.instruction, step.computation) for step in found)
         return next(filter(None, lines), "")
 
 

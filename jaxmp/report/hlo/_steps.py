@@ -44,6 +44,19 @@ def before(step: Step, depth: int = 4) -> Iterator[Step]:
         steps = [operand for one in steps for operand in one.operands]
 
 
+def after(step: Step, depth: int = 3) -> Iterator[Step]:
+    """Iterates over what reads a step in its computation, and over what reads that."""
+    names = {step.instruction.name}
+    for _ in range(depth):
+        readers = [
+            reader
+            for reader in step.computation.instructions
+            if names.intersection(reader.operands)
+        ]
+        yield from (step._replace(instruction=reader) for reader in readers)
+        names = {reader.name for reader in readers}
+
+
 def walk(program: HloProgram) -> Iterator[Step]:
     """Iterates over everything that a program runs, loops and fusions included."""
     yield from _walk(program, program.entry, 1, None)
