@@ -24,6 +24,16 @@ COLLECTIVES = frozenset(
     ]
 )
 """Communications between devices."""
+GATHERS = frozenset(
+    (
+        "all_gather",
+        "all_gather_invariant",
+        "all_gather_reduced",
+        "reshard",
+        "sharding_constraint",
+    )
+)
+"""They may bring a divided array together on every device; no value changes."""
 REDUCES = frozenset(("reduce_sum", "reduce_max", "reduce_min", "psum", "pmax"))
 
 RESULT_DTYPES = frozenset(("new_dtype", "preferred_element_type", "dtype"))
@@ -42,6 +52,10 @@ LAYOUT = frozenset(
         "copy_p",
         "name",
         "sharding_constraint",
+        "reshard",
+        "relayout",
+        "layout_constraint",
+        "mesh_cast",
         "pvary",
         "pcast",
         "slice",

@@ -120,7 +120,11 @@ TABLE = (
         OpClass.FOLLOW,
         "reshape squeeze expand_dims transpose broadcast_in_dim tile concatenate stack "
         "unstack split slice dynamic_slice dynamic_update_slice gather scatter pad rev "
-        "all_gather all_gather_invariant all_to_all ppermute pmax pmin pbroadcast",
+        "all_gather all_gather_invariant all_gather_reduced all_to_all "
+        "ragged_all_to_all ppermute pmax pmin pbroadcast pbroadcast_dynamic "
+        "reshard relayout layout_constraint mesh_cast preduced "
+        "reduced_vary_cast reduced_vary_cast_p vary_unreduced_cast "
+        "vary_unreduced_cast_p",
         "moves data; clear list of TensorFlow",
     ),
     _entry(

@@ -147,6 +147,7 @@ class Executor:
                 bind_params = eqn.primitive.get_bind_params(params)
                 outs = eqn.primitive.bind(*operands, **bind_params)
             env.copies.note_transpose(eqn)
+            env.note_gather(plan)
             results = list(outs) if eqn.primitive.multiple_results else [outs]
             return [*map(sum_apart, results)] if plan.is_apart else results
 

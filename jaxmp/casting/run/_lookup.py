@@ -19,6 +19,7 @@ from jaxmp import _tree
 from jaxmp._jaxpr.calls import JITS, body
 from jaxmp._jaxpr.execution import bind, evaluate
 from jaxmp._jaxpr.types import Array, Eqn
+from jaxmp.casting.run._gradient_of_stored import of_stored
 from jaxmp.casting.run._many_devices import one_or_many, sum_apart
 
 
@@ -33,30 +34,20 @@ def look_up(eqn: Eqn, half: Array, table: Array, rest: Sequence[Array]) -> Array
     """
     dtype = jnp.result_type(half)
 
-    @jax.custom_jvp
-    def rows(half: Array, table: Array, rest: Sequence[Array]) -> Array:
-        def one(half: Array, table: Array, *rest: Array) -> Array:
-            return bind(eqn, [table, *rest])[0].astype(dtype)
+    def one(half: Array, table: Array, *rest: Array) -> Array:
+        return bind(eqn, [table, *rest])[0].astype(dtype)
 
-        def many(half: Array, table: Array, *rest: Array) -> Array:
-            return _bind_in_half(eqn, [half, *rest])[0]
+    def many(half: Array, table: Array, *rest: Array) -> Array:
+        return _bind_in_half(eqn, [half, *rest])[0]
 
-        return one_or_many(one, many, half, table, *rest)
-
-    @functools.partial(rows.defjvp, symbolic_zeros=True)
-    def rule(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        half, table, rest = primals
-        found = rows(half, table, rest)
-        if isinstance(tangents[1], jax.custom_derivatives.SymbolicZero):
-            return found, jnp.zeros_like(found)
-
+    def tangent(tangent: Array, table: Array, *rest: Array) -> Array:
         def stored(table: Array) -> Array:
             return bind(eqn, [table, *rest])[0]
 
-        _, tangent = jax.jvp(stored, (table,), (sum_apart(tangents[1]),))
-        return found, tangent.astype(dtype)
+        return jax.jvp(stored, (table,), (sum_apart(tangent),))[1]
 
-    return rows(half, table, tuple(rest))
+    value = functools.partial(one_or_many, one, many)
+    return of_stored(value, tangent, half, table, *rest)
 
 
 def _bind_in_half(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:

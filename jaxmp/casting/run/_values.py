@@ -8,8 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp._jaxpr.types import Array, Atom, Var
-from jaxmp.casting.plan.states import FLOAT32
+from jaxmp._jaxpr.execution import bind
+from jaxmp._jaxpr.primitives import GATHERS
+from jaxmp._jaxpr.types import Array, Atom, Eqn, Var
+from jaxmp._tree import HALF
+from jaxmp.casting.plan.plan import EqnPlan
+from jaxmp.casting.plan.states import FLOAT32, Kind
+from jaxmp.casting.run._gradient_of_stored import of_stored
 from jaxmp.casting.run._half_copies import HalfCopies
 
 
@@ -21,6 +26,7 @@ class Values:
         self.narrow: dict[tuple[Any, np.dtype], Any] = {}
         self.widened: dict[Any, Any] = {}
         self.copies = HalfCopies()
+        self.gathered: dict[Any, Eqn] = {}
 
     def write(self, variables: Sequence[Var], values: Sequence[Array]) -> None:
         self.stored.update(zip(variables, values, strict=True))
@@ -39,8 +45,25 @@ class Values:
             return self.narrow[atom, dtype]
         if (copy := self.copies.claim(atom, dtype)) is not None:
             return copy
+        if dtype in HALF and atom in self.gathered:
+            return self.gather(self.gathered[atom], dtype)
         value = self.stored[atom]
         return value if dtype is None else cast(value, dtype)
+
+    def gather(self, eqn: Eqn, dtype: np.dtype) -> Any:
+        """Brings a weight together that is divided among devices, in half.
+
+        Its gradient goes back in the dtype of the weight.
+        """
+
+        def value(half: Array, stored: Array) -> Array:
+            return bind(eqn, [half])[0]
+
+        def tangent(tangent: Array, stored: Array) -> Array:
+            return bind(eqn, [tangent])[0]
+
+        weight = eqn.invars[0]
+        return of_stored(value, tangent, self.half(weight, dtype), self.get(weight))
 
     def get(self, atom: Atom) -> Any:
         """Reads a value as it is stored."""
@@ -48,7 +71,22 @@ class Values:
 
     def half(self, atom: Atom, dtype: Any) -> Any:
         """Reads a copy in half that gets no gradient, and is made once for all."""
-        return self.copies.make(atom, dtype, lambda: self.read(atom, dtype))
+
+        def cast() -> Any:
+            eqn = self.gathered.get(atom)
+            if eqn is None:
+                return self.read(atom, dtype)
+            return bind(eqn, [self.half(eqn.invars[0], dtype)])[0]
+
+        return self.copies.make(atom, dtype, cast)
+
+    def note_gather(self, plan: EqnPlan) -> None:
+        """Remembers a weight that is brought together: half of it may be enough."""
+        (state,) = plan.out_states if len(plan.out_states) == 1 else (None,)
+        is_weight = state is not None and state.kind in (Kind.NEUTRAL, Kind.WEIGHT)
+        is_gather = plan.eqn.primitive.name in GATHERS
+        if is_weight and is_gather and not is_literal(plan.eqn.invars[0]):
+            self.gathered[plan.eqn.outvars[0]] = plan.eqn
 
     def read_once(self, atom: Atom, dtype: Any) -> Any:
         """Reads a value, and widens it once for all who read it like this."""
