@@ -152,6 +152,18 @@ class MicroBatchError(GradientError, ValueError):
     """A batch cannot be cut into the micro-batches that were asked for."""
 
 
+class DataAxesError(GradientError, ValueError):
+    """The axes of a mesh that a batch is divided over cannot be found or used."""
+
+
+class DataAxesOptionError(GradientError, ValueError):
+    """An option of `data_axes` has an unknown value, or nothing to apply to."""
+
+
+class CollectiveInLoss(GradientError, ValueError):
+    """A loss function reduces over an axis that `data_axes` divides its batch over."""
+
+
 # Optimizers
 
 

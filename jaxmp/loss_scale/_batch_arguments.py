@@ -34,14 +34,14 @@ _WEIGHT_NAMES = {"kernel", "bias", "scale", "embedding", "mean", "var"}
 
 
 def find_batch(
-    given: Mapping[Name, Any], differentiated: Any, count: int
+    given: Mapping[Name, Any], differentiated: Any, asked: str
 ) -> list[Name]:
-    """Lists the arguments that are cut into micro-batches.
+    """Lists the arguments that are cut into parts.
 
     Args:
       given: the arguments, by position or keyword.
       differentiated: `argnums` of the transform.
-      count: number of micro-batches.
+      asked: the option that asks for the cut, as the user wrote it.
 
     Returns:
       Their names; at least one of them holds an array with a first axis.
@@ -51,7 +51,7 @@ def find_batch(
         or if there is nothing to cut.
     """
     positions = sum(isinstance(name, int) for name in given)
-    own = {i % positions for i in _positions(differentiated)} if positions else set()
+    own = {i % positions for i in positions_of(differentiated)} if positions else set()
     rest = {name: x for name, x in given.items() if name not in own}
     states = [name for name, x in rest.items() if _is_state(x)]
     batch = [name for name in rest if name not in states and _has_arrays(rest[name])]
@@ -64,7 +64,7 @@ def find_batch(
     ]
     if not axes:
         raise MicroBatchError(
-            f"micro_batches={count} has nothing to cut: apart from what is "
+            f"{asked} has nothing to cut: apart from what is "
             "differentiated, no argument holds an array with a first axis"
             f"{_states_message(states)}. Pass the batch as an argument of its own, or "
             "name it: batch_argnums=1."
@@ -116,7 +116,7 @@ def _may_be_raw_key(x: Any) -> bool:
     return _tree.is_array(x) and x.dtype == jnp.uint32 and np.shape(x) in ((2,), (4,))
 
 
-def _positions(argnums: Any) -> Iterator[int]:
+def positions_of(argnums: Any) -> Iterator[int]:
     """Reads `argnums` of JAX, or of nnx, which may hold `DiffState(argnum, filter)`."""
     for item in argnums if isinstance(argnums, (tuple, list)) else (argnums,):
         position = getattr(item, "argnum", item)

@@ -28,7 +28,7 @@ from jaxmp.loss_scale._differentiate import (
     with_value,
 )
 from jaxmp.loss_scale._float16_losses import was_float16
-from jaxmp.loss_scale._micro_batches import MicroBatches
+from jaxmp.loss_scale._window import read_window
 from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE, scale_tree, unscale_tree
 
 
@@ -40,6 +40,12 @@ def value_and_grad(
     micro_batches: int | None = None,
     batch_argnums: int | str | Sequence[int | str] | None = None,
     micro_batch_aux: str = "stack",
+    data_axes: str | Sequence[str] | None = None,
+    reduce_dtype: jax.typing.DTypeLike | None = None,
+    gather: str | None = None,
+    loss_is: str = "mean",
+    grad_shardings: Any = None,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     transform: Callable[..., Any] = jax.value_and_grad,
     **transform_kwargs: Any,
 ) -> Callable[..., Any]:
@@ -100,19 +106,29 @@ def value_and_grad(
     transform = with_value(transform)
     if argnums != 0:
         transform_kwargs["argnums"] = argnums
-    cut = None
-    if micro_batches is not None:
-        batch = None if batch_argnums is None else _as_tuple(batch_argnums)
-        cut = MicroBatches(micro_batches, batch, argnums, micro_batch_aux)
+    window = read_window(
+        micro_batches,
+        None if batch_argnums is None else _as_tuple(batch_argnums),
+        argnums,
+        micro_batch_aux,
+        loss_is,
+        data_axes,
+        {
+            "reduce_dtype": reduce_dtype,
+            "gather": gather,
+            "grad_shardings": grad_shardings,
+            "mesh": mesh,
+        },
+    )
 
     @functools.wraps(fun)
     def value_and_grad_of_fun(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         scale = get_loss_scale(_pop_loss_scale(kwargs, fun))
         check_integers(transform, args, argnums, transform_kwargs)
 
-        def differentiate(*args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Any]:
-            in_float16 = False
+        in_float16 = False
 
+        def differentiate(*args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Any]:
             @functools.wraps(fun)
             def scaled(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, Any]]:
                 nonlocal in_float16
@@ -122,14 +138,16 @@ def value_and_grad(
                 return scale_tree(loss, _effective(scale, in_float16)), (loss, aux)
 
             value_and_scaled_grad = transform(scaled, has_aux=True, **transform_kwargs)
-            result = value_and_scaled_grad(*args, **kwargs)
-            (loss, aux), grads = unpack(result, transform)
-            return (loss, aux), unscale_tree(grads, _effective(scale, in_float16))
+            return unpack(value_and_scaled_grad(*args, **kwargs), transform)
 
-        if cut is None:
-            value, grads = differentiate(*args, **kwargs)
+        def unscale(grads: Any) -> Any:
+            return unscale_tree(grads, _effective(scale, in_float16))
+
+        if window is None:
+            value, scaled_grads = differentiate(*args, **kwargs)
+            grads = unscale(scaled_grads)
         else:
-            value, grads = cut(differentiate, args, kwargs)
+            value, grads = window(differentiate, unscale, args, kwargs)
         return (value if has_aux else value[0]), grads
 
     return value_and_grad_of_fun

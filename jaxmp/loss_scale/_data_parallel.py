@@ -1,0 +1,112 @@
+"""One reduction per window: each device sums its own gradients, then all sum once.
+
+The gradients of a part are mapped over an axis of devices, so nothing is summed over
+devices while the micro-batches run. Until the end gradients keep the loss scale, so that
+small ones survive a sum in float16, and they are divided by the number of parts before
+it, so that large ones do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmp import _tree
+from jaxmp._tree import PyTree
+from jaxmp.loss_scale import _sums
+from jaxmp.loss_scale._arguments import Arguments
+from jaxmp.loss_scale._cutting import Cut
+from jaxmp.loss_scale._data_axes import WINDOW, Axes, DataAxes
+from jaxmp.loss_scale._part import Arrays, Part, Results, first_of, run_parts, trace_part
+from jaxmp.loss_scale._specs import Specs, read_specs
+
+
+def sums_over_devices(
+    value_and_grad: Callable[..., Any],
+    arguments: Arguments,
+    cut_batch: Cut,
+    options: DataAxes,
+    axes: Axes,
+    divisor: Callable[[int], int],
+) -> tuple[Any, PyTree, Results]:
+    """Runs the parts of a batch on the devices that hold them.
+
+    Args:
+      value_and_grad: function that returns `((loss, aux), grads)`, with gradients
+        under the loss scale.
+      arguments: its arguments.
+      cut_batch: into which micro-batches each device cuts its examples.
+      options: the dtype of the sum, and when weights are gathered.
+      axes: of the mesh.
+      divisor: by what the sum over this many parts is divided.
+
+    Returns:
+      The loss, the gradients, still under the loss scale, and the other results with a
+      first axis of parts in the order of the batch.
+    """
+    count = cut_batch.count
+    cut = cut_batch(arguments, axes.size, lambda x: axes.split(x, count))
+    whole = _whole(arguments, cut)
+    seen = whole
+    if axes.is_explicit:
+        seen = {i: axes.gathered(x, axes.spec_of(x), None) for i, x in whole.items()}
+    part = trace_part(value_and_grad, arguments, seen, first_of(cut), axes)
+    specs = read_specs(options, arguments, cut_batch.differentiated, part.form, axes)
+    weights = _weights(whole, part, specs, options, axes)
+    results = run_parts(part, weights, cut, count, axes)
+    parts = count * axes.size
+
+    def reduced(x: jax.Array, dtype: Any, spec: Any) -> jax.Array:
+        total = axes.reduced(_sums.divided(x, parts), dtype, spec).astype(x.dtype)
+        return total * jnp.asarray(parts // divisor(parts), total.dtype)
+
+    leaves = []
+    one = part.abstract.sums
+    for i, (x, summed) in enumerate(zip(results.sums, part.form.summed, strict=True)):
+        if i == 0:
+            leaves.append(reduced(x, x.dtype, None).astype(one[0].dtype))
+        elif summed:
+            is_complex = jnp.iscomplexobj(x)
+            dtype = x.dtype if is_complex else options.reduce_dtype or x.dtype
+            leaves.append(reduced(x, dtype, specs.gradients[i]))
+        else:  # FP8 metadata: the largest magnitude of any device is that of the batch
+            leaves.append(x.max(0))
+    return *part.form.tree(leaves), results
+
+
+def _whole(arguments: Arguments, cut: Arrays) -> Arrays:
+    """The weights, and all that models hold."""
+    of_models = arguments.of_models()
+    return {
+        i: x
+        for i, x in enumerate(arguments.leaves)
+        if i not in cut and (i in of_models or _is_weight(x))
+    }
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, jax.Array) and _tree.is_inexact(x)
+
+
+def _weights(
+    whole: Arrays, part: Part, specs: Specs, options: DataAxes, axes: Axes
+) -> Callable[[], Arrays]:
+    """A function that gives one micro-batch its weights."""
+
+    def gathered() -> Arrays:
+        def gather(i: int, x: Any) -> Any:
+            return axes.gathered(x, specs.weights[i], part.dtypes_read[i])
+
+        return {i: gather(i, x) if _is_weight(x) else x for i, x in whole.items()}
+
+    def as_stored(x: Any, stored: Any) -> Any:
+        # The loss function casts it back: rounding a second time changes nothing.
+        return x.astype(stored.dtype) if _is_weight(stored) else x
+
+    if options.gather == WINDOW:
+        kept = gathered()
+        return lambda: {i: as_stored(x, whole[i]) for i, x in kept.items()}
+    if axes.is_explicit:
+        return lambda: {i: as_stored(x, whole[i]) for i, x in gathered().items()}
+    return lambda: whole
