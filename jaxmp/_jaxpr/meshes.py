@@ -6,7 +6,6 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxmp._jaxpr.execution import as_function
 from jaxmp._jaxpr.rewrite import map_equations, map_held
 from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
@@ -32,7 +31,10 @@ def mesh_of(x: Any) -> Mesh | None:
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-    """The sharding of an array over a mesh; of a tracer, only on explicit axes."""
+    """The sharding of an array over a mesh; of a tracer, what its type shows.
+
+    The type of a tracer shows explicit axes alone.
+    """
     if not isinstance(x, jax.Array):
         return None
     is_traced = isinstance(x, jax.core.Tracer)
@@ -59,7 +61,7 @@ def without_axes(spec: PartitionSpec, axes: Iterable[str]) -> PartitionSpec:
     return PartitionSpec(*map(kept, spec))
 
 
-def names_axes(spec: PartitionSpec, axes: Iterable[str]) -> bool:
+def names_axes(spec: Iterable[Any], axes: Iterable[str]) -> bool:
     """Whether a spec divides an array along one of some axes of the mesh."""
     named = {n for e in spec for n in (e if isinstance(e, tuple) else (e,))}
     return not named.isdisjoint(axes)
@@ -112,16 +114,3 @@ def _replaced(eqn: Eqn, fun: Callable[[Any], Any]) -> Any:
     (new,) = open_jaxpr(traced).eqns
     return new.replace(invars=list(eqn.invars), outvars=list(eqn.outvars))
 
-
-def mapped(
-    jaxpr: Jaxpr, axes: tuple[str, ...], in_axes: list[int | None]
-) -> Callable[..., list[Any]]:
-    """A jaxpr as a function of arrays whose first axis is divided over `axes`.
-
-    Args:
-      jaxpr: of one element, with its constants.
-      axes: of the mesh, automatic ones.
-      in_axes: 0 or None for each argument.
-    """
-    one = as_function(with_batched_constraints(jaxpr, axes))
-    return jax.vmap(one, in_axes, spmd_axis_name=axes)

@@ -5,6 +5,7 @@ and what a part of the batch changes in its copy of the model can be read off an
 back. Flax is looked up among the imported modules: whoever passes a model imported it.
 """
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -69,6 +70,12 @@ class Arguments:
         key = self.paths[i][0]
         return getattr(key, "key", getattr(key, "idx", None))  # type: ignore[return-value]
 
+    def with_leaves(self, leaves: Sequence[Any]) -> "Arguments":
+        """The same arguments with other arrays."""
+        other = copy.copy(self)
+        other.leaves = list(leaves)
+        return other
+
     def copy(self, leaves: Sequence[Any]) -> Copy:
         """The arguments with other leaves, in models of their own."""
         nodes, models = [], []
@@ -102,18 +109,18 @@ class Arguments:
             if isinstance(self.leaves[i], jax.Array)
         }
 
-    def changes(self, copy: Copy, given: Sequence[Any]) -> dict[int, Any]:
+    def changes(self, made: Copy, given: Sequence[Any]) -> dict[int, Any]:
         """What a function changed in the models of a copy, by leaf.
 
         Args:
-          copy: the arguments that it was called with.
+          made: the arguments that it was called with.
           given: the leaves that the copy was made of.
 
         Raises:
           TransformError: if a model has other variables than before.
         """
         changed = {}
-        for model, copied in zip(self._models(), copy.models, strict=True):
+        for model, copied in zip(self._models(), made.models, strict=True):
             state = _nnx().state(copied)
             leaves, structure = jax.tree.flatten(state)
             if structure != model.structure:

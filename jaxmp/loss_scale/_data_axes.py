@@ -4,9 +4,10 @@ Each device takes one part of the batch and sums the gradients of its own exampl
 one reduction for the whole step adds up what the devices have.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +88,7 @@ class DataAxes:
                 f"{sorted(set(self.names) - explicit)} is not. Make all of them "
                 "AxisType.Auto, or all of them AxisType.Explicit."
             )
-        return Axes(self.names, mesh, mesh is ambient, bool(explicit))
+        return Axes(self.names, mesh, mesh is ambient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +99,11 @@ class Axes:
       names: of the axes.
       mesh: that they belong to.
       is_ambient: whether the context names this mesh.
-      is_explicit: whether they are `AxisType.Explicit`.
     """
 
     names: tuple[str, ...]
     mesh: Mesh
     is_ambient: bool
-    is_explicit: bool
 
     @property
     def size(self) -> int:
@@ -112,9 +111,54 @@ class Axes:
         return math.prod(self.mesh.shape[name] for name in self.names)
 
     @property
+    def along(self) -> PartitionSpec:
+        """The spec of an array whose first axis is divided."""
+        return PartitionSpec(self.names)
+
+    @property
     def are_all(self) -> bool:
         """Whether the mesh is divided along no other axes."""
         return self.size == math.prod(self.mesh.shape.values())
+
+    @property
+    def are_explicit(self) -> bool:
+        """Whether the types of arrays show how they lie along these axes."""
+        return not self._explicit.isdisjoint(self.names)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Makes the axes automatic for a while; other explicit axes stay."""
+        if not self.are_explicit:
+            yield
+            return
+        abstract = getattr(self.mesh, "abstract_mesh", self.mesh)
+        automatic = abstract.update_axis_types(
+            dict.fromkeys(self.names, AxisType.Auto)
+        )
+        with jax.sharding.use_abstract_mesh(automatic):
+            yield
+
+    def enter(self, x: Any) -> Any:
+        """An array as it has to be `inside`; anything else passes."""
+        if not self.are_explicit or not isinstance(x, jax.Array):
+            return x
+        return jax.sharding.reshard(x, without_axes(_typed_spec(x), self.names))
+
+    def leave(self, x: Any, spec: PartitionSpec | None) -> Any:
+        """An array from `inside` as it has to be outside.
+
+        Args:
+          x: the array; anything else passes.
+          spec: how it lies along these axes; None for whole.
+        """
+        if not self.are_explicit or not isinstance(x, jax.Array):
+            return x
+        inner = _typed_spec(x)
+        along = tuple(spec or ()) + (None,) * x.ndim
+        pairs = zip(inner, along[: x.ndim], strict=True)
+        # An axis that the type shows inside stands in the user's spec as well.
+        entries = [outer if outer is not None else kept for kept, outer in pairs]
+        return jax.sharding.reshard(x, PartitionSpec(*entries))
 
     def split(self, x: jax.Array, count: int) -> jax.Array:
         """Gives every device consecutive examples, and cuts those into micro-batches.
@@ -129,15 +173,8 @@ class Axes:
           `[count, devices, examples of a part, ...]`.
         """
         size, *rest = x.shape
-        shape = (self.size, count, size // self.size // count, *rest)
-        if self.is_explicit:
-            others = without_axes(_spec(x), self.names)[1:]
-            x = self._place(x, PartitionSpec(self.names, *others))
-            spec = PartitionSpec(self.names, None, None, *others)
-            x = jax.lax.reshape(x, shape, out_sharding=self._sharding(spec))
-        else:
-            x = self.spread(x.reshape(shape), whole=1)
-        return x.swapaxes(0, 1)
+        parts = x.reshape(self.size, count, size // self.size // count, *rest)
+        return self.spread(parts, whole=1).swapaxes(0, 1)
 
     def spread(self, x: jax.Array, whole: int = 0) -> jax.Array:
         """Keeps the first axis of an array divided over the devices.
@@ -146,16 +183,8 @@ class Axes:
           x: `[devices, ...]`.
           whole: how many of its next axes are not divided; the others are free.
         """
-        if self.is_explicit:
-            return x
         free = [_ANY] * (x.ndim - 1 - whole)
         return self._place(x, PartitionSpec(self.names, *[None] * whole, *free))
-
-    def zeros(self, like: Any, dtype: Any) -> jax.Array:
-        """Zeros of another dtype that lie as an abstract array `[devices, ...]` does."""
-        if self.is_explicit:
-            return jnp.zeros(like.shape, dtype, device=like.sharding)
-        return self.spread(jnp.zeros(like.shape, dtype))
 
     def gathered(self, x: jax.Array, spec: PartitionSpec | None, dtype: Any) -> Any:
         """A weight as every device needs it: whole along these axes.
@@ -191,7 +220,7 @@ class Axes:
           An array of `dtype` and of shape `[...]`.
         """
         low = self.spread(x.astype(dtype))
-        total = jax.lax.reduce(low, jnp.zeros((), low.dtype), jax.lax.add, (0,))
+        total = jax.lax.reduce_sum(low, (0,))
         return total if spec is None else self._place(total, spec)
 
     def spec_of(self, x: Any) -> PartitionSpec | None:
@@ -199,15 +228,29 @@ class Axes:
         sharding = sharding_of(x)
         if sharding is None or sharding.mesh.axis_names != self.mesh.axis_names:
             return None
+        if isinstance(x, jax.core.Tracer) and not self.are_explicit:
+            return None
         return sharding.spec
 
-    def _place(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        if self.is_explicit:
-            return jax.sharding.reshard(x, self._sharding(spec))
-        return jax.lax.with_sharding_constraint(x, self._sharding(spec))
+    @property
+    def _explicit(self) -> set[str]:
+        return axes_of_type(self.mesh, AxisType.Explicit)
 
-    def _sharding(self, spec: PartitionSpec) -> Any:
-        return spec if self.is_ambient else NamedSharding(self.mesh, spec)
+    def _place(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if self._explicit:
+            shown = self._explicit - set(self.names)
+            full = (*spec, *[None] * (x.ndim - len(spec)))
+            entries = [_ANY if names_axes((e,), shown) else e for e in full]
+            spec = PartitionSpec(*entries)
+        by_context = self.is_ambient or self.are_explicit
+        sharding = spec if by_context else NamedSharding(self.mesh, spec)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _typed_spec(x: jax.Array) -> PartitionSpec:
+    """The spec that the type of an array shows, with an entry for each of its axes."""
+    spec = jax.typeof(x).sharding.spec
+    return PartitionSpec(*spec, *[None] * (x.ndim - len(spec)))
 
 
 def read_data_axes(
@@ -262,10 +305,3 @@ def _read_dtype(dtype: Any) -> Any:
             "Use 'float32', 'bfloat16' or 'float16'."
         )
     return read
-
-
-def _spec(x: jax.Array) -> PartitionSpec:
-    """The spec of an array, with one entry for each of its axes."""
-    sharding = sharding_of(x)
-    known = () if sharding is None or sharding.mesh.empty else tuple(sharding.spec)
-    return PartitionSpec(*known, *[None] * (x.ndim - len(known)))

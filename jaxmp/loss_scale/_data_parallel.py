@@ -7,51 +7,63 @@ it, so that large ones do.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp._tree import PyTree
 from jaxmp.loss_scale import _sums
 from jaxmp.loss_scale._arguments import Arguments
 from jaxmp.loss_scale._cutting import Cut
 from jaxmp.loss_scale._data_axes import WINDOW, Axes, DataAxes
 from jaxmp.loss_scale._part import Arrays, Part, Results, first_of, run_parts, trace_part
-from jaxmp.loss_scale._specs import Specs, read_specs
+from jaxmp.loss_scale._specs import Spec, Specs, read_specs
 
 
-def sums_over_devices(
+class Reduced(NamedTuple):
+    """What the devices made of a batch together.
+
+    Attributes:
+      sums: the loss and the gradients, still under the loss scale.
+      specs: how they lie over the mesh, None where the compiler decides.
+      form: of the loss and the gradients.
+      results: the rest, with a first axis of parts in the order of the batch.
+    """
+
+    sums: list[Any]
+    specs: list[Spec]
+    form: _sums.Form
+    results: Results
+
+
+def reduced_over_devices(
     value_and_grad: Callable[..., Any],
     arguments: Arguments,
     cut_batch: Cut,
     options: DataAxes,
     axes: Axes,
     divisor: Callable[[int], int],
-) -> tuple[Any, PyTree, Results]:
-    """Runs the parts of a batch on the devices that hold them.
+) -> Reduced:
+    """Runs the parts of a batch on the devices that hold them; call it `axes.inside`.
 
     Args:
       value_and_grad: function that returns `((loss, aux), grads)`, with gradients
         under the loss scale.
-      arguments: its arguments.
+      arguments: its arguments, as they are outside.
       cut_batch: into which micro-batches each device cuts its examples.
       options: the dtype of the sum, and when weights are gathered.
       axes: of the mesh.
       divisor: by what the sum over this many parts is divided.
 
     Returns:
-      The loss, the gradients, still under the loss scale, and the other results with a
-      first axis of parts in the order of the batch.
+      Losses and gradients combined, and what else the parts returned.
     """
     count = cut_batch.count
-    cut = cut_batch(arguments, axes.size, lambda x: axes.split(x, count))
-    whole = _whole(arguments, cut)
-    seen = whole
-    if axes.is_explicit:
-        seen = {i: axes.gathered(x, axes.spec_of(x), None) for i, x in whole.items()}
-    part = trace_part(value_and_grad, arguments, seen, first_of(cut), axes)
+    here = arguments.with_leaves(list(map(axes.enter, arguments.leaves)))
+    cut = cut_batch(here, axes.size, lambda x: axes.split(x, count))
+    whole = _whole(here, cut)
+    part = trace_part(value_and_grad, here, whole, first_of(cut), axes)
     specs = read_specs(options, arguments, cut_batch.differentiated, part.form, axes)
     weights = _weights(whole, part, specs, options, axes)
     results = run_parts(part, weights, cut, count, axes)
@@ -59,20 +71,19 @@ def sums_over_devices(
 
     def reduced(x: jax.Array, dtype: Any, spec: Any) -> jax.Array:
         total = axes.reduced(_sums.divided(x, parts), dtype, spec).astype(x.dtype)
-        return total * jnp.asarray(parts // divisor(parts), total.dtype)
+        again = parts // divisor(parts)
+        return total if again == 1 else total * jnp.asarray(again, total.dtype)
 
-    leaves = []
-    one = part.abstract.sums
-    for i, (x, summed) in enumerate(zip(results.sums, part.form.summed, strict=True)):
-        if i == 0:
-            leaves.append(reduced(x, x.dtype, None).astype(one[0].dtype))
-        elif summed:
-            is_complex = jnp.iscomplexobj(x)
-            dtype = x.dtype if is_complex else options.reduce_dtype or x.dtype
-            leaves.append(reduced(x, dtype, specs.gradients[i]))
-        else:  # FP8 metadata: the largest magnitude of any device is that of the batch
+    loss, *grads = results.sums
+    leaves = [reduced(loss, loss.dtype, None).astype(part.abstract.sums[0].dtype)]
+    of_grads = zip(grads, part.form.summed[1:], specs.gradients[1:], strict=True)
+    for x, is_summed, spec in of_grads:
+        if is_summed:
+            keeps = jnp.iscomplexobj(x) or options.reduce_dtype is None
+            leaves.append(reduced(x, x.dtype if keeps else options.reduce_dtype, spec))
+        else:  # FP8 metadata: the largest magnitude of any device is the batch's
             leaves.append(x.max(0))
-    return *part.form.tree(leaves), results
+    return Reduced(leaves, specs.gradients, part.form, results)
 
 
 def _whole(arguments: Arguments, cut: Arrays) -> Arrays:
@@ -104,9 +115,7 @@ def _weights(
         # The loss function casts it back: rounding a second time changes nothing.
         return x.astype(stored.dtype) if _is_weight(stored) else x
 
-    if options.gather == WINDOW:
-        kept = gathered()
-        return lambda: {i: as_stored(x, whole[i]) for i, x in kept.items()}
-    if axes.is_explicit:
-        return lambda: {i: as_stored(x, whole[i]) for i, x in gathered().items()}
-    return lambda: whole
+    if options.gather != WINDOW:
+        return lambda: whole
+    kept = gathered()
+    return lambda: {i: as_stored(x, whole[i]) for i, x in kept.items()}

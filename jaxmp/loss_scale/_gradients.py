@@ -128,7 +128,9 @@ def value_and_grad(
 
         in_float16 = False
 
-        def differentiate(*args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Any]:
+        def differentiate(
+            scale: jax.Array, *args: Any, **kwargs: Any
+        ) -> tuple[tuple[Any, Any], Any]:
             @functools.wraps(fun)
             def scaled(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, Any]]:
                 nonlocal in_float16
@@ -140,14 +142,14 @@ def value_and_grad(
             value_and_scaled_grad = transform(scaled, has_aux=True, **transform_kwargs)
             return unpack(value_and_scaled_grad(*args, **kwargs), transform)
 
-        def unscale(grads: Any) -> Any:
+        def unscale(grads: Any, scale: jax.Array) -> Any:
             return unscale_tree(grads, _effective(scale, in_float16))
 
         if window is None:
-            value, scaled_grads = differentiate(*args, **kwargs)
-            grads = unscale(scaled_grads)
+            value, scaled_grads = differentiate(scale, *args, **kwargs)
+            grads = unscale(scaled_grads, scale)
         else:
-            value, grads = window(differentiate, unscale, args, kwargs)
+            value, grads = window(differentiate, unscale, scale, args, kwargs)
         return (value if has_aux else value[0]), grads
 
     return value_and_grad_of_fun

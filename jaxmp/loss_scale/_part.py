@@ -97,8 +97,7 @@ def trace_part(
 
     mapped = on_one_device
     if axes is not None:
-        names = None if axes.is_explicit else axes.names
-        mapped = jax.vmap(on_one_device, in_axes=(None, 0), spmd_axis_name=names)
+        mapped = jax.vmap(on_one_device, in_axes=(None, 0), spmd_axis_name=axes.names)
     try:
         traced, abstract = jax.make_jaxpr(mapped, return_shape=True)(whole, micro_batch)
     except (NameError, ValueError) as error:
@@ -148,8 +147,8 @@ def run_parts(
         return sums, results._replace(sums=[])
 
     def zeros(x: Any) -> jax.Array:
-        dtype = _sums.total_dtype(x)
-        return jnp.zeros(x.shape, dtype) if axes is None else axes.zeros(x, dtype)
+        total = jnp.zeros(x.shape, _sums.total_dtype(x))
+        return total if axes is None else axes.spread(total)
 
     begin = list(map(zeros, part.abstract.sums))
     if count == 1:

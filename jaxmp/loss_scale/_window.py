@@ -5,6 +5,7 @@ Without devices, the parts are micro-batches, and a loop adds up what they retur
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxmp.loss_scale._arguments import Arguments, mean_of_parts
 from jaxmp.loss_scale._batch_arguments import Name
 from jaxmp.loss_scale._cutting import Cut, interleaved
 from jaxmp.loss_scale._data_axes import DataAxes, read_data_axes
-from jaxmp.loss_scale._data_parallel import sums_over_devices
+from jaxmp.loss_scale._data_parallel import reduced_over_devices
 from jaxmp.loss_scale._part import Results, first_of, run_parts, trace_part
 
 STACK, MEAN, SUM = "stack", "mean", "sum"
@@ -50,52 +51,83 @@ class Window:
     def __call__(
         self,
         value_and_grad: Callable[..., Any],
-        unscale: Callable[[PyTree], PyTree],
+        unscale: Callable[[PyTree, jax.Array], PyTree],
+        scale: jax.Array,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[jax.Array, Any], PyTree]:
         """Combines losses and gradients of all parts, in float32 at least.
 
         Args:
-          value_and_grad: function that returns `((loss, aux), grads)`, with gradients
-            under the loss scale.
-          unscale: takes the loss scale out of gradients.
-          args: positional arguments of `value_and_grad`.
+          value_and_grad: function of a loss scale and arguments that returns
+            `((loss, aux), grads)`, with gradients under the scale.
+          unscale: takes a loss scale out of gradients.
+          scale: the loss scale.
+          args: positional arguments of the loss function.
           kwargs: its keyword arguments.
 
         Returns:
           `((loss, aux), grads)`, with true gradients.
         """
         arguments = Arguments(args, kwargs)
-        if self.devices is None:
-            loss, grads, results = self._one_by_one(value_and_grad, unscale, arguments)
-        else:
-            axes = self.devices.on(arguments.leaves)
-            loss, grads, results = sums_over_devices(
-                value_and_grad, arguments, self.cut, self.devices, axes, self._divisor
+        if self.devices is not None:
+            return self._on_devices(
+                value_and_grad, unscale, scale, arguments, self.devices
             )
-            grads = unscale(grads)
+
+        def true_value_and_grad(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+            value, grads = value_and_grad(scale, *args, **kwargs)
+            return value, unscale(grads, scale)
+
+        loss, grads, results = self._one_by_one(true_value_and_grad, arguments)
+        aux, changed = self._finished(results, arguments)
+        arguments.write(changed)
+        return (loss, aux), grads
+
+    def _on_devices(
+        self,
+        value_and_grad: Callable[..., Any],
+        unscale: Callable[[PyTree, jax.Array], PyTree],
+        scale: jax.Array,
+        arguments: Arguments,
+        devices: DataAxes,
+    ) -> tuple[tuple[jax.Array, Any], PyTree]:
+        axes = devices.on(arguments.leaves)
+        with axes.inside():
+            reduced = reduced_over_devices(
+                functools.partial(value_and_grad, axes.enter(scale)),
+                arguments,
+                self.cut,
+                devices,
+                axes,
+                self._divisor,
+            )
+            aux, changed = self._finished(reduced.results, arguments)
+        sums = map(axes.leave, reduced.sums, reduced.specs)
+        loss, grads = reduced.form.tree(list(sums))
+        along = axes.along if self.aux == STACK else None
+        aux = jax.tree.map(lambda x: axes.leave(x, along), aux)
+        arguments.write({i: axes.leave(x, None) for i, x in changed.items()})
+        return (loss, aux), unscale(grads, scale)
+
+    def _finished(
+        self, results: Results, arguments: Arguments
+    ) -> tuple[PyTree, dict[int, Any]]:
+        """The auxiliary outputs, and what models hold from now on."""
         changed = results.changed.items()
-        arguments.write({i: mean_of_parts(x, arguments.leaves[i]) for i, x in changed})
-        return (loss, jax.tree.map(self._finish_aux, results.aux)), grads
+        new = {i: mean_of_parts(x, arguments.leaves[i]) for i, x in changed}
+        return jax.tree.map(self._finish_aux, results.aux), new
 
     def _divisor(self, parts: int) -> int:
         return parts if self.loss_is == MEAN else 1
 
     def _one_by_one(
-        self,
-        value_and_grad: Callable[..., Any],
-        unscale: Callable[[PyTree], PyTree],
-        arguments: Arguments,
+        self, value_and_grad: Callable[..., Any], arguments: Arguments
     ) -> tuple[Any, PyTree, Results]:
-        def unscaled(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-            value, grads = value_and_grad(*args, **kwargs)
-            return value, unscale(grads)
-
         count = self.cut.count
         cut = self.cut(arguments, None, lambda x: interleaved(x, count))
         whole = {i: x for i, x in arguments.of_models().items() if i not in cut}
-        part = trace_part(unscaled, arguments, whole, first_of(cut), None)
+        part = trace_part(value_and_grad, arguments, whole, first_of(cut), None)
         results = run_parts(part, lambda: whole, cut, count, None)
         leaves = [
             _sums.divided(x, self._divisor(count)).astype(one.dtype) if summed else x
