@@ -1,9 +1,10 @@
-"""Meshes of devices: which one a program runs on, and constraints that name its axes."""
+"""Meshes of devices: which one a program runs on, and specs that name its axes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmp._jaxpr.rewrite import map_equations, map_held
@@ -113,4 +114,3 @@ def _replaced(eqn: Eqn, fun: Callable[[Any], Any]) -> Any:
     traced = jax.make_jaxpr(fun)(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
     (new,) = open_jaxpr(traced).eqns
     return new.replace(invars=list(eqn.invars), outvars=list(eqn.outvars))
-

@@ -92,9 +92,7 @@ class Cut:
         positions = sum(isinstance(name, int) for name in given)
         return [_existing(name, given, positions) for name in self.batch]
 
-    def _check_divides(
-        self, arguments: Arguments, i: int, devices: int | None
-    ) -> None:
+    def _check_divides(self, arguments: Arguments, i: int, devices: int | None) -> None:
         size, *rest = np.shape(arguments.leaves[i])
         if size % (self.count * (devices or 1)) == 0:
             return

@@ -1,7 +1,7 @@
 """One reduction per window: each device sums its own gradients, then all sum once.
 
 The gradients of a part are mapped over an axis of devices, so nothing is summed over
-devices while the micro-batches run. Until the end gradients keep the loss scale, so that
+devices while the micro-batches run. Gradients keep the loss scale until then, so that
 small ones survive a sum in float16, and they are divided by the number of parts before
 it, so that large ones do.
 """
@@ -15,9 +15,17 @@ import jax.numpy as jnp
 from jaxmp import _tree
 from jaxmp.loss_scale import _sums
 from jaxmp.loss_scale._arguments import Arguments
+from jaxmp.loss_scale._axes import Axes
 from jaxmp.loss_scale._cutting import Cut
-from jaxmp.loss_scale._data_axes import WINDOW, Axes, DataAxes
-from jaxmp.loss_scale._part import Arrays, Part, Results, first_of, run_parts, trace_part
+from jaxmp.loss_scale._data_axes import WINDOW, DataAxes
+from jaxmp.loss_scale._part import (
+    Arrays,
+    Part,
+    Results,
+    first_of,
+    run_parts,
+    trace_part,
+)
 from jaxmp.loss_scale._specs import Spec, Specs, read_specs
 
 

@@ -29,6 +29,7 @@ from jaxmp.loss_scale._differentiate import (
 )
 from jaxmp.loss_scale._float16_losses import was_float16
 from jaxmp.loss_scale._window import read_window
+from jaxmp.loss_scale.jmp_classes import NoOpLossScale
 from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE, scale_tree, unscale_tree
 
 
@@ -123,7 +124,10 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def value_and_grad_of_fun(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        scale = get_loss_scale(_pop_loss_scale(kwargs, fun))
+        holder = _pop_loss_scale(kwargs, fun)
+        scale = get_loss_scale(holder)
+        if window is not None and isinstance(holder, NoOpLossScale):
+            window.check_unscaled()
         check_integers(transform, args, argnums, transform_kwargs)
 
         in_float16 = False

@@ -10,10 +10,10 @@ from jaxmp._jaxpr.execution import as_function
 from jaxmp._jaxpr.meshes import with_batched_constraints
 from jaxmp._jaxpr.readers import only_dtype_read
 from jaxmp._jaxpr.versions import open_jaxpr
-from jaxmp.errors import CollectiveInLoss
+from jaxmp.errors import CollectiveInLoss, DataAxesError, JaxmpError
 from jaxmp.loss_scale import _sums
 from jaxmp.loss_scale._arguments import Arguments
-from jaxmp.loss_scale._data_axes import Axes
+from jaxmp.loss_scale._axes import Axes
 from jaxmp.loss_scale._sums import Form, listed
 
 Arrays = dict[int, Any]
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     Attributes:
       call: function of the arrays that all parts take whole, and of those that are
         cut, to `Results`.
-      abstract: the shapes and dtypes of `Results`.
+      abstract: the types of the arrays in `Results`.
       form: of the loss and the gradients.
       dtypes_read: for each array that is taken whole, the one dtype that everything
         casts it to, or None.
@@ -99,21 +99,20 @@ def trace_part(
     if axes is not None:
         mapped = jax.vmap(on_one_device, in_axes=(None, 0), spmd_axis_name=axes.names)
     try:
-        traced, abstract = jax.make_jaxpr(mapped, return_shape=True)(whole, micro_batch)
+        traced, shapes = jax.make_jaxpr(mapped, return_shape=True)(whole, micro_batch)
     except (NameError, ValueError) as error:
-        if axes is None or not _is_about_collective(error):
+        explained = None if axes is None else _explained(error, axes)
+        if explained is None:
             raise
-        raise CollectiveInLoss(
-            f"The loss function works along {list(axes.names)} itself ({error}), and "
-            "data_axes gives it the examples of one device alone. Leave psum, pmean "
-            "and shard_map over these axes out of it: the average over devices is "
-            "taken afterwards, once. Or leave data_axes out."
-        ) from error
+        raise explained from error
+    outs = [v.aval for v in open_jaxpr(traced).outvars]
+    structure = jax.tree.structure(shapes)
 
     def call(whole: Arrays, micro_batch: Arrays) -> Results:
         outs = as_function(traced)(*jax.tree.leaves((whole, micro_batch)))
-        return jax.tree.unflatten(jax.tree.structure(abstract), outs)
+        return jax.tree.unflatten(structure, outs)
 
+    abstract = jax.tree.unflatten(structure, outs)
     return Part(call, abstract, known["form"], known["read"])
 
 
@@ -123,7 +122,11 @@ def first_of(cut: Arrays) -> Arrays:
 
 
 def run_parts(
-    part: Part, weights: Callable[[], Arrays], cut: Arrays, count: int, axes: Axes | None
+    part: Part,
+    weights: Callable[[], Arrays],
+    cut: Arrays,
+    count: int,
+    axes: Axes | None,
 ) -> Results:
     """Goes through the micro-batches, and adds up losses and gradients.
 
@@ -147,8 +150,8 @@ def run_parts(
         return sums, results._replace(sums=[])
 
     def zeros(x: Any) -> jax.Array:
-        total = jnp.zeros(x.shape, _sums.total_dtype(x))
-        return total if axes is None else axes.spread(total)
+        dtype = _sums.total_dtype(x)
+        return jnp.zeros(x.shape, dtype) if axes is None else axes.zeros(x, dtype)
 
     begin = list(map(zeros, part.abstract.sums))
     if count == 1:
@@ -167,7 +170,23 @@ def _in_order(x: jax.Array) -> jax.Array:
     return x.swapaxes(0, 1).reshape(devices * count, *rest)
 
 
-def _is_about_collective(error: Exception) -> bool:
-    if isinstance(error, NameError):
-        return "unbound axis name" in str(error)
-    return "spmd_axis_name" in str(error) or "vmapped away" in str(error)
+def _explained(error: Exception, axes: Axes) -> JaxmpError | None:
+    """What JAX's complaint means under `data_axes`, None if it is about something else.
+
+    The words of JAX's messages are those of releases 0.10 to 0.12.
+    """
+    words = str(error)
+    if "should match the aval mesh" in words:
+        return DataAxesError(
+            "The loss function closes over an array whose type shows "
+            f"{list(axes.names)}: {words} Pass the array to the loss function as an argument."
+        )
+    about_mapping = ("unbound axis name", "spmd_axis_name", "vmapped away", "shard_map")
+    if not any(part in words for part in about_mapping):
+        return None
+    return CollectiveInLoss(
+        f"The loss function works along {list(axes.names)} itself: {words} It gets the "
+        "examples of one device alone. Leave psum, pmean and shard_map over these axes "
+        "out of it: the average over devices is taken afterwards, once. Or leave "
+        "data_axes out."
+    )

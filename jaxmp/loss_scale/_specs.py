@@ -9,8 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmp import _tree
 from jaxmp.errors import DataAxesOptionError
 from jaxmp.loss_scale._arguments import Arguments
+from jaxmp.loss_scale._axes import Axes
 from jaxmp.loss_scale._batch_arguments import positions_of
-from jaxmp.loss_scale._data_axes import Axes, DataAxes
+from jaxmp.loss_scale._data_axes import DataAxes
 from jaxmp.loss_scale._sums import Form
 
 Spec = PartitionSpec | None
@@ -75,8 +76,10 @@ def _places(
             at = getattr(first, "idx", len(positions))
             position = positions[at] if at < len(positions) else None
         is_loss = getattr(path[0], "idx", None) == 0
-        key = (position, _tree.path_string(tuple(inside)))
-        yield None if is_loss else leaves.get(key)
+        if is_loss or position is None:
+            yield None
+        else:
+            yield leaves.get((position, _tree.path_string(tuple(inside))))
 
 
 def _read(shardings: Any, form: Form) -> list[Spec]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp._tree import PyTree
@@ -46,6 +47,20 @@ class Window:
             raise MicroBatchError(
                 f"micro_batch_aux={self.aux!r} is neither {STACK!r}, which gives every "
                 f"auxiliary output an axis of parts, nor {MEAN!r}."
+            )
+
+    def check_unscaled(self) -> None:
+        """Raises unless gradients may be summed without a loss scale.
+
+        Raises:
+          DataAxesOptionError: if they would be summed in float16.
+        """
+        dtype = None if self.devices is None else self.devices.reduce_dtype
+        if dtype == jnp.float16:
+            raise DataAxesOptionError(
+                "reduce_dtype='float16' under NoOpLossScale() would sum gradients "
+                "without a loss scale, and small ones are zero in float16. Pass the "
+                "state of a loss scale, or use reduce_dtype='bfloat16'."
             )
 
     def __call__(
