@@ -1,7 +1,8 @@
 """The arguments of a loss function as a list of leaves, nnx models opened.
 
 A model is split into its variables, so that weights which two layers share are one
-leaf, and what a part of the batch changes in its copy of the model can be put back. Flax is looked up among the imported modules: whoever passes a model imported it.
+leaf, and what a part of the batch changes in its copy of the model can be put back.
+Flax is looked up among the imported modules: whoever passes a model has imported it.
 """
 
 import copy

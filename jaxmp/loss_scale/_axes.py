@@ -14,6 +14,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh as Concrete
 
 from jaxmp._jaxpr.meshes import (
     Mesh,
@@ -67,8 +68,8 @@ class Axes:
         if not self.are_explicit:
             yield
             return
-        concrete = isinstance(self.mesh, jax.sharding.Mesh)
-        abstract = self.mesh.abstract_mesh if concrete else self.mesh
+        mesh = self.mesh
+        abstract = mesh.abstract_mesh if isinstance(mesh, Concrete) else mesh
         automatic = abstract.update_axis_types(dict.fromkeys(self.names, AxisType.Auto))
         with jax.sharding.use_abstract_mesh(automatic):
             yield

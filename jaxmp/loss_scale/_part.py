@@ -179,7 +179,7 @@ def _explained(error: Exception, axes: Axes) -> JaxmpError | None:
     if "should match the aval mesh" in words:
         return DataAxesError(
             "The loss function closes over an array whose type shows "
-            f"{list(axes.names)}: {words} Pass the array to the loss function as an argument."
+            f"{list(axes.names)}: {words} Pass the array to it as an argument."
         )
     about_mapping = ("unbound axis name", "spmd_axis_name", "vmapped away", "shard_map")
     if not any(part in words for part in about_mapping):
