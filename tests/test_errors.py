@@ -164,6 +164,16 @@ BAD_INPUT = {
         errors.NonFloatingLoss,
         ("int32", "loss.astype(jnp.float32)"),
     ),
+    "axis without a mesh": (
+        lambda: value_and_grad(loss_fn, data_axes="data"),
+        errors.DataAxesError,
+        ("data_axes='data'", "jax.set_mesh(mesh)"),
+    ),
+    "option without an axis": (
+        lambda: value_and_grad(loss_fn, gather="window"),
+        errors.DataAxesOptionError,
+        ("gather='window'", "data_axes='data'"),
+    ),
     "missing aux": (
         lambda: value_and_grad(loss_fn, has_aux=True),
         errors.MissingAux,

@@ -1,6 +1,6 @@
 """Which dtype the readers of a value want it in."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -37,40 +37,65 @@ def only_dtype_read(jaxpr: Jaxpr, variable: Any) -> Any:
       A dtype, or None if a reader takes the value as it is, if dtypes differ, or if
       nothing reads it.
     """
-    found = _dtypes_read(open_jaxpr(jaxpr), variable)
-    return found.pop() if len(found) == 1 else None
+    read = _reads(open_jaxpr(jaxpr), variable)
+    dtypes = {None} if read.returned else read.dtypes
+    return next(iter(dtypes)) if len(dtypes) == 1 else None
 
 
-def _dtypes_read(jaxpr: Any, variable: Any) -> set[Any]:
-    """The dtypes that it is cast to, with None for a reader without a cast."""
-    found: set[Any] = {None} if any(v is variable for v in jaxpr.outvars) else set()
+class _Reads(NamedTuple):
+    """What becomes of a variable.
+
+    Attributes:
+      dtypes: that it is cast to, with None for a reader without a cast.
+      returned: the results of the jaxpr that it is moved to.
+    """
+
+    dtypes: set[Any]
+    returned: set[int]
+
+
+def _reads(jaxpr: Any, variable: Any) -> _Reads:
+    dtypes: set[Any] = set()
+    returned = {i for i, v in enumerate(jaxpr.outvars) if v is variable}
     for eqn in jaxpr.eqns:
         for place, operand in enumerate(eqn.invars):
-            if operand is not variable:
-                continue
-            if eqn.primitive.name == "optimization_barrier":
-                found |= _dtypes_read(jaxpr, eqn.outvars[place])
-            elif eqn.primitive.name in _MOVES and place == 0:
-                found |= _dtypes_read(jaxpr, eqn.outvars[0])
-            else:
-                found |= _dtypes_read_by(eqn, place)
-    return found
+            if operand is variable:
+                read, moved = _read_by(eqn, place)
+                dtypes |= read
+                for v in moved:
+                    beyond = _reads(jaxpr, v)
+                    dtypes |= beyond.dtypes
+                    returned |= beyond.returned
+    return _Reads(dtypes, returned)
 
 
-def _dtypes_read_by(eqn: Eqn, place: int) -> set[Any]:
+def _read_by(eqn: Eqn, place: int) -> tuple[set[Any], list[Any]]:
+    """The dtypes that an equation casts an operand to, and the results it moves it to.
+
+    Results of loops and branches count as readers without a cast.
+    """
     name = eqn.primitive.name
     if name == "convert_element_type":
-        return {jnp.dtype(eqn.params["new_dtype"])}
+        return {jnp.dtype(eqn.params["new_dtype"])}, []
+    if name == "optimization_barrier":
+        return set(), [eqn.outvars[place]]
+    if name in _MOVES:
+        return (set(), list(eqn.outvars)) if place == 0 else ({None}, [])
+    called = None if name in LOOPS else body(eqn)
+    if called is not None:
+        opened = open_jaxpr(called)
+        read = _reads(opened, opened.invars[place])
+        return read.dtypes, [eqn.outvars[i] for i in read.returned]
     inner: list[tuple[Any, int]] = []
     if name == "scan":
-        read = loop(eqn)
-        if place not in read.split(range(len(eqn.invars)))[2]:  # not a carry
-            inner = [(read.body, place)]
+        split = loop(eqn)
+        if place not in split.split(range(len(eqn.invars)))[2]:  # not a carry
+            inner = [(split.body, place)]
     elif name == "cond":
         inner = [(branch, place - 1) for branch in branches(eqn) if place > 0]
-    elif name not in LOOPS and (called := body(eqn)) is not None:
-        inner = [(called, place)]
     if not inner:
-        return {None}
+        return {None}, []
     opened = [(open_jaxpr(jaxpr), i) for jaxpr, i in inner]
-    return set().union(*(_dtypes_read(j, j.invars[i]) for j, i in opened))
+    found = [_reads(jaxpr, jaxpr.invars[i]) for jaxpr, i in opened]
+    dtypes = set().union(*(read.dtypes for read in found))
+    return (dtypes | {None} if any(read.returned for read in found) else dtypes), []

@@ -161,8 +161,7 @@ class Axes:
         Returns:
           An array of `dtype` and of shape `[...]`.
         """
-        low = self.spread(x.astype(dtype))
-        total = jax.lax.reduce_sum(low, (0,))
+        total = jax.lax.reduce_sum(self.spread(x.astype(dtype)), (0,))
         return total if spec is None else self._place(total, spec)
 
     def spec_of(self, x: Any) -> PartitionSpec | None:

@@ -63,9 +63,27 @@ def value_and_grad(
         of their arrays. The default is every argument that holds such arrays, is not
         differentiated, and is not a model or another state; first axes that differ are
         then an error. Part j takes the examples j, j + micro_batches, ... A single
-        random key is split.
+        random key is split, and so are those of the random streams in nnx models.
       micro_batch_aux: `"stack"` gives the auxiliary outputs a first axis of parts;
         `"mean"` averages the floating ones and takes the others from the last part.
+      data_axes: axis or axes of the mesh that the batch is divided over. Each device
+        then sums the gradients of its own examples, through all micro-batches, and one
+        reduction for the whole step adds up what the devices have. The mesh is that of
+        `jax.set_mesh`, or else of the arguments. Each device takes consecutive
+        examples, and auxiliary outputs come in the order of the batch. `fun` must not
+        reduce along these axes itself.
+      reduce_dtype: dtype in which gradients are summed over devices: `"bfloat16"` sends
+        half of the bytes. Each device sums its own examples in float32, divides by the
+        number of parts, and rounds last. The default is float32 at least.
+      gather: when weights that are sharded along `data_axes` are gathered:
+        `"micro_batch"`, the default, for each micro-batch, `"window"` once for all. A
+        weight that `fun` casts to half before anything else travels in half.
+      loss_is: `"mean"` or `"sum"`, what `fun` makes of the examples it is given.
+      grad_shardings: where gradients shall lie on the mesh: a pytree like them, or a
+        prefix of it, of `NamedSharding`, `PartitionSpec` or None. The default is where
+        the parameters lie, if their types or the arrays show it; inside `jit` they
+        do on explicit axes alone.
+      mesh: the mesh, where neither the context nor the arguments show it.
       transform: what differentiates: `jax.value_and_grad`, `nnx.value_and_grad`,
         `equinox.filter_value_and_grad`, or one of the same form; their `grad`s work
         too. An nnx model with statistics, counters or keys needs `nnx.value_and_grad`.
@@ -79,6 +97,8 @@ def value_and_grad(
       are those of the unscaled loss, in float32 at least. If the backward pass
       overflowed, they are not finite, and `loss_scaling` skips the step.
 
+      What `fun` changes in an nnx model is averaged over parts.
+
     Raises:
       MissingLossScaleArgument: if called without `loss_scale=`.
       MissingLossScale: if `loss_scale` holds none.
@@ -89,6 +109,9 @@ def value_and_grad(
       TransformError: if `transform` returns no value, or if an nnx model needs
         `nnx.value_and_grad`.
       MicroBatchError: if the batch cannot be cut.
+      DataAxesError: if the axes or their mesh cannot be found or used.
+      DataAxesOptionError: if an option has no meaning.
+      CollectiveInLoss: if `fun` reduces along `data_axes` itself.
 
     References:
       Micikevicius et al., "Mixed Precision Training", 2018, section 3.2
