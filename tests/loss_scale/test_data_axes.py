@@ -154,14 +154,13 @@ def test_several_axes_together():
     close(grads, jax.grad(loss_fn)(PARAMS, X, Y))
 
 
-@pytest.mark.parametrize("micro_batches", [None, 2])
-@pytest.mark.parametrize("data_axes", [None, "data"])
+@pytest.mark.parametrize(
+    ("micro_batches", "data_axes"), [(2, None), (None, "data"), (2, "data")]
+)
 def test_a_loss_that_is_a_sum(micro_batches, data_axes):
     def sum_fn(params, x, y):
         return loss_fn(params, x, y) * x.size
 
-    if data_axes is None and micro_batches is None:
-        pytest.skip("nothing is cut")
     differentiate = jaxmp.value_and_grad(
         sum_fn, data_axes=data_axes, micro_batches=micro_batches, loss_is="sum"
     )
@@ -179,6 +178,59 @@ def test_grad_and_train_state_pass_it_on():
     )
     _, grads = state.value_and_grad(loss_fn, data_axes="data", micro_batches=2)(*args)
     close(grads, expected)
+
+
+def test_several_arguments_are_differentiated_and_some_are_keywords():
+    def fun(w, x, out, *, y, name):
+        assert name == "mse"
+        return loss_fn({"w": w, "b": jnp.zeros(16), "out": out}, x, y)
+
+    mesh = mesh_of()
+    step = jaxmp.value_and_grad(
+        fun,
+        (0, -1),
+        data_axes="data",
+        micro_batches=2,
+        grad_shardings=(P("data"), None),
+    )
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda w, x, out, y: step(w, x, out, y=y, **NAMED))
+        grads = run(PARAMS["w"], X, PARAMS["out"], Y)[1]
+    expected = jax.grad(loss_fn)(PARAMS, X, Y)
+    close(grads, (expected["w"], expected["out"]))
+    assert grads[0].sharding.spec[0] == "data"
+
+
+NAMED = {"loss_scale": SCALE, "name": "mse"}
+
+
+def test_a_mesh_of_one_device():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    grads = jitted(loss_fn, mesh=mesh, micro_batches=2)(PARAMS, X, Y)[1]
+    close(grads, jax.grad(loss_fn)(PARAMS, X, Y))
+
+
+def test_autocast_inside():
+    fun = jaxmp.autocast(loss_fn, "mixed_bfloat16")
+    step = jitted(fun, micro_batches=2, gather="window", grad_shardings=SPECS)
+    args = place(mesh_of(), SPECS)
+    close(step(*args)[1], jax.grad(fun)(PARAMS, X, Y), "bfloat16")
+    found = re.findall(
+        r"sharding_constraint.*\[\{\}, \{\}\]> : tensor<(.*?)>",
+        step.lower(*args).as_text(),
+    )
+    assert sorted(found) == ["16x8xbf16", "8x16xbf16"]
+
+
+def test_a_retry_computes_the_same_parts_again():
+    fun = functools.partial(half_loss_fn, dtype=jnp.float16)
+    tx = jaxmp.loss_scaling(optax.sgd(0.1), "mixed_float16", init_scale=2.0**24)
+    step = jaxmp.retry(jaxmp.value_and_grad(fun, data_axes="data"), max_retries=20)
+    params, x, y = place(mesh_of())
+    run = jax.jit(lambda *args: step(*args, loss_scale=tx.init(params)))
+    (_, grads), state = run(params, x, y)
+    close(grads, jax.grad(fun)(PARAMS, X, Y), "float16")
+    assert float(state.loss_scale) < 2.0**24
 
 
 # Loss scales

@@ -1,7 +1,7 @@
 """`data_axes` on 8 H100s and on a v5e 2x4: what each device sends, in which dtype.
 
-The model is a transformer of 2 layers, width 256 and vocabulary 2048, with a head of its
-own: 2.62 million parameters. Figures are MiB that one device sends in a step of 4
+The model is a transformer of 2 layers, width 256 and vocabulary 2048, with a head of
+its own: 2.62 million parameters. Figures are MiB that one device sends in a step of 4
 micro-batches, if every collective is a ring.
 """
 
@@ -113,10 +113,11 @@ def wire(text):
                     visit(called, times)
 
     def count(name, times, types, kind, rest):
-        channel = re.search(r"channel_id=(\d+)", rest).group(1)
-        if channel in seen:  # the steps of an asynchronous one on the TPU
-            return
-        seen.add(channel)
+        if kind == "all-gather":
+            which = re.search(r"channel_id=(\d+)", rest).group(1), types.split("{")[0]
+            if which in seen:  # a step of an asynchronous one on the TPU
+                return
+            seen.add(which)
         if types.startswith("(("):  # operands, then results
             types = types[types.index("), (") :]
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
