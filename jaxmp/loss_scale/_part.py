@@ -85,8 +85,9 @@ def trace_part(
     def on_one_device(whole: Arrays, micro_batch: Arrays) -> Results:
         traced, form = jax.make_jaxpr(one, return_shape=True)(whole, micro_batch)
         opened = open_jaxpr(traced)
-        inputs = dict(zip(sorted(whole), opened.invars, strict=False))
-        known["read"] = {i: only_dtype_read(traced, v) for i, v in inputs.items()}
+        places = [*sorted(whole), *sorted(micro_batch)]  # the order of their leaves
+        inputs = dict(zip(places, opened.invars, strict=True))
+        known["read"] = {i: only_dtype_read(traced, inputs[i]) for i in whole}
         made = jax.tree.unflatten(jax.tree.structure(form), opened.outvars)
         unchanged = [i for i, v in made.changed.items() if v is inputs.get(i)]
         run = traced if axes is None else with_batched_constraints(traced, axes.names)

@@ -500,8 +500,9 @@ def test_an_nnx_model_keeps_its_statistics(data_axes):
     close(model.norm.mean[...], whole.norm.mean[...])
     assert not jnp.array_equal(model.norm.var[...], jnp.ones(8))
     assert model.norm.var.dtype == jnp.float32
-    counts = [m.dropout.rngs.count[...] for m in (model, whole)]
-    assert jnp.array_equal(*counts)
+    streams = [model.dropout.rngs, whole.dropout.rngs]
+    assert jnp.array_equal(*(stream.count[...] for stream in streams))
+    assert jnp.array_equal(*(jax.random.key_data(s.key[...]) for s in streams))
     after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, before, after)))
     masks = {bytes(np.asarray(mask)) for mask in kept}
