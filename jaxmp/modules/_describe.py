@@ -191,11 +191,11 @@ def _row(
     reduces = "" if dtypes.reduce is None else str(dtypes.reduce)
     if origin is Origin.AUTHOR:
         computes = str(jnp.dtype(author))
-        return Row(path, name, stored, computes, returns, reduces, Origin.AUTHOR.value)
+        return Row(path, name, stored, computes, returns, Origin.AUTHOR.value, reduces)
     computes = str(dtypes.compute) if is_applied else "as given"
     is_handed_down = origin is Origin.HANDED_DOWN and dtypes.rule is None
     decided = Origin.HANDED_DOWN.value if is_handed_down else _rule_text(dtypes.rule)
-    return Row(path, name, stored, computes, returns, reduces, decided)
+    return Row(path, name, stored, computes, returns, decided, reduces)
 
 
 def _is_planned(module: Any, dtypes: LayerDtypes, application: Application) -> bool:

@@ -18,8 +18,8 @@ class Row(NamedTuple):
     stored: str
     computes: str
     returns: str
-    reduces: str
     rule: str
+    reduces: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Description(Result):
     Attributes:
       title: the policy, and the one that it replaces.
       rows: one row for every layer: `path`, `type`, and the dtypes that it `stored`,
-        `computes` and `returns`, the dtype in which it `reduces` the gradients of its
-        weights if the policy or a rule names one, with the `rule` that decided.
+        `computes` and `returns`, with the `rule` that decided; and the dtype in which
+        it `reduces` the gradients of its weights, if the policy or a rule names one.
     """
 
     title: str
