@@ -49,6 +49,7 @@ LAYOUT = frozenset(
         "stop_gradient",
         "copy",
         "gpu_barrier",
+        "cpu_barrier",
         "copy_p",
         "name",
         "sharding_constraint",

@@ -55,6 +55,7 @@ class EqnPlan:
       weights: which operands of a matmul get their gradient in float32.
       is_lookup: whether it looks rows up in a table, its first operand.
       is_apart: whether its result is a sum to keep apart from others.
+      is_wide: whether it makes the gradient of a weight, in float32.
     """
 
     eqn: Eqn
@@ -69,6 +70,7 @@ class EqnPlan:
     weights: tuple[int, ...] = ()
     is_lookup: bool = False
     is_apart: bool = False
+    is_wide: bool = False
 
     @property
     def is_as_traced(self) -> bool:
@@ -76,7 +78,8 @@ class EqnPlan:
         return (
             self.params is None
             and self.call is None
-            and not (self.in_island or self.weights or self.is_lookup or self.is_apart)
+            and not (self.in_island or self.weights or self.is_lookup)
+            and not (self.is_apart or self.is_wide)
             and self.in_dtypes == tuple(map(castable_dtype, self.eqn.invars))
             and self.out_states == tuple(map(traced_state, self.eqn.outvars))
         )

@@ -9,13 +9,22 @@ cast and added to other gradients, until it leaves the backward pass.
 from collections.abc import Sequence
 
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp._jaxpr.calls import LOOPS, body, loop
-from jaxmp._jaxpr.primitives import ADDS, CAST, LAYOUT, MATMULS
+from jaxmp._jaxpr.calls import LOOPS, body, branches, loop
+from jaxmp._jaxpr.primitives import ADDS, CAST, COLLECTIVES, LAYOUT, MATMULS
 from jaxmp._jaxpr.scopes import is_backward
 from jaxmp._jaxpr.types import Eqn, Jaxpr, Var
 from jaxmp._jaxpr.versions import open_jaxpr
 
-_MOVES = LAYOUT | ADDS | {CAST, "pad", "concatenate", "dynamic_update_slice"}
+_MOVES = (LAYOUT | ADDS | COLLECTIVES - {"pmax", "pmin"}) | {
+    CAST,
+    "pad",
+    "concatenate",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "select_n",
+    "split",
+    "sum_apart",
+}
 
 
 def weight_gradients(jaxpr: Jaxpr) -> frozenset[int]:
@@ -63,8 +72,13 @@ class _Search:
             self.found[id(eqn)] = self.found.get(id(eqn), True) and results[0]
         elif name in _MOVES:
             return [all(results)] * len(eqn.invars)
+        elif name == "reduce_sum" and _is_move(eqn):
+            return results
         elif name == "scan":
             return self.scan(eqn, results)
+        elif name == "cond":
+            found = [self.inputs(body, results, True) for body in branches(eqn)]
+            return [False, *map(all, zip(*found, strict=True))]
         elif name not in LOOPS and (inner := body(eqn)) is not None:
             return self.inputs(inner, results, True)
         return [False] * len(eqn.invars)
@@ -80,3 +94,8 @@ class _Search:
             if kept == carried:
                 return inputs
             carried = kept
+
+
+def _is_move(eqn: Eqn) -> bool:
+    """Whether a sum is over axes of length 1, as the gradient of a new axis is."""
+    return eqn.invars[0].aval.size == eqn.outvars[0].aval.size

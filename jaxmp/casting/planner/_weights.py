@@ -112,9 +112,8 @@ def wide_gradient(plan: EqnPlan) -> EqnPlan:
     """The plan of a matmul that makes the gradient of a weight: it returns float32."""
     if not all(dtype in HALF for dtype in plan.in_dtypes[:2]):
         return plan
-    params = {**(plan.params or plan.eqn.params), "preferred_element_type": FLOAT32}
     reason = f"{plan.reason}; {_REDUCED}"
-    return dataclasses.replace(plan, reason=reason, params=params, out_states=(KEPT,))
+    return dataclasses.replace(plan, reason=reason, is_wide=True, out_states=(KEPT,))
 
 
 def apart(plan: EqnPlan, in_backward: bool) -> EqnPlan:

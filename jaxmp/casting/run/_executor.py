@@ -28,6 +28,7 @@ from jaxmp.casting.run._recompute import recomputed
 from jaxmp.casting.run._scatter import is_retyped_scatter, scatter
 from jaxmp.casting.run._values import Values, cast
 from jaxmp.casting.run._wide_gradients import multiply
+from jaxmp.casting.run._wide_matmul import multiply_wide
 
 
 class Executor:
@@ -143,6 +144,8 @@ class Executor:
                 return bind_with_picks(eqn, operands)
             if is_retyped_scatter(eqn, operands):
                 outs = scatter(eqn, operands)
+            elif plan.is_wide:
+                outs = multiply_wide(eqn.primitive, params, operands)
             else:
                 bind_params = eqn.primitive.get_bind_params(params)
                 outs = eqn.primitive.bind(*operands, **bind_params)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxmp._jaxpr.types import Array
-from jaxmp.casting.run._gpu_barrier import gpu_barrier
+from jaxmp.casting.run._barriers import gpu_barrier
 
 
 def recomputed(

@@ -19,9 +19,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxmp._jaxpr.execution import evaluate
+from jaxmp._jaxpr.execution import bind, evaluate
+from jaxmp._jaxpr.primitives import MATMULS
 from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.plan.states import FLOAT32
+from jaxmp.casting.run._wide_matmul import multiply_wide
 
 
 def multiply(
@@ -60,7 +62,8 @@ def multiply(
                 terms.append(_tangent.bind(*args, matmul=matmul, position=i, **params))
             else:
                 terms.append(matmul.bind(*_put(operands, i, tangent), **params))
-        out = run(operands, stored)
+        # Bound by itself: the policies of jax.checkpoint know a matmul by its name.
+        out = matmul_in_half(operands, stored)
         tangent = functools.reduce(jax.numpy.add, terms) if terms else out * 0
         return out, tangent
 
@@ -127,15 +130,25 @@ def _transpose(
     if ad.is_undefined_primal(weight):
         wide = ad.UndefinedPrimal(weight.aval.update(dtype=FLOAT32))
         params = {**params, "preferred_element_type": FLOAT32}
-        operands = _operands(other, wide, rest, position)
-        gradient = transpose(cotangent, *operands, **params)[position]
-        if not isinstance(gradient, ad.Zero):
-            gradient = jax.lax.convert_element_type(gradient, weight.aval.dtype)
+
+        def run(cotangent: Array, other: Array, *rest: Array) -> Array:
+            operands = _operands(other, wide, rest, position)
+            return transpose(cotangent, *operands, **params)[position]
+
+        args = (cotangent, other, *rest)
+        (gradient,) = evaluate(jax.make_jaxpr(run)(*args), args, _bind_wide)
+        gradient = jax.lax.convert_element_type(gradient, weight.aval.dtype)
         return [None, gradient, *(None for _ in rest)]
     narrow = jax.lax.convert_element_type(weight, other.aval.dtype)
     operands = _operands(other, narrow, rest, position)
     gradient = transpose(cotangent, *operands, **params)[1 - position]
     return [gradient, None, *(None for _ in rest)]
+
+
+def _bind_wide(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:
+    if eqn.primitive.name in MATMULS:
+        return [multiply_wide(eqn.primitive, eqn.params, operands)]
+    return bind(eqn, operands)
 
 
 def _batch(
@@ -152,9 +165,9 @@ def _batch(
     def run(other: Array, weight: Array, *rest: Array) -> Array:
         return matmul.bind(*_operands(other, weight, rest, position), **params)
 
-    def bind(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:
+    def bind_tangent(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:
         if eqn.primitive is not matmul:
-            return [eqn.primitive.bind(*operands, **eqn.params)]
+            return bind(eqn, operands)
         weight, other = operands[position], operands[1 - position]
         settings = {"matmul": matmul, "position": position, **eqn.params}
         return [_tangent.bind(other, weight, *operands[2:], **settings)]
@@ -162,7 +175,7 @@ def _batch(
     narrow = jax.lax.convert_element_type(weight, other.dtype)
     batched = jax.vmap(run, in_axes=tuple(axes))
     jaxpr = jax.make_jaxpr(batched)(other, narrow, *rest)
-    (out,) = evaluate(jaxpr, args, bind)
+    (out,) = evaluate(jaxpr, args, bind_tangent)
     return out, 0
 
 
