@@ -134,8 +134,8 @@ class Executor:
                 rule = _registry.call_rule(eqn.primitive.name)
                 return list(rule.execute(plan, operands, self))
             if plan.weights:
-                stored = {i: env.get(invars[i]) for i in plan.weights}
-                return [multiply(eqn.primitive, params, operands, stored)]
+                weights = {i: env.weight(invars[i]) for i in plan.weights}
+                return [multiply(eqn.primitive, params, operands, weights)]
             if _is_done_cast(eqn, params, operands):
                 return operands
             if copy := env.copies.claim_cast(eqn):

@@ -16,6 +16,7 @@ from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.plan.states import FLOAT32, Kind
 from jaxmp.casting.run._gradient_of_stored import of_stored
 from jaxmp.casting.run._half_copies import HalfCopies
+from jaxmp.casting.run._wide_gradients import Weight
 
 
 class Values:
@@ -79,6 +80,13 @@ class Values:
             return bind(eqn, [self.half(eqn.invars[0], dtype)])[0]
 
         return self.copies.make(atom, dtype, cast)
+
+    def weight(self, atom: Atom) -> Weight:
+        """A weight as it is stored, on whatever devices, and how it gets here."""
+        eqn = self.gathered.get(atom)
+        if eqn is None:
+            return Weight(self.get(atom))
+        return self.weight(eqn.invars[0]).then(lambda x: bind(eqn, [x])[0])
 
     def note_gather(self, plan: EqnPlan) -> None:
         """Remembers a weight that is brought together: half of it may be enough."""

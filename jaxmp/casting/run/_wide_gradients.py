@@ -11,8 +11,8 @@ derivatives included.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.custom_derivatives import SymbolicZero
@@ -26,11 +26,28 @@ from jaxmp.casting.plan.states import FLOAT32
 from jaxmp.casting.run._wide_matmul import multiply_wide
 
 
+class Weight(NamedTuple):
+    """A weight where it is stored.
+
+    Attributes:
+      value: the array.
+      move: brings it, or its tangent, to where it is multiplied. A gradient goes the
+        same way back.
+    """
+
+    value: Array
+    move: Callable[[Array], Array] = lambda x: x
+
+    def then(self, move: Callable[[Array], Array]) -> "Weight":
+        """The same weight, moved further."""
+        return Weight(self.value, lambda x: move(self.move(x)))
+
+
 def multiply(
     matmul: Primitive,
     params: Mapping[str, Any],
     operands: Sequence[Array],
-    stored: Mapping[int, Array],
+    weights: Mapping[int, Weight],
 ) -> Array:
     """A matmul or convolution of half operands.
 
@@ -38,9 +55,10 @@ def multiply(
       matmul: its primitive.
       params: its parameters.
       operands: in half; behind the first two, what has no gradient.
-      stored: weights by their position among the operands. They get the gradients of
-        these operands, summed in float32.
+      weights: by their position among the operands. They get the gradients of these
+        operands, summed in float32.
     """
+    stored = {i: weight.value for i, weight in weights.items()}
 
     def matmul_in_half(operands: Sequence[Array], stored: Mapping[int, Array]) -> Array:
         return matmul.bind(*operands, **params)
@@ -52,11 +70,11 @@ def multiply(
         operands, stored = primals
         terms = []
         for i in (0, 1):
-            weight = i in stored
-            tangent = tangents[1][i] if weight else tangents[0][i]
+            tangent = tangents[1][i] if i in weights else tangents[0][i]
             if isinstance(tangent, SymbolicZero):
                 continue
-            if weight:
+            if i in weights:
+                tangent = weights[i].move(tangent)
                 others = [x for k, x in enumerate(operands) if k != i]
                 args = (others[0], tangent, *others[1:])
                 terms.append(_tangent.bind(*args, matmul=matmul, position=i, **params))
@@ -67,7 +85,7 @@ def multiply(
         tangent = functools.reduce(jax.numpy.add, terms) if terms else out * 0
         return out, tangent
 
-    return run(tuple(operands), dict(stored))
+    return run(tuple(operands), stored)
 
 
 def _put(values: Sequence[Array], position: int, value: Array) -> list[Array]:
