@@ -141,3 +141,32 @@ def test_activations_on_an_explicit_mesh_stay_in_half():
     assert dtypes(found, ("reshard",), (8, 16)) == {"bfloat16"}
     dots = [e for e in found if e.primitive.name == "dot_general"]
     assert {str(v.aval.dtype) for e in dots for v in e.invars} == {"bfloat16"}
+
+
+@every_policy
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_tied_table_on_an_explicit_mesh(policy, outside):
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+    ids = np.arange(32).reshape(8, 4) % 16
+
+    def loss(table, ids, **options):
+        x = jnp.tanh(table.at[ids].get(**options))
+        return jnp.square(x @ table.T).mean()
+
+    def function(loss):
+        if outside:
+            return jax.jit(jax.value_and_grad(jaxmp.autocast(loss, policy)))
+        return jax.jit(jaxmp.autocast(jax.value_and_grad(loss), policy))
+
+    wanted = function(loss)(table, ids)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(ids, NamedSharding(mesh, P("data", None)))
+        spec = P("data", None, None)
+        found = function(lambda t, i: loss(t, i, out_sharding=spec))(table, placed)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=2e-3),
+        found,
+        wanted,
+    )

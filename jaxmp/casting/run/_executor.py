@@ -115,52 +115,71 @@ class Executor:
         eqn = plan.eqn
         stack = inside_current(stack_parts(eqn)[depth:] + region)
         traceback = eqn.source_info.traceback
-        with (
-            source_info_util.user_context(traceback, name_stack=stack),
-            eqn.ctx.manager,
-        ):
-            if plan.is_lookup:
-                return [self.look_up(plan, env)]
-            params = eqn.params if plan.params is None else plan.params
-            invars, params = env.copies.without_transposes(eqn, params)
-            # A layer widens its input once: its gradient is added up in float32.
-            is_layer = plan.reason.startswith(LAYER_REASON)
-            read = env.read_once if is_layer else env.read
-            operands = [
-                env.half(v, dtype) if i in plan.weights else read(v, dtype)
-                for i, (v, dtype) in enumerate(zip(invars, plan.in_dtypes, strict=True))
-            ]
-            if plan.call is not None:
-                rule = _registry.call_rule(eqn.primitive.name)
-                return list(rule.execute(plan, operands, self))
-            if plan.weights:
-                weights = {i: env.weight(invars[i]) for i in plan.weights}
-                return [multiply(eqn.primitive, params, operands, weights)]
-            if _is_done_cast(eqn, params, operands):
-                return operands
-            if copy := env.copies.claim_cast(eqn):
-                return copy
-            if in_island and has_pick(eqn):
-                return bind_with_picks(eqn, operands)
-            if is_retyped_scatter(eqn, operands):
-                outs = scatter(eqn, operands)
-            elif plan.is_wide:
-                outs = multiply_wide(eqn.primitive, params, operands)
-            else:
-                bind_params = eqn.primitive.get_bind_params(params)
-                outs = eqn.primitive.bind(*operands, **bind_params)
-            env.copies.note_transpose(eqn)
-            env.note_gather(plan)
-            results = list(outs) if eqn.primitive.multiple_results else [outs]
-            return [*map(sum_apart, results)] if plan.is_apart else results
+        with source_info_util.user_context(traceback, name_stack=stack):
+            # Copies that others share belong to no single equation's context.
+            halves = self.copies_in_half(plan, env)
+            with eqn.ctx.manager:
+                return self.carry_out(plan, env, halves, in_island)
 
-    def look_up(self, plan: EqnPlan, env: Values) -> Any:
-        """Looks rows up in a table, whose half copy others may share."""
-        table, *rest = plan.eqn.invars
-        (state,) = plan.out_states
-        assert state is not None
-        half = env.half(table, state.dtype)
-        return look_up(plan.eqn, half, env.get(table), [*map(env.get, rest)])
+    def copies_in_half(self, plan: EqnPlan, env: Values) -> dict[int, Any]:
+        """The operands that an equation reads in half without a gradient there."""
+        eqn, (state, *_) = plan.eqn, (*plan.out_states, None)
+        if plan.is_lookup and state is not None:
+            return {0: env.half(eqn.invars[0], state.dtype)}
+        invars, _ = env.copies.without_transposes(eqn, eqn.params)
+        return {i: env.half(invars[i], plan.in_dtypes[i]) for i in plan.weights}
+
+    def carry_out(
+        self, plan: EqnPlan, env: Values, halves: dict[int, Any], in_island: bool
+    ) -> list[Any]:
+        """Reads the operands of an equation in their dtypes, and binds it."""
+        eqn = plan.eqn
+        if plan.is_lookup:
+            table, *rest = eqn.invars
+            return [look_up(eqn, halves[0], env.get(table), [*map(env.get, rest)])]
+        params = eqn.params if plan.params is None else plan.params
+        invars, params = env.copies.without_transposes(eqn, params)
+        # A layer widens its input once: its gradient is added up in float32.
+        is_layer = plan.reason.startswith(LAYER_REASON)
+        read = env.read_once if is_layer else env.read
+        operands = [
+            halves[i] if i in halves else read(v, dtype)
+            for i, (v, dtype) in enumerate(zip(invars, plan.in_dtypes, strict=True))
+        ]
+        if plan.call is not None:
+            rule = _registry.call_rule(eqn.primitive.name)
+            return list(rule.execute(plan, operands, self))
+        if plan.weights:
+            weights = {i: env.weight(invars[i]) for i in plan.weights}
+            return [multiply(eqn.primitive, params, operands, weights)]
+        results = self.bind_operands(plan, env, params, operands, in_island)
+        env.copies.note_transpose(eqn)
+        env.note_gather(plan)
+        return [*map(sum_apart, results)] if plan.is_apart else results
+
+    def bind_operands(
+        self,
+        plan: EqnPlan,
+        env: Values,
+        params: Mapping[str, Any],
+        operands: Sequence[Any],
+        in_island: bool,
+    ) -> list[Any]:
+        """Binds an equation that is not a call to operands in their dtypes."""
+        eqn = plan.eqn
+        if _is_done_cast(eqn, params, operands):
+            return list(operands)
+        if copy := env.copies.claim_cast(eqn):
+            return copy
+        if in_island and has_pick(eqn):
+            return bind_with_picks(eqn, operands)
+        if is_retyped_scatter(eqn, operands):
+            return [scatter(eqn, operands)]
+        if plan.is_wide:
+            return [multiply_wide(eqn.primitive, params, operands)]
+        bind_params = eqn.primitive.get_bind_params(params)
+        outs = eqn.primitive.bind(*operands, **bind_params)
+        return list(outs) if eqn.primitive.multiple_results else [outs]
 
     def run_island(self, island: Island, env: Values) -> None:
         """Runs the operations of an island as one function of its stored inputs."""

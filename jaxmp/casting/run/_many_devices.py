@@ -35,7 +35,7 @@ def one_or_many(
 
     Both have to return the same values. Neither is differentiated.
     """
-    return _choice.bind(*args, one=one, many=many)
+    return _choose(one, many, args)
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -59,27 +59,31 @@ mlir.register_lowering(_apart, _lower_apart)
 _choice = Primitive("one_or_many_devices")
 
 
-def _run_one(*args: Array, one: Callable[..., Array], many: Any) -> Array:
+def _run_one(*args: Array, one: Callable[..., Array], many: Any, aval: Any) -> Array:
     return one(*args)
 
 
-def _abstract_choice(*avals: Any, one: Callable[..., Array], many: Any) -> Any:
-    return jax.make_jaxpr(one)(*avals).out_avals[0]
+def _choose(
+    one: Callable[..., Array], many: Callable[..., Array], args: Sequence[Array]
+) -> Array:
+    # Arrays show where they live, and in a shard_map whether devices differ.
+    aval = jax.make_jaxpr(one)(*args).out_avals[0]
+    return _choice.bind(*args, one=one, many=many, aval=aval)
 
 
 def _batch_choice(
-    args: Sequence[Any], axes: Sequence[Any], *, one: Any, many: Any
+    args: Sequence[Any], axes: Sequence[Any], *, one: Any, many: Any, aval: Any
 ) -> tuple[Any, int]:
     one, many = (jax.vmap(f, in_axes=tuple(axes)) for f in (one, many))
-    return _choice.bind(*args, one=one, many=many), 0
+    return _choose(one, many, args), 0
 
 
-def _lower_choice(context: Any, *args: Any, one: Any, many: Any) -> Any:
+def _lower_choice(context: Any, *args: Any, one: Any, many: Any, aval: Any) -> Any:
     function = many if device_count(context) > 1 else one
     return mlir.lower_fun(function, multiple_results=False)(context, *args)
 
 
 _choice.def_impl(_run_one)
-_choice.def_abstract_eval(_abstract_choice)
+_choice.def_abstract_eval(lambda *_, aval, **__: aval)
 batching.primitive_batchers[_choice] = _batch_choice
 mlir.register_lowering(_choice, _lower_choice)
