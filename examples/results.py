@@ -37,10 +37,13 @@ class Run(NamedTuple):
 
 def report(experiment: "Experiment", runs: list[Run], args: argparse.Namespace) -> None:
     """Prints the table of all runs and draws them."""
-    memory = h100_memory(experiment, args)
+    compiled = compiled_rows(experiment, args)
+    memory = {name: row.peak or 0 for name, row in compiled.items()}
     print("\n" + table(experiment, runs, memory))
     if jax.default_backend() == "cpu":
         print("\nseconds per step: the CPU emulates half precision: not a speed claim.")
+    if compiled and (appendix := experiment.appendix(compiled)):
+        print("\n" + appendix)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "training.png"
     plot(experiment, runs, path)
@@ -69,7 +72,9 @@ def table(experiment: "Experiment", runs: list[Run], memory: dict[str, int]) -> 
         yield "loss scale first, highest, last", ", ".join(shown)
         yield "bytes of params", f"{run.param_bytes:,}"
         if memory:
-            yield "step memory on the H100's compiler", show_bytes(memory[run.name])
+            each = " of each device" if ":" in experiment.target else ""
+            label = f"step memory{each} on the H100's compiler"
+            yield label, show_bytes(memory[run.name])
         yield "seconds per step", f"{statistics.median(run.history['seconds']):.3f}"
 
     rows = [list(map(str, dict(columns(run)).values())) for run in runs]
@@ -97,16 +102,18 @@ def show_bytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def h100_memory(experiment: "Experiment", args: argparse.Namespace) -> dict[str, int]:
-    """Bytes of one step per policy, as XLA's H100 compiler plans it.
+def compiled_rows(experiment: "Experiment", args: argparse.Namespace) -> dict[str, Any]:
+    """What XLA's H100 compiler makes of one step per policy.
 
     Empty where the packages of the `targets` extra are not installed.
     """
     if not compilers.has_target("h100"):
         return {}
-    print("\nCompiling the training step for an H100 ...", flush=True)
+    print(f"\nCompiling the training step for {experiment.target} ...", flush=True)
 
     def step_of_policy(name: str) -> tuple[Any, ...]:
+        if experiment.compiled_step is not None:
+            return experiment.compiled_step(args.policies[name], args)
         training = experiment.prepare(args.policies[name], args)
         return training.train_step, training.state, training.batch(0)
 
@@ -114,13 +121,13 @@ def h100_memory(experiment: "Experiment", args: argparse.Namespace) -> dict[str,
         found = compilers.compile_step_of(
             step_of_policy,
             policies=list(args.policies),
-            targets=["h100"],
+            targets=[experiment.target],
             donate_argnums=[0],
         )
     except JaxmpError as error:
         print(f"It failed, so there is no column for it:\n{error}")
         return {}
-    return {row.policy: row.peak or 0 for row in found.rows}
+    return {row.policy: row for row in found.rows}
 
 
 # The plot
@@ -137,7 +144,8 @@ def plot(experiment: "Experiment", runs: list[Run], path: os.PathLike[str]) -> N
         2, sharex=True, figsize=(9, 6.5), height_ratios=(3, 2), layout="constrained"
     )
     # The curves lie on each other: each is thinner than the one below it.
-    styles = itertools.cycle([("#c9c9c9", 6), ("#d1495b", 3), ("#00798c", 1.2)])
+    colors = ("#c9c9c9", "#d1495b", "#00798c", "#edae49")
+    styles = itertools.cycle(zip(colors, (6, 3, 1.2, 0.7), strict=True))
     window = max(1, len(runs[0].history["loss"]) // 40)
     for run, (color, width) in zip(runs, styles, strict=False):
         label = f"{run.name}: {experiment.score} {run.score:.4g}"

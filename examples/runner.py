@@ -55,6 +55,12 @@ class Experiment:
       score: what `evaluate` returns, in words.
       steps: how many steps are trained.
       growth_interval: finite steps until the loss scale doubles.
+      policies: those that are compared.
+      target: whose compiler is asked for the memory of a step.
+      compiled_step: the step of a policy and its arguments, for that compiler; by
+        default those that train here.
+      add_flags: adds flags of its own.
+      appendix: what it says of the compiled steps, by the names of their policies.
     """
 
     script: str
@@ -63,6 +69,11 @@ class Experiment:
     score: str
     steps: int
     growth_interval: int
+    policies: tuple[str, ...] = POLICIES
+    target: str = "h100"
+    compiled_step: Callable[[jaxmp.Policy, argparse.Namespace], Any] | None = None
+    add_flags: Callable[[Callable[..., None]], None] = lambda add: None
+    appendix: Callable[[dict[str, Any]], str] = lambda rows: ""
 
 
 def run(experiment: Experiment, argv: list[str] | None = None) -> None:
@@ -203,9 +214,9 @@ def make_parser(experiment: Experiment) -> argparse.ArgumentParser:
     def switch(flag: str, explanation: str) -> None:
         parser.add_argument(flag, help=explanation, action="store_true")
 
-    policies = ",".join(POLICIES)
+    policies = " ".join(experiment.policies)
     out = pathlib.Path("out", pathlib.Path(experiment.script).stem)
-    add("--policy", f"several, or repeat it (default: {policies})", action="append")
+    add("--policy", f"repeat it for several (default: {policies})", action="append")
     add("--steps", "batches", type=int, default=experiment.steps)
     add("--seed", "of weights and batches", type=int, default=0)
     add(
@@ -225,6 +236,7 @@ def make_parser(experiment: Experiment) -> argparse.ArgumentParser:
     switch("--resume", "go on from the newest checkpoints")
     switch("--convert", "with --resume: take checkpoints of another policy")
     switch("--full-eval-in-half", "also evaluate with everything in half precision")
+    experiment.add_flags(add)
     return parser
 
 
@@ -243,7 +255,7 @@ def read_flags(
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} counts steps: use 1 or more.")
     try:
-        names = split_names(args.policy or POLICIES)
+        names = split_names(args.policy or experiment.policies)
         args.policies = {name: jaxmp.get_policy(name) for name in names}
     except JaxmpError as error:
         parser.error(str(error))

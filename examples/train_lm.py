@@ -10,6 +10,7 @@ comes with every Python. Only `apply_policy` and `TrainState` are about precisio
 """
 
 import argparse
+import functools
 import pydoc_data.topics
 
 import flax.linen as nn
@@ -89,6 +90,7 @@ def reference_text(seed: int) -> str:
     return "\n\n".join(dict.fromkeys(pages.split("\n\n")))
 
 
+@functools.cache
 def load_text(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
     """The text as integers: training part, held-out last tenth, size of vocabulary."""
     characters, tokens = np.unique(list(reference_text(seed)), return_inverse=True)
@@ -127,8 +129,16 @@ def held_out_loss(model: nn.Module, params: dict, tokens: np.ndarray) -> float:
 
 def prepare(policy: jaxmp.Policy, args: argparse.Namespace) -> Training:
     """The model, the data and the step of one run, all made from the seed."""
-    text, held_out, vocabulary = load_text(args.seed)
-    model = jaxmp.apply_policy(GPT(vocabulary), policy)
+    return training_from(new_state(policy, args), policy, args)
+
+
+def make_model(policy: jaxmp.Policy, args: argparse.Namespace) -> nn.Module:
+    return jaxmp.apply_policy(GPT(load_text(args.seed)[2]), policy)
+
+
+def new_state(policy: jaxmp.Policy, args: argparse.Namespace) -> jaxmp.TrainState:
+    """The state before the first step."""
+    model = make_model(policy, args)
     learning_rate = optax.warmup_cosine_decay_schedule(
         0.0, LEARNING_RATE, args.steps // 10, args.steps, LEARNING_RATE / 10
     )
@@ -137,12 +147,20 @@ def prepare(policy: jaxmp.Policy, args: argparse.Namespace) -> Training:
     )
     example = jnp.zeros((1, CONTEXT), jnp.int32)
     params = model.init(jax.random.key(args.seed), example)["params"]
-    state = jaxmp.TrainState.create(
+    return jaxmp.TrainState.create(
         apply_fn=model.apply,
         params=params,
         tx=jaxmp.loss_scaling(optimizer, policy, growth_interval=args.growth_interval),
         policy=policy,
     )
+
+
+def training_from(
+    state: jaxmp.TrainState, policy: jaxmp.Policy, args: argparse.Namespace
+) -> Training:
+    """The run that begins with a state."""
+    text, held_out, _ = load_text(args.seed)
+    model = make_model(policy, args)
 
     def batch(step: int) -> Array:
         # A function of the seed and the step: a resumed run sees the same batches.

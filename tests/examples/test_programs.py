@@ -139,7 +139,8 @@ def test_digits_are_recognised_in_all_three_precisions(start, tmp_path):
 @pytest.mark.parametrize("example", [train_lm, train_digits])
 def test_half_precision_takes_less_memory_on_the_h100(example):
     args = runner.read_flags(example.EXPERIMENT, [])
-    memory = results.h100_memory(example.EXPERIMENT, args)
+    rows = results.compiled_rows(example.EXPERIMENT, args)
+    memory = {name: row.peak for name, row in rows.items()}
     assert list(memory) == ["float32", "mixed_float16", "mixed_bfloat16"]
     assert memory["mixed_float16"] < memory["float32"]
     assert memory["mixed_bfloat16"] < memory["float32"]

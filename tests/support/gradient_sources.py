@@ -90,7 +90,7 @@ def _of_equation(eqn: Eqn, position: int) -> Found:
     if name in ("scan", "while"):
         return _of_loop(eqn, position)
     inner = body(eqn)
-    if inner is None or name in CUSTOM_VJPS and len(eqn.outvars) == 0:
+    if inner is None or (name in CUSTOM_VJPS and len(eqn.outvars) == 0):
         return {}, set()
     return _sources(inner, (position,))
 
