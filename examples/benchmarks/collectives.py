@@ -5,13 +5,13 @@
     python examples/benchmarks/collectives.py --only fsdp --target h100:8
 
 XLA's own compilers for the H100 and the TPU v5e write the programs, and `jaxmp.report`
-counts in them: MiB that each device sends in a step. Nothing runs. The first table has a
-row for each case. The second compares the worst of them with the goals. A case takes 15
-seconds to compile; answers are kept on disk, so a second run is quick.
+counts in them: MiB that each device sends in a step. Nothing runs. The first table has
+a row for each case. The second compares the worst of them with the goals. A case takes
+15 seconds to compile; answers are kept on disk, so a second run is quick.
 
 The small model is a transformer of two layers, width 256, vocabulary 2048 and an untied
-head: 2.62 million weights. The tied model has width 512, vocabulary 8192 and a tied table.
-A batch is 32 x 256 tokens; the optimizer is AdamW behind a clip by the global norm.
+head: 2.62 million weights. The tied model has width 512, vocabulary 8192 and a tied
+table. A batch is 32 x 256 tokens; the optimizer is AdamW behind a clip by the norm.
 """
 
 import argparse

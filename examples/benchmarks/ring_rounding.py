@@ -2,9 +2,9 @@
 
     python examples/benchmarks/ring_rounding.py
 
-A ring is simulated: a partial sum goes from device to device, and each adds its own part
-and rounds. The parts are a gradient that all devices share plus noise of the same size,
-as batches give it. The figures are relative errors, by norm.
+A ring is simulated: a partial sum goes from device to device, and each adds its own
+part and rounds. The parts are a gradient that all devices share plus noise of the same
+size, as batches give it. The figures are relative errors, by norm.
 """
 
 import jax.numpy as jnp

@@ -1,7 +1,8 @@
 """What is measured on eight devices, and what it has to reach."""
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from models.transformers import SMALL, TIED
 from sharded_steps import Case
@@ -15,10 +16,12 @@ WRITTEN = tuple(written for written, _ in JAXMP)
 REDUCE = (None, "float32")
 
 
-def _every_way(layout: str, **fields: object) -> list[Case]:
+def _every_way(
+    layout: str, by_hand: Sequence[str] = ("linen",), **fields: Any
+) -> list[Case]:
     """By hand, and jaxmp's ways, each with both ways to reduce."""
-    by_hand = [Case(layout, written, "by hand", **fields) for written in WRITTEN]
-    return by_hand + [
+    hands = [Case(layout, written, "by hand", **fields) for written in by_hand]
+    return hands + [
         Case(layout, *way, reduce, **fields)
         for reduce, way in itertools.product(REDUCE, JAXMP)
     ]
@@ -32,21 +35,14 @@ def _one_reduction(layout: str, gather: str | None) -> list[Case]:
     ]
 
 
-def _in_linen(layout: str, **fields: object) -> list[Case]:
-    return [
-        Case(layout, "linen", "by hand", **fields),
-        *(Case(layout, "linen", "apply_policy", r, **fields) for r in REDUCE),
-    ]
-
-
 _TODAY = [
     Case(layout, "linen", "apply_policy", micro_batches=4)
     for layout in ("data parallel", "FSDP")
 ]
 
 SECTIONS: dict[str, list[Case]] = {
-    "fsdp": _every_way("FSDP"),
-    "tied": _every_way("FSDP", sizes=TIED),
+    "fsdp": _every_way("FSDP", WRITTEN),
+    "tied": _every_way("FSDP", WRITTEN, sizes=TIED),
     "data_parallel": _every_way("data parallel"),
     "tensor_parallel": _every_way("FSDP + TP"),
     "scan": _every_way("FSDP", sizes=SMALL._replace(scan=True)),

@@ -52,6 +52,7 @@ class Case(NamedTuple):
       data_axes: whether there is one reduction for all micro-batches.
       gather: how often weights are gathered then.
       sizes: of the model.
+      batch: sequences in a batch.
     """
 
     layout: str
@@ -62,6 +63,7 @@ class Case(NamedTuple):
     data_axes: bool = False
     gather: str | None = None
     sizes: Sizes = SMALL
+    batch: int = BATCH
 
     @property
     def model(self) -> str:
@@ -77,9 +79,9 @@ class Case(NamedTuple):
 
     @property
     def window(self) -> str:
-        """How the batch is cut, in words."""
+        """The batch and how it is cut, in words, unless it is the usual one."""
         if self.micro_batches is None:
-            return ""
+            return "" if self.batch == BATCH else f"{self.batch} x {LENGTH}"
         cut = f"{self.micro_batches} micro-batches"
         if not self.data_axes:
             return cut
@@ -118,21 +120,29 @@ def shardings_of(case: Case, params: Any) -> Any:
     """How the weights lie: rows over data, and columns over `model` if there is one.
 
     As in Megatron, what leads back into the residual stream is divided the other way
-    round, so that two matmuls need one sum of activations.
+    round, so that two matmuls need one sum of activations. A table, of which single
+    rows are read, is divided by rows only.
     """
     layout = LAYOUTS[case.layout]
     sizes, names = tuple(layout.mesh.values()), tuple(layout.mesh)
     mesh = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
-    columns = "model" if "model" in names else None
+
+    def entries(parts: set[str], ndim: int) -> tuple[Any, ...]:
+        if not layout.weights:
+            return ()
+        if "model" not in names:
+            return ("data", None)[:ndim]
+        if ndim == 1:
+            return (None,)
+        if "table" in parts:
+            return (names, None)
+        return ("model", "data") if {"o", "down"} & parts else ("data", "model")
 
     def sharding(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
-        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        axes = ["data", columns]
-        if {"o", "down"} & set(parts) and columns:
-            axes.reverse()
+        parts = set(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
         stacked = case.sizes.scan and "layers" in parts
-        axes = [None] * stacked + axes[: x.ndim - stacked]
-        return NamedSharding(mesh, PartitionSpec(*(axes if layout.weights else ())))
+        along = entries(parts, x.ndim - stacked)
+        return NamedSharding(mesh, PartitionSpec(*[None] * stacked, *along))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 
@@ -187,7 +197,7 @@ def sharded_step(case: Case) -> tuple[Any, ...]:
     everywhere = NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*lie, everywhere))
     tokens = jax.ShapeDtypeStruct(
-        (BATCH, LENGTH + 1),
+        (case.batch, LENGTH + 1),
         jnp.int32,
         sharding=NamedSharding(mesh, PartitionSpec("data")),
     )

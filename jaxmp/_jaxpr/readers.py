@@ -1,8 +1,11 @@
 """Which dtype the readers of a value want it in."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from jaxmp._jaxpr.calls import LOOPS, body, branches, loop
 from jaxmp._jaxpr.types import Eqn, Jaxpr
@@ -26,20 +29,22 @@ _MOVES = frozenset(
 """Operations that move the values of their first operand and compute nothing."""
 
 
-def only_dtype_read(jaxpr: Jaxpr, variable: Any) -> Any:
-    """The one dtype that every reader of a variable casts it to.
+def only_dtypes_read(jaxpr: Jaxpr, variables: Sequence[Any]) -> list[Any]:
+    """For each of some inputs, the one dtype that every reader casts it to.
 
     Args:
-      jaxpr: the program; calls in it are entered.
-      variable: an input of it.
+      jaxpr: the program; calls in it are entered. What nothing needs does not read.
+      variables: inputs of it.
 
     Returns:
-      A dtype, or None if a reader takes the value as it is, if dtypes differ, or if
-      nothing reads it.
+      A dtype for each, or None if a reader takes the value as it is, if dtypes differ,
+      or if nothing reads it.
     """
-    read = _reads(open_jaxpr(jaxpr), variable)
-    dtypes = {None} if read.returned else read.dtypes
-    return next(iter(dtypes)) if len(dtypes) == 1 else None
+    opened = open_jaxpr(jaxpr)
+    needed, _ = partial_eval.dce_jaxpr(opened, [True] * len(opened.outvars), True)
+    found = [_reads(needed, variable) for variable in variables]
+    dtypes = [{None} if read.returned else read.dtypes for read in found]
+    return [next(iter(one)) if len(one) == 1 else None for one in dtypes]
 
 
 class _Reads(NamedTuple):
@@ -81,7 +86,7 @@ def _read_by(eqn: Eqn, place: int) -> tuple[set[Any], list[Any]]:
         return set(), [eqn.outvars[place]]
     if name in _MOVES:
         return (set(), list(eqn.outvars)) if place == 0 else ({None}, [])
-    called = None if name in LOOPS else body(eqn)
+    called = None if name in LOOPS else _called(eqn)
     if called is not None:
         opened = open_jaxpr(called)
         read = _reads(opened, opened.invars[place])
@@ -99,3 +104,11 @@ def _read_by(eqn: Eqn, place: int) -> tuple[set[Any], list[Any]]:
     found = [_reads(jaxpr, jaxpr.invars[i]) for jaxpr, i in opened]
     dtypes = set().union(*(read.dtypes for read in found))
     return (dtypes | {None} if any(read.returned for read in found) else dtypes), []
+
+
+def _called(eqn: Eqn) -> Jaxpr | None:
+    """The body of a call; of two ways to do it, the one for several devices."""
+    for_many = eqn.params.get("many")
+    if for_many is None:
+        return body(eqn)
+    return jax.make_jaxpr(for_many)(*(v.aval for v in eqn.invars))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmp._jaxpr.execution import as_function
 from jaxmp._jaxpr.meshes import with_batched_constraints
-from jaxmp._jaxpr.readers import only_dtype_read
+from jaxmp._jaxpr.readers import only_dtypes_read
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.errors import CollectiveInLoss, DataAxesError, JaxmpError
 from jaxmp.loss_scale import _sums
@@ -87,7 +87,8 @@ def trace_part(
         opened = open_jaxpr(traced)
         places = [*sorted(whole), *sorted(micro_batch)]  # the order of their leaves
         inputs = dict(zip(places, opened.invars, strict=True))
-        known["read"] = {i: only_dtype_read(traced, inputs[i]) for i in whole}
+        read = only_dtypes_read(traced, [inputs[i] for i in whole])
+        known["read"] = dict(zip(whole, read, strict=True))
         made = jax.tree.unflatten(jax.tree.structure(form), opened.outvars)
         unchanged = [i for i, v in made.changed.items() if v is inputs.get(i)]
         run = traced if axes is None else with_batched_constraints(traced, axes.names)

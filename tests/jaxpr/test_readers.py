@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmp._jaxpr.readers import only_dtype_read
+from jaxmp._jaxpr.readers import only_dtypes_read
 from jaxmp._jaxpr.versions import open_jaxpr
 
 HALF = jnp.bfloat16
@@ -53,7 +53,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("case", FOUND)
-def test_only_dtype_read(case):
+def test_only_dtypes_read(case):
     fun, expected = FOUND[case]
     jaxpr = jax.make_jaxpr(fun)(jnp.ones((4, 4)))
-    assert only_dtype_read(jaxpr, open_jaxpr(jaxpr).invars[0]) == expected
+    assert only_dtypes_read(jaxpr, open_jaxpr(jaxpr).invars[:1]) == [expected]

@@ -62,6 +62,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
 
 
 class LinenBlock(nn.Module):
+    """A layer in linen."""
+
     sizes: Sizes
     dtype: Any = None
 
@@ -79,6 +81,8 @@ class LinenBlock(nn.Module):
 
 
 class LinenTransformer(nn.Module):
+    """The transformer in linen."""
+
     sizes: Sizes
     dtype: Any = None
 
@@ -102,9 +106,7 @@ class LinenTransformer(nn.Module):
         x = nn.LayerNorm(use_bias=False, dtype=self.dtype, name="norm")(x)
         if sizes.tied:
             return table.attend(x)
-        head = nn.Dense(
-            sizes.vocabulary, use_bias=False, dtype=self.dtype, name="head"
-        )
+        head = nn.Dense(sizes.vocabulary, use_bias=False, dtype=self.dtype, name="head")
         return head(x)
 
 
@@ -122,6 +124,8 @@ def linen(
 
 
 class NnxBlock(nnx.Module):
+    """A layer in nnx."""
+
     def __init__(self, sizes: Sizes, dtype: Any, rngs: nnx.Rngs):
         width, self.heads = sizes.width, sizes.heads
         dense = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
@@ -137,15 +141,15 @@ class NnxBlock(nnx.Module):
 
 
 class NnxTransformer(nnx.Module):
+    """The transformer in nnx."""
+
     def __init__(self, sizes: Sizes, dtype: Any, rngs: nnx.Rngs):
         self.sizes = sizes
         words, width = sizes.vocabulary, sizes.width
         self.table = nnx.Embed(words, width, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(width, use_bias=False, dtype=dtype, rngs=rngs)
         if not sizes.tied:
-            self.head = nnx.Linear(
-                width, words, use_bias=False, dtype=dtype, rngs=rngs
-            )
+            self.head = nnx.Linear(width, words, use_bias=False, dtype=dtype, rngs=rngs)
         if sizes.scan:
 
             @nnx.split_rngs(splits=sizes.layers)
@@ -201,7 +205,7 @@ def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def plain(sizes: Sizes, dtype: Any = None) -> Model:
-    """The transformer as functions of a dictionary; by hand, weights are cast at use."""
+    """The transformer as functions of a dictionary; `dtype` casts weights at use."""
     width, words = sizes.width, sizes.vocabulary
     matrices = dict.fromkeys("qkvo", (width, width))
     matrices |= {"up": (width, 4 * width), "down": (4 * width, width)}
