@@ -188,7 +188,7 @@ def in_nnx(
     graph, params = nnx.split(under(module))
 
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params)(tokens)
+        return nnx.merge(graph, params, copy=True)(tokens)
 
     return Model(params, apply)
 
