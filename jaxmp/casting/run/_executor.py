@@ -168,6 +168,8 @@ class Executor:
         """Binds an equation that is not a call to operands in their dtypes."""
         eqn = plan.eqn
         if _is_done_cast(eqn, params, operands):
+            if not is_literal(eqn.invars[0]):
+                env.copies.note_cast(eqn, operands[0], env.get(eqn.invars[0]))
             return list(operands)
         if copy := env.copies.claim_cast(eqn):
             return copy

@@ -23,6 +23,7 @@ class HalfCopies:
         self._copies: dict[tuple[Var, np.dtype], Any] = {}
         self._claimed: set[tuple[Var, np.dtype]] = set()
         self._casts: set[Var] = set()
+        self._stored: dict[Var, Var] = {}
         self._transposed: dict[Var, Var] = {}
 
     def make(self, atom: Atom, dtype: np.dtype, cast: Callable[[], Any]) -> Any:
@@ -55,11 +56,27 @@ class HalfCopies:
         self._casts.add(eqn.outvars[0])
         return [copy]
 
+    def note_cast(self, eqn: Eqn, operand: Any, stored: Any) -> None:
+        """Remembers a cast of the program's that a matrix with a copy passed unchanged.
+
+        Args:
+          eqn: the cast.
+          operand: what it read: a copy, or the matrix as it is stored.
+          stored: the matrix.
+        """
+        (source,), (result,) = eqn.invars, eqn.outvars
+        copies = [copy for (v, _), copy in self._copies.items() if v is source]
+        if any(copy is operand for copy in copies):
+            self._casts.add(result)
+        elif copies and operand is stored:
+            self._stored[result] = source
+
     def note_transpose(self, eqn: Eqn) -> None:
         """Remembers the transpose of a matrix that has a copy."""
         if not self._copies or eqn.primitive.name != "transpose":
             return
         (source,), (result,) = eqn.invars, eqn.outvars
+        source = self._stored.get(source, source)
         has_copy = source in self._casts or any(v is source for v, _ in self._copies)
         if has_copy and tuple(eqn.params["permutation"]) == (1, 0):
             self._transposed[result] = source
