@@ -3,6 +3,7 @@
     pip install 'jaxmp[targets]'
     python examples/benchmarks/collectives.py
     python examples/benchmarks/collectives.py --only fsdp --target h100:8
+    python examples/benchmarks/collectives.py --write docs/distributed.md
 
 XLA's own compilers for the H100 and the TPU v5e write the programs, and `jaxmp.report`
 counts in them: MiB that each device sends in a step. Nothing runs. The first table has
@@ -18,7 +19,7 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from page import MIB, markdown_table
+from page import MIB, markdown_table, write_section
 from ring_rounding import rounding_table
 from sharded_cases import GOALS, SECTIONS, Goal
 from sharded_steps import Case, sharded_step
@@ -124,6 +125,46 @@ def goal_table(rows: Measured, targets: Sequence[str]) -> str:
     return markdown_table(columns, body)
 
 
+NAMES = {
+    "fsdp": "FSDP",
+    "tied": "FSDP, the tied model",
+    "scan": "FSDP, layers in a loop",
+    "remat": "FSDP, layers computed again",
+    "data_parallel": "data parallel",
+    "tensor_parallel": "FSDP + TP, 4 x 2",
+}
+"""What the page calls the sections that compare the ways."""
+
+
+def traffic_table(rows: Measured) -> str:
+    """MiB by hand, by default and with `reduce=float32`, each its worst case."""
+    body = []
+    for section, name in NAMES.items():
+        cells = []
+        for target in TARGETS:
+            by_hand, default, wide = [], [], []
+            for case in SECTIONS[section]:
+                kind = by_hand if case.way == "by hand" else default
+                (wide if case.reduce else kind).append(wire(rows[case, target]))
+            cells += [f"{max(found):.1f}" for found in (by_hand, default, wide)]
+        body.append([name, *cells])
+    ways = ("by hand", "jaxmp", "reduce=float32")
+    columns = [f"{target.split(':')[0]}, {way}" for target in TARGETS for way in ways]
+    return markdown_table(["layout", *columns], body)
+
+
+def accumulation_table(rows: Measured) -> str:
+    """MiB of a step of four micro-batches, for each target."""
+    body = []
+    for case in SECTIONS["accumulation"]:
+        how = "micro_batches=4" + (', data_axes="data"' if case.data_axes else "")
+        how += f', gather="{case.gather}"' if case.gather else ""
+        cells = [f"{wire(rows[case, target]):.1f}" for target in TARGETS]
+        body.append([case.layout, f"`{how}`", case.reduce or "bfloat16", *cells])
+    columns = ["layout", "value_and_grad with", "reduced in", *TARGETS]
+    return markdown_table(columns, body)
+
+
 def chosen(only: Sequence[str]) -> list[Case]:
     """The cases of some sections, or of all."""
     return [case for name in only or SECTIONS for case in SECTIONS[name]]
@@ -139,7 +180,14 @@ def main() -> None:
         help="what to print; by default everything",
     )
     parser.add_argument("--target", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--write", metavar="PAGE", help="write the page's tables")
     arguments = parser.parse_args()
+    if arguments.write:
+        rows = measure(chosen([]), TARGETS, progress=True)
+        write_section(arguments.write, "rounding", rounding_table())
+        write_section(arguments.write, "traffic", traffic_table(rows))
+        write_section(arguments.write, "accumulation", accumulation_table(rows))
+        return
     if not arguments.only or "rounding" in arguments.only:
         print(f"Relative error of a sum over devices\n\n{rounding_table()}\n")
     sections = [name for name in arguments.only if name != "rounding"]

@@ -14,7 +14,7 @@ needs besides, and whether it fits. Their answers are kept on disk.
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from models.llama import Llama
-from page import GIB, markdown_table
+from page import GIB, markdown_table, write_section
 from sharded_steps import laid_out
 
 import jaxmp
@@ -58,6 +58,16 @@ SETUPS = {
     ),
 }
 LAYOUTS = ("replicated", "ZeRO-1", "FSDP")
+KEY_CASES = tuple(
+    (setup, layout)
+    for setup in (
+        "AdamW in float32",
+        "master weights",
+        "split master weights, half moments",
+    )
+    for layout in LAYOUTS
+)
+"""What `--write` compiles."""
 
 
 class Case(NamedTuple):
@@ -150,14 +160,12 @@ def stored_table() -> str:
     return markdown_table(["optimizer", "layout", *columns], body)
 
 
-def compiled_table(cases: Sequence[tuple[str, str]], targets: Sequence[str]) -> str:
+def compiled_table(cases: Iterable[tuple[str, str]], targets: Iterable[str]) -> str:
     """A step per device, as the compilers plan it."""
     body = []
     for target in targets:
-        named = {
-            f"{setup}, {layout}": Case(setup, layout, TARGETS[target])
-            for setup, layout in cases
-        }
+        here = [Case(*case, TARGETS[target]) for case in cases]
+        named = {str(case): case for case in here}
         report = compile_step_of(
             lambda name, named=named: step_of(named[name]),
             policies=list(named),
@@ -181,7 +189,13 @@ def main() -> None:
     parser.add_argument("--optimizer", nargs="+", default=SETUPS, choices=SETUPS)
     parser.add_argument("--layout", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--target", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--write", metavar="PAGE", help="write the page's tables")
     arguments = parser.parse_args()
+    if arguments.write:
+        write_section(arguments.write, "stored", stored_table())
+        table = compiled_table(KEY_CASES, TARGETS)
+        write_section(arguments.write, "compiled", table)
+        return
     print(f"Weights and optimizer state on each device\n\n{stored_table()}")
     if arguments.compile:
         cases = list(itertools.product(arguments.optimizer, arguments.layout))
