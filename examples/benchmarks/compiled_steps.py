@@ -132,10 +132,14 @@ def abstract_step(model: str, way: str) -> tuple[Any, Any, Any]:
 
 def gpt2_small(policy: str) -> tuple[Any, ...]:
     """The same for `python -m jaxmp`: float32, or autocast under a mixed policy."""
-    half = policy.removeprefix("mixed_")
-    way = FLOAT32 if policy == FLOAT32 else f"{half} autocast"
-    step, *arguments = abstract_step("GPT-2 small", way)
-    return jax.jit(step, donate_argnums=0), *arguments
+    job, given = JOBS["GPT-2 small"], jaxmp.get_policy(policy)
+    if given.compute_dtype == jnp.float32:
+        training = ways.plain(job)
+    else:
+        reduce = given.reduce_dtype
+        training = AUTOCAST(job, given.compute_dtype, reduce_dtype=reduce)
+    step = jax.jit(training.step, donate_argnums=0)
+    return step, *abstract_arguments(training, job)
 
 
 def row(model: str, way: str, target: str, *, only_stored: bool = False) -> Row | None:

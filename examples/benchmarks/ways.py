@@ -229,6 +229,7 @@ def with_jaxmp(
     optimizer: Callable[..., Any] = lambda inner: inner,
     param_dtype: Any = jnp.float32,
     init_scale: float = INIT_SCALE,
+    reduce_dtype: Any = None,
     **options: Any,
 ) -> Training:
     """jaxmp's `autocast` or `apply_policy`, and its loss scale.
@@ -240,9 +241,10 @@ def with_jaxmp(
       optimizer: wraps the job's own.
       param_dtype: what parameters are stored in.
       init_scale: the first loss scale, for float16.
+      reduce_dtype: dtype in which gradients of weights leave their matmuls.
       **options: of `autocast` or `apply_policy`.
     """
-    policy = jaxmp.Policy(param_dtype, dtype, jnp.float32)
+    policy = jaxmp.Policy(param_dtype, dtype, jnp.float32, reduce_dtype=reduce_dtype)
     tx = jaxmp.loss_scaling(optimizer(job.optimizer), policy, init_scale=init_scale)
     model, loss_fn = under_policy(job, policy, autocast=autocast, **options)
     differentiated = jaxmp.value_and_grad(loss_fn, has_aux=True)

@@ -34,7 +34,7 @@ def rows(tmp_path_factory):
 
 
 def sent(row, *kinds):
-    """Dtypes of what a step sends in some kinds of collectives, single numbers aside."""
+    """Dtypes of what a step sends in some collectives, single numbers aside."""
     return {
         one.dtype
         for one in row.contents.collectives
