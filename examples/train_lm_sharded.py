@@ -34,6 +34,7 @@ POLICIES = (
     "mixed_float16",
 )
 TARGET_DEVICES = 8
+LEAST_SHOWN = 0.05 * 2**20  # bytes
 AUTO = (AxisType.Auto,)
 HOST_DEVICES = "--xla_force_host_platform_device_count"
 
@@ -62,12 +63,12 @@ def shardings_of(state: jaxmp.TrainState, mesh: Any, layout: str) -> jaxmp.Train
         return jax.tree.map(lambda x: whole, state)
 
     def divided(x: Any) -> NamedSharding:
-        axes: list[str | None] = [None] * x.ndim
-        for axis in np.argsort([-size for size in x.shape], kind="stable"):
-            if x.shape[axis] % mesh.size == 0:
-                axes[axis] = "data"
-                break
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        # Not along the last axis: activations would be divided like it, not by rows.
+        fits = (i for i, size in enumerate(x.shape[:-1]) if size % mesh.size == 0)
+        axis = next(fits, None)
+        if axis is None:
+            return whole
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
     is_divided = layout == "fsdp"
     weights = jax.tree.map(divided if is_divided else lambda x: whole, state.params)
@@ -125,10 +126,12 @@ def collectives(rows: dict[str, Any]) -> str:
         found = row.contents.collectives if row.contents else ()
         yield f"sent by each of {TARGET_DEVICES} H100s in a step", name
         for kind in ("all-gather", "reduce-scatter", "all-reduce"):
-            sent = dict.fromkeys(one.dtype for one in found if one.kind == kind)
+            dtypes = dict.fromkeys(one.dtype for one in found if one.kind == kind)
+            sent = {dtype: wire_of(found, kind, dtype) for dtype in dtypes}
             parts = [
-                f"{dtype} {results.show_bytes(wire_of(found, kind, dtype))}"
-                for dtype in sent
+                f"{dtype} {results.show_bytes(wire)}"
+                for dtype, wire in sent.items()
+                if wire >= LEAST_SHOWN
             ]
             yield kind, " + ".join(parts) or "none"
         yield "in all", results.show_bytes(sum(one.wire for one in found))

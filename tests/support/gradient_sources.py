@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxmp._jaxpr.atoms import is_literal
-from jaxmp._jaxpr.calls import CUSTOM_VJPS, body, branches, loop
+from jaxmp._jaxpr.calls import body, branches, loop
 from jaxmp._jaxpr.primitives import ADDS, CAST, LAYOUT, MATMULS
 from jaxmp._jaxpr.types import Eqn, Jaxpr, Var
 from jaxmp._jaxpr.versions import open_jaxpr
@@ -90,7 +90,7 @@ def _of_equation(eqn: Eqn, position: int) -> Found:
     if name in ("scan", "while"):
         return _of_loop(eqn, position)
     inner = body(eqn)
-    if inner is None or (name in CUSTOM_VJPS and len(eqn.outvars) == 0):
+    if inner is None:
         return {}, set()
     return _sources(inner, (position,))
 

@@ -27,10 +27,20 @@ _MOVES = (LAYOUT | ADDS | COLLECTIVES - {"pmax", "pmin"}) | {
 }
 
 
-def weight_gradients(jaxpr: Jaxpr) -> frozenset[int]:
-    """The ids of the matmuls that make the gradients of weights, in calls too."""
+def weight_gradients(
+    jaxpr: Jaxpr, of_weights: Sequence[bool] | None = None
+) -> frozenset[int]:
+    """The ids of the matmuls that make the gradients of weights, in calls too.
+
+    Args:
+      jaxpr: of a function that differentiates itself; or of a backward pass, if
+        `of_weights` is given.
+      of_weights: whether each of the results is the gradient of a weight.
+    """
     search = _Search()
-    search.inputs(jaxpr, [True] * len(open_jaxpr(jaxpr).outvars), False)
+    in_backward = of_weights is not None
+    outs = of_weights or [True] * len(open_jaxpr(jaxpr).outvars)
+    search.inputs(jaxpr, outs, in_backward)
     return frozenset(key for key, is_one in search.found.items() if is_one)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
-from jaxmp._jaxpr.calls import JITS, body
+from jaxmp._jaxpr.calls import CUSTOM_VJPS, JITS, body
 from jaxmp._jaxpr.primitives import CAST, LAYOUT, MATMULS, SUMS_INTO
 from jaxmp._jaxpr.types import Atom, Eqn, Var
 from jaxmp._jaxpr.versions import open_jaxpr
@@ -78,6 +78,12 @@ class Weights:
           is_half: whether weights get their gradients in half there.
         """
         eqn = plan.eqn
+        if eqn.primitive.name in CUSTOM_VJPS and plan.call is not None:
+            # Its own rule makes the gradients, in the dtype of the operand.
+            weights = [] if is_half else self._among(eqn, states)
+            weights = [i for i in weights if castable_dtype(eqn.invars[i]) == FLOAT32]
+            call = dataclasses.replace(plan.call, weights=tuple(weights))
+            plan = dataclasses.replace(plan, call=call)
         if eqn.primitive.name not in MATMULS:
             makes = _holds(eqn, _LOOKUPS) or any(
                 map(self._is_activation, eqn.invars, states)
@@ -85,17 +91,21 @@ class Weights:
             self._activations.update(eqn.outvars if makes else ())
             return plan
         self._activations.update(eqn.outvars)
-        found = tuple(
-            i
-            for i in (0, 1)
-            if plan.in_dtypes[i] in HALF
-            and self.is_from_outside(eqn.invars[i])
-            and getattr(states[i], "kind", None) in (Kind.NEUTRAL, Kind.WEIGHT)
-        )
+        weights = self._among(eqn, states)
+        found = tuple(i for i in weights if i < 2 and plan.in_dtypes[i] in HALF)
         if is_half or not found:
             return plan
         reason = f"{plan.reason}; {_REDUCED}"
         return dataclasses.replace(plan, weights=found, reason=reason)
+
+    def _among(self, eqn: Eqn, states: States) -> list[int]:
+        """The positions of the operands that are weights."""
+        return [
+            i
+            for i, (v, state) in enumerate(zip(eqn.invars, states, strict=True))
+            if self.is_from_outside(v)
+            and getattr(state, "kind", None) in (Kind.NEUTRAL, Kind.WEIGHT)
+        ]
 
     def is_from_outside(self, atom: Atom) -> bool:
         """Whether nothing was computed from activations to make a value."""

@@ -30,11 +30,17 @@ from jaxmp.errors import AutocastError
 
 @dataclasses.dataclass
 class _CustomCall:
-    """The plan of the primal, and what is needed to plan its rule when asked."""
+    """The plan of the primal, and what is needed to plan its rule when asked.
+
+    Attributes:
+      weights: positions of the operands that are weights, and get their gradients in
+        float32.
+    """
 
     primal: JaxprPlan
     planner: Planner
     context: Context
+    weights: tuple[int, ...] = ()
 
 
 class _CustomRule(SingleBodyRule):

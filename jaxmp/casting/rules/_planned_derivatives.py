@@ -20,6 +20,7 @@ from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
 from jaxmp.casting.plan.states import NEUTRAL, State
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
+from jaxmp.casting.planner._weight_gradients import weight_gradients
 from jaxmp.casting.run._executor import Executor, cast
 
 
@@ -214,6 +215,9 @@ class PlannedVJP(_PlannedRule):
             for s in (operand_states[i] for i in original.varied)
         ]
         context = call.context._replace(in_backward=True)
+        if call.weights:
+            of_weights = [i in call.weights for i in original.varied]
+            call.planner.weight_gradients |= weight_gradients(jaxpr, of_weights)
         rule = call.planner.plan(jaxpr, in_states, wants, context, jaxpr.consts)
         return jaxpr, rule
 
