@@ -18,6 +18,10 @@ from jaxmp._jaxpr.versions import open_jaxpr
 MOVES = (LAYOUT | ADDS | {CAST, "pad", "concatenate", "dynamic_update_slice"}) | {
     "dynamic_slice",
     "split",
+    "stack",
+    "unstack",
+    "neg",
+    "cpu_barrier",
     "optimization_barrier",
     "sum_apart",
     "psum",
@@ -81,6 +85,8 @@ def _of_equation(eqn: Eqn, position: int) -> Found:
         return {}, set(range(len(eqn.invars)))
     if name == "reduce_sum" and eqn.invars[0].aval.size == eqn.outvars[0].aval.size:
         return {}, {0}
+    if name in ("mul", "div") and any(map(is_literal, eqn.invars)):
+        return {}, {0, 1}
     if name in PICKED:
         return {}, set(range(1, len(eqn.invars)))
     if name == "cond":

@@ -22,8 +22,11 @@ _MOVES = (LAYOUT | ADDS | COLLECTIVES - {"pmax", "pmin"}) | {
     "dynamic_slice",
     "dynamic_update_slice",
     "select_n",
+    "neg",
     "split",
+    "stack",
     "sum_apart",
+    "unstack",
 }
 
 
@@ -82,8 +85,8 @@ class _Search:
             self.found[id(eqn)] = self.found.get(id(eqn), True) and results[0]
         elif name in _MOVES:
             return [all(results)] * len(eqn.invars)
-        elif name == "reduce_sum" and _is_move(eqn):
-            return results
+        elif _is_move(eqn):
+            return [results[0]] * len(eqn.invars)
         elif name == "scan":
             return self.scan(eqn, results)
         elif name == "cond":
@@ -107,5 +110,8 @@ class _Search:
 
 
 def _is_move(eqn: Eqn) -> bool:
-    """Whether a sum is over axes of length 1, as the gradient of a new axis is."""
-    return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+    """Whether a sum is over axes of length 1, or a factor a number of the program's."""
+    name = eqn.primitive.name
+    if name == "reduce_sum":
+        return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+    return name in ("mul", "div") and any(map(is_literal, eqn.invars))

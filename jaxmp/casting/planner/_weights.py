@@ -23,7 +23,7 @@ from jaxmp.casting.planner._outcomes import Outcomes, States
 
 _REDUCED = "gradients of weights leave it in float32"
 _LOOKUPS = frozenset(("gather",))
-_MOVES = LAYOUT | {"dynamic_slice", "split"}
+_MOVES = LAYOUT | {"dynamic_slice", "split", "unstack"}
 
 
 class Weights:
