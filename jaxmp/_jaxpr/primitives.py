@@ -24,14 +24,10 @@ COLLECTIVES = frozenset(
     ]
 )
 """Communications between devices."""
-GATHERS = frozenset(
-    (
-        "all_gather",
-        "all_gather_invariant",
-        "all_gather_reduced",
-        "reshard",
-        "sharding_constraint",
-    )
+PLACEMENTS = frozenset(("reshard", "sharding_constraint"))
+"""They say where an array is to live; a gradient is not summed there."""
+GATHERS = PLACEMENTS | frozenset(
+    ("all_gather", "all_gather_invariant", "all_gather_reduced")
 )
 """They may bring a divided array together on every device; no value changes."""
 REDUCES = frozenset(("reduce_sum", "reduce_max", "reduce_min", "psum", "pmax"))

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmp._jaxpr.atoms import is_literal
 from jaxmp._jaxpr.execution import bind
-from jaxmp._jaxpr.primitives import GATHERS
+from jaxmp._jaxpr.primitives import GATHERS, PLACEMENTS
 from jaxmp._jaxpr.types import Array, Atom, Eqn, Var
 from jaxmp._tree import HALF
 from jaxmp.casting.plan.plan import EqnPlan
@@ -54,8 +54,12 @@ class Values:
     def gather(self, eqn: Eqn, dtype: np.dtype) -> Any:
         """Brings a weight together that is divided among devices, in half.
 
-        Its gradient goes back in the dtype of the weight.
+        Where its gradient is added up on the way back, that is done in the dtype of the
+        weight.
         """
+        weight = eqn.invars[0]
+        if eqn.primitive.name in PLACEMENTS:
+            return bind(eqn, [self.read(weight, dtype)])[0]
 
         def value(half: Array, stored: Array) -> Array:
             return bind(eqn, [half])[0]
@@ -63,7 +67,6 @@ class Values:
         def tangent(tangent: Array, stored: Array) -> Array:
             return bind(eqn, [tangent])[0]
 
-        weight = eqn.invars[0]
         return of_stored(value, tangent, self.half(weight, dtype), self.get(weight))
 
     def get(self, atom: Atom) -> Any:
