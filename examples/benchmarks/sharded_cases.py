@@ -1,7 +1,6 @@
 """What is measured on eight devices, and what it has to reach."""
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from models.transformers import SMALL, TIED
@@ -16,14 +15,20 @@ WRITTEN = tuple(written for written, _ in JAXMP)
 REDUCE = (None, "float32")
 
 
-def _every_way(
-    layout: str, by_hand: Sequence[str] = ("linen",), **fields: Any
-) -> list[Case]:
-    """By hand, and jaxmp's ways, each with both ways to reduce."""
-    hands = [Case(layout, written, "by hand", **fields) for written in by_hand]
+def _every_way(**fields: Any) -> list[Case]:
+    """FSDP by hand, and in jaxmp's ways, each with both ways to reduce."""
+    hands = [Case("FSDP", written, "by hand", **fields) for written in WRITTEN]
     return hands + [
-        Case(layout, *way, reduce, **fields)
+        Case("FSDP", *way, reduce, **fields)
         for reduce, way in itertools.product(REDUCE, JAXMP)
+    ]
+
+
+def _in_linen(layout: str, **fields: Any) -> list[Case]:
+    """By hand, and under a policy with both ways to reduce."""
+    return [
+        Case(layout, "linen", "by hand", **fields),
+        *(Case(layout, "linen", "apply_policy", r, **fields) for r in REDUCE),
     ]
 
 
@@ -41,12 +46,12 @@ _TODAY = [
 ]
 
 SECTIONS: dict[str, list[Case]] = {
-    "fsdp": _every_way("FSDP", WRITTEN),
-    "tied": _every_way("FSDP", WRITTEN, sizes=TIED),
-    "data_parallel": _every_way("data parallel"),
-    "tensor_parallel": _every_way("FSDP + TP"),
-    "scan": _every_way("FSDP", sizes=SMALL._replace(scan=True)),
-    "remat": _every_way("FSDP", sizes=SMALL._replace(remat=True)),
+    "fsdp": _every_way(),
+    "tied": _every_way(sizes=TIED),
+    "data_parallel": _in_linen("data parallel"),
+    "tensor_parallel": _in_linen("FSDP + TP"),
+    "scan": _in_linen("FSDP", sizes=SMALL._replace(scan=True)),
+    "remat": _in_linen("FSDP", sizes=SMALL._replace(remat=True)),
     "accumulation": [
         *_TODAY,
         *_one_reduction("data parallel", None),

@@ -92,15 +92,27 @@ class Case(NamedTuple):
         return ", ".join(filter(None, (*parts, self.window)))
 
 
+def mesh_of(layout: Layout) -> AbstractMesh:
+    """The mesh of a layout, without devices."""
+    names = tuple(layout.mesh)
+    kinds = (AxisType.Auto,) * len(names)
+    return AbstractMesh(tuple(layout.mesh.values()), names, axis_types=kinds)
+
+
 def written_down(case: Case) -> Model:
     """The model of a case, with dtypes by hand, under a policy, or without either."""
     write: Callable[..., Model] = WRITTEN[case.written]
+    sizes = case.sizes
+    if sizes.scan:
+        # XLA would rather divide the stream by columns, as the weights of a loop are.
+        rows = NamedSharding(mesh_of(LAYOUTS[case.layout]), PartitionSpec("data"))
+        sizes = sizes._replace(place=rows)
     if case.way == "by hand":
-        return write(case.sizes, HALF)
+        return write(sizes, HALF)
     if case.way == "apply_policy":
         under = functools.partial(jaxmp.apply_policy, policy=case.policy)
-        return write(case.sizes, under=under)
-    return write(case.sizes)
+        return write(sizes, under=under)
+    return write(sizes)
 
 
 def loss_function(case: Case, model: Model) -> Callable[[Any, jax.Array], jax.Array]:
@@ -124,8 +136,7 @@ def shardings_of(case: Case, params: Any) -> Any:
     rows are read, is divided by rows only.
     """
     layout = LAYOUTS[case.layout]
-    sizes, names = tuple(layout.mesh.values()), tuple(layout.mesh)
-    mesh = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    mesh, names = mesh_of(layout), tuple(layout.mesh)
 
     def entries(parts: set[str], ndim: int) -> tuple[Any, ...]:
         if not layout.weights:

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import with_sharding_constraint
+from jax.sharding import NamedSharding
 
 
 class Sizes(NamedTuple):
@@ -25,6 +27,7 @@ class Sizes(NamedTuple):
       tied: whether the logits are made by the table that is looked up.
       scan: whether the layers are one layer in a loop.
       remat: whether each layer is computed again in the backward pass.
+      place: where each layer's input lies, for compilers that would move it elsewhere.
     """
 
     width: int
@@ -34,6 +37,11 @@ class Sizes(NamedTuple):
     tied: bool = False
     scan: bool = False
     remat: bool = False
+    place: NamedSharding | None = None
+
+    def placed(self, x: jax.Array) -> jax.Array:
+        """A layer's input where it shall lie."""
+        return x if self.place is None else with_sharding_constraint(x, self.place)
 
 
 SMALL = Sizes(width=256, vocabulary=2048, heads=4)
@@ -72,6 +80,7 @@ class LinenBlock(nn.Module):
         width = self.sizes.width
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         norm = functools.partial(nn.LayerNorm, use_bias=False, dtype=self.dtype)
+        x = self.sizes.placed(x)
         h = norm()(x)
         q, k, v = (dense(width, name=name)(h) for name in "qkv")
         x = x + dense(width, name="o")(attend(q, k, v, self.sizes.heads))
@@ -127,7 +136,7 @@ class NnxBlock(nnx.Module):
     """A layer in nnx."""
 
     def __init__(self, sizes: Sizes, dtype: Any, rngs: nnx.Rngs):
-        width, self.heads = sizes.width, sizes.heads
+        self.sizes, width = sizes, sizes.width
         dense = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
         norm = functools.partial(nnx.LayerNorm, use_bias=False, dtype=dtype, rngs=rngs)
         self.q, self.k, self.v, self.o = (dense(width, width) for _ in "qkvo")
@@ -135,8 +144,9 @@ class NnxBlock(nnx.Module):
         self.norm_1, self.norm_2 = norm(width), norm(width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.sizes.placed(x)
         h = self.norm_1(x)
-        x = x + self.o(attend(self.q(h), self.k(h), self.v(h), self.heads))
+        x = x + self.o(attend(self.q(h), self.k(h), self.v(h), self.sizes.heads))
         return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
 
 
@@ -222,6 +232,7 @@ def plain(sizes: Sizes, dtype: Any = None) -> Model:
         return w if dtype is None else w.astype(dtype)
 
     def block(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
+        x = sizes.placed(x)
         h = norm(x, w["norm_1"])
         q, k, v = (h @ half(w[name]) for name in "qkv")
         x = x + attend(q, k, v, sizes.heads) @ half(w["o"])
