@@ -47,12 +47,6 @@ def only_dtypes_read(jaxpr: Jaxpr, variables: Sequence[Any]) -> list[Any]:
     return [next(iter(one)) if len(one) == 1 else None for one in dtypes]
 
 
-def without_unneeded(jaxpr: Jaxpr) -> Jaxpr:
-    """The jaxpr without what no result needs; its inputs stay, and are the same."""
-    opened = open_jaxpr(jaxpr)
-    return partial_eval.dce_jaxpr(opened, [True] * len(opened.outvars), True)[0]
-
-
 class _Reads(NamedTuple):
     """What becomes of a variable.
 
