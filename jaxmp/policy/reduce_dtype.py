@@ -56,6 +56,7 @@ def is_wider(reduce: np.dtype | None, compute: np.dtype) -> bool:
 def _why_not(dtype: np.dtype, compute: np.dtype) -> str:
     if dtype == jnp.float16 and compute != jnp.float16:
         return "float16 needs a loss scale, which only float16 computation has"
-    if jnp.promote_types(dtype, compute) != dtype:
+    has, needs = jnp.finfo(dtype), jnp.finfo(compute)
+    if has.nmant < needs.nmant or has.maxexp < needs.maxexp:
         return "it is narrower, and would round what the matmuls computed"
     return "no matmul returns so wide a sum of such operands"

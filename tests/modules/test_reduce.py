@@ -22,6 +22,12 @@ X = jax.random.normal(jax.random.key(0), (2, 6, 8))
 FEW = ("mlp", "encoder", "recommender")
 
 
+def often(is_usual):
+    """The networks of the zoo; a default run takes those for which it is true."""
+    for model in zoo():
+        yield model if is_usual(model) else pytest.param(model, marks=pytest.mark.slow)
+
+
 @functools.cache
 def problem(model, policy):
     """The loss of a network of the zoo under a policy, and its parameters."""
@@ -52,14 +58,7 @@ def dtypes_by_weight(run, params):
 
 
 @pytest.mark.parametrize(
-    "model",
-    [
-        m
-        if m.kind == "nnx" or m.name in FEW
-        else pytest.param(m, marks=pytest.mark.slow)
-        for m in zoo()
-    ],
-    ids=str,
+    "model", [*often(lambda m: m.kind == "nnx" or m.name in FEW)], ids=str
 )
 def test_gradients_of_weights_leave_their_matmuls_in_float32(model):
     (sources, before), (wide, after) = traced(model, HALF), traced(model, WIDE)
@@ -75,11 +74,7 @@ def test_gradients_of_weights_leave_their_matmuls_in_float32(model):
     assert narrow[0] - narrow[1] == len(found)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [m if m.name in FEW else pytest.param(m, marks=pytest.mark.slow) for m in zoo()],
-    ids=str,
-)
+@pytest.mark.parametrize("model", [*often(lambda m: m.name in FEW)], ids=str)
 def test_values_keep_their_bits(model):
     values = []
     for policy in (HALF, WIDE):
@@ -162,48 +157,41 @@ def test_a_rule_for_the_reduction_leaves_the_other_dtypes_to_later_rules(kind):
     assert (FLOAT32, FLOAT32) in operands
 
 
+def run(kind, policy, rule):
+    loss, params = network(kind, policy, [rule])
+    loss(params)
+
+
 @every_kind
 def test_a_rule_that_matches_no_layer_is_an_error(kind):
     rule = jaxmp.PolicyRule(path="sideways", reduce="float32")
     with pytest.raises(UnusedRule, match="sideways"):
-        loss, params = network(kind, HALF, [rule])
-        loss(params)
+        run(kind, HALF, rule)
 
 
 @every_kind
 def test_a_rule_that_is_too_narrow_for_its_layer_is_an_error(kind):
     rule = jaxmp.PolicyRule(path="down", reduce="bfloat16")
     with pytest.raises(JaxmpError, match="narrower"):
-        loss, params = network(kind, "mixed_float16", [rule])
-        loss(params)
+        run(kind, "mixed_float16", rule)
 
 
 def test_describe_shows_the_dtype_of_each_layer():
     rule = jaxmp.PolicyRule(path="up", reduce="bfloat16")
-    model = jaxmp.apply_policy(Linen(), WIDE, rules=[rule, *jaxmp.default_rules])
-    rows = {row.path: row for row in jaxmp.describe(model, X).rows}
+    rules = [rule, *jaxmp.default_rules]
+    described = jaxmp.describe(Linen(), WIDE, X, rules=rules)
+    rows = {row.path: row for row in described.rows}
     assert (rows["up"].reduces, rows["down"].reduces) == ("bfloat16", "float32")
-    plain = str(jaxmp.describe(jaxmp.apply_policy(Linen(), HALF), X))
+    plain = str(jaxmp.describe(Linen(), HALF, X)).lower()
     assert "reduces" not in plain
 
 
 # Lifted transformations of Flax
 
 
-class Layers(nn.Module):
-    scanned: bool
-
+class Rematerialised(nn.Module):
     @nn.compact
     def __call__(self, x):
-        if self.scanned:
-            block = nn.scan(
-                nn.remat(nn.Dense),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=3,
-            )
-            # A layer of a scan hands over a carry and a result.
-            return Carried(block_of=block)(x)
         return nn.remat(nn.Dense)(8)(nn.gelu(nn.remat(nn.Dense)(8)(x)))
 
 
@@ -213,9 +201,7 @@ class Step(nn.Module):
         return nn.gelu(nn.Dense(8)(x)), None
 
 
-class Carried(nn.Module):
-    block_of: type
-
+class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
         layers = nn.scan(
@@ -227,9 +213,9 @@ class Carried(nn.Module):
         return layers()(x, None)[0]
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-def test_under_scan_and_remat_of_linen(scanned):
-    model = jaxmp.apply_policy(Layers(scanned), WIDE)
+@pytest.mark.parametrize("cls", [Rematerialised, Scanned])
+def test_under_scan_and_remat_of_linen(cls):
+    model = jaxmp.apply_policy(cls(), WIDE)
     params = model.init(jax.random.key(0), X)
     found = dtypes_by_weight(jax.grad(lambda p: model.apply(p, X).sum()), params)
     assert set(map(frozenset, found.values())) == {frozenset(["float32"])}
