@@ -56,7 +56,7 @@ def gather_weights(
       specs: in `shard_map`, the `PartitionSpec` of every weight, as in `in_specs`: a
         pytree like `params` or a prefix of it. On explicit meshes it is not read.
       policy: what `get_policy` takes, a bare dtype such as `"float16"` included. The
-        weights are cast to its compute dtype.
+        weights are cast to its compute dtype. Its own `reduce=` is not read.
       reduce_dtype: dtype in which gradients are summed over devices; None for the
         compute dtype. On explicit meshes a float32 sum has a limit: JAX then lets
         sharded weights of two axes or more into matmuls and into
