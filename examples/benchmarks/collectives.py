@@ -21,12 +21,12 @@ from typing import Any
 
 from page import MIB, markdown_table, write_section
 from ring_rounding import rounding_table
-from sharded_cases import GOALS, SECTIONS, Goal
+from sharded_cases import GOALS, H100, SECTIONS, V5E, Goal
 from sharded_steps import Case, sharded_step
 
 from jaxmp.report import compile_step_of
 
-TARGETS = ("h100:8", "tpu-v5e:8")
+TARGETS = (H100, V5E)
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 KINDS = {
     "all-gather": "gather",
@@ -142,11 +142,11 @@ def traffic_table(rows: Measured) -> str:
     for section, name in NAMES.items():
         cells = []
         for target in TARGETS:
-            by_hand, default, wide = [], [], []
+            found: dict[str, list[float]] = {"by hand": [], "": [], "float32": []}
             for case in SECTIONS[section]:
-                kind = by_hand if case.way == "by hand" else default
-                (wide if case.reduce else kind).append(wire(rows[case, target]))
-            cells += [f"{max(found):.1f}" for found in (by_hand, default, wide)]
+                way = case.way if case.way in found else case.reduce or ""
+                found[way].append(wire(rows[case, target]))
+            cells += [f"{max(mib):.1f}" for mib in found.values()]
         body.append([name, *cells])
     ways = ("by hand", "jaxmp", "reduce=float32")
     columns = [f"{target.split(':')[0]}, {way}" for target in TARGETS for way in ways]
@@ -159,10 +159,10 @@ def accumulation_table(rows: Measured) -> str:
     for case in SECTIONS["accumulation"]:
         how = "micro_batches=4" + (', data_axes="data"' if case.data_axes else "")
         how += f', gather="{case.gather}"' if case.gather else ""
-        cells = [f"{wire(rows[case, target]):.1f}" for target in TARGETS]
-        body.append([case.layout, f"`{how}`", case.reduce or "bfloat16", *cells])
-    columns = ["layout", "value_and_grad with", "reduced in", *TARGETS]
-    return markdown_table(columns, body)
+        reduced_in = case.reduce or "bfloat16, tables in float32"
+        mib = [f"{wire(rows[case, target]):.1f}" for target in TARGETS]
+        body.append([case.layout, f"`{how}`", reduced_in, *mib])
+    return markdown_table(["layout", "options", "reduced in", *TARGETS], body)
 
 
 def chosen(only: Sequence[str]) -> list[Case]:
