@@ -98,7 +98,7 @@ def call_keeping_states(
     if transform is not jax.value_and_grad:
         return fun(*args, **kwargs)
     given = {f"args[{i}]": x for i, x in enumerate(args)} | kwargs
-    before = [(*found, jax.tree.leaves(found[1])) for found in _variables(given)]
+    before = [(*found, jax.tree.leaves(found[1])) for found in _written(given)]
     try:
         output = fun(*args, **kwargs)
     except Exception as error:
@@ -118,6 +118,23 @@ def call_keeping_states(
                 f"change would be lost. Differentiate with {_REPAIR}; {_OR_EVAL}"
             )
     return output
+
+
+def _written(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The variables that a function may write into.
+
+    A model that is merged from a split state has that state's own variables. Flax's
+    transformations, such as `nnx.remat`, write its parameters back as they were.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    split = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.State))
+    states = [x for x in split if isinstance(x, nnx.State)]
+    read_only = [x for _, x in _variables(states) if isinstance(x, nnx.Param)]
+    for path, variable in _variables(tree):
+        if all(variable is not x for x in read_only):
+            yield path, variable
 
 
 _OR_EVAL = "or make the model change nothing, for example with model.eval()."

@@ -117,3 +117,25 @@ def test_a_model_that_changes_nothing_needs_no_transform():
         actual = jaxmp.value_and_grad(loss_fn)(model, loss_scale=SCALE)
         for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+class Layer(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    @nnx.remat
+    def __call__(self, x):
+        return jnp.tanh(self.linear(x))
+
+
+def test_a_model_merged_from_its_state_may_recompute_its_layers():
+    graph, state = nnx.split(Layer())
+
+    def loss(state, x):
+        return jnp.mean(nnx.merge(graph, state)(x))
+
+    found, grads = jaxmp.value_and_grad(loss)(state, X, loss_scale=SCALE)
+    expected, wanted = jax.value_and_grad(loss)(state, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(same, grads, wanted)
