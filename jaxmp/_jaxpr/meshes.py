@@ -43,6 +43,13 @@ def sharding_of(x: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
+def explicit_sharding(aval: Any) -> NamedSharding | None:
+    """How the type of a value divides it along explicit axes; None if it does not."""
+    sharding = getattr(aval, "sharding", None)
+    spec = getattr(sharding, "spec", ())
+    return sharding if any(names is not None for names in spec) else None
+
+
 def axes_of_type(mesh: Mesh, kind: AxisType) -> set[str]:
     """The names of the automatic, explicit or manual axes of a mesh."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxmp
-from jaxmp.testing import matmuls, zoo
+from jaxmp.testing import equations, matmuls, zoo
 from tests.support.distance import distance, norm
 from tests.support.gradient_sources import gradient_sources
 from tests.support.programs.weights import ONE, PROGRAMS, TWO, W, X, layer
@@ -187,6 +187,46 @@ def test_weights_stored_in_half_get_half_gradients_from_float32_matmuls():
     assert {g.dtype.name for g in jax.tree.leaves(run(params, x))} == {"bfloat16"}
     found = [e for es in gradient_sources(run, params, x).values() for e in es]
     assert {eqn.outvars[0].aval.dtype for eqn in found} == {FLOAT32}
+
+
+# Biases, and whatever else an operation repeats
+
+
+def biased(p, x):
+    return jnp.sum(jnp.tanh((layer(x, p["w"]) + p["bias"]) @ p["w"]) * p["scale"])
+
+
+BIASED = {"w": W, "bias": jnp.ones((1, 8)), "scale": jnp.ones((1, 8))}
+
+
+def in_half(p, x):
+    """As layers of Flax are: the operands are cast, and everything is in half."""
+    p, x = jax.tree.map(lambda v: v.astype(jnp.bfloat16), (p, x))
+    return jnp.sum(((x @ p["w"] + p["bias"]) * p["scale"]).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("loss", [biased, in_half])
+def test_gradients_of_biases_and_scales_are_added_up_in_float32(loss):
+    def sums(policy):
+        run = gradient(loss, policy)
+        return [
+            eqn.invars[0].aval.dtype.name
+            for _, eqn in equations(jax.make_jaxpr(run)(BIASED, X))
+            if eqn.primitive.name == "reduce_sum" and eqn.outvars[0].aval.size == 8
+        ]
+
+    assert len(sums(WIDE)) >= 2
+    assert set(sums(WIDE)) == {"float32"}
+    value, grads = gradient(loss, WIDE)(BIASED, X)
+    assert float(value) == float(gradient(loss, HALF)(BIASED, X)[0])
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, BIASED)
+
+
+def test_a_bias_of_many_rows_gets_what_float32_gives():
+    """In bfloat16 a sum of 3,000 ones stops growing at 256, if it is made in order."""
+    x = jnp.ones((3000, 8))
+    grads = jax.grad(jaxmp.autocast(in_half, WIDE))(BIASED, x)
+    np.testing.assert_allclose(grads["bias"], 3000.0, rtol=1e-6)
 
 
 # Other derivatives

@@ -56,6 +56,7 @@ class EqnPlan:
       is_lookup: whether it looks rows up in a table, its first operand.
       is_apart: whether its result is a sum to keep apart from others.
       is_wide: whether it makes the gradient of a weight, in float32.
+      repeats: which operands it repeats, whose gradients are added up in float32.
     """
 
     eqn: Eqn
@@ -71,6 +72,7 @@ class EqnPlan:
     is_lookup: bool = False
     is_apart: bool = False
     is_wide: bool = False
+    repeats: tuple[int, ...] = ()
 
     @property
     def is_as_traced(self) -> bool:
@@ -79,7 +81,7 @@ class EqnPlan:
             self.params is None
             and self.call is None
             and not (self.in_island or self.weights or self.is_lookup)
-            and not (self.is_apart or self.is_wide)
+            and not (self.is_apart or self.is_wide or self.repeats)
             and self.in_dtypes == tuple(map(castable_dtype, self.eqn.invars))
             and self.out_states == tuple(map(traced_state, self.eqn.outvars))
         )

@@ -42,7 +42,7 @@ from jaxmp.casting.planner._following import Choice, Follower, choose
 from jaxmp.casting.planner._intents import is_outer_product, matmul_intent
 from jaxmp.casting.planner._interface import Planner, Wants
 from jaxmp.casting.planner._outcomes import Outcomes, States
-from jaxmp.casting.planner._weights import Weights, apart, wide_gradient
+from jaxmp.casting.planner._weights import Weights, apart, repeating, wide_gradient
 from jaxmp.casting.sums._unrolled import unrolled_sums
 
 
@@ -122,7 +122,8 @@ class ForwardPass:
             return plan
         plan = self.read_equation(eqn, read, states)
         is_half = has_half_gradients(eqn, self.context.half_gradients)
-        return self.weights.read_by(plan, states, is_half)
+        plan = self.weights.read_by(plan, states, is_half)
+        return plan if is_half else repeating(plan)
 
     def read_equation(self, eqn: Eqn, states: States, stored: States) -> EqnPlan:
         """Plans an equation that reads its operands.

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.calls import CUSTOM_VJPS, JITS, body
-from jaxmp._jaxpr.primitives import CAST, LAYOUT, MATMULS, SUMS_INTO
+from jaxmp._jaxpr.primitives import ADDS, CAST, LAYOUT, MATMULS, SUMS_INTO
 from jaxmp._jaxpr.types import Atom, Eqn, Var
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp._tree import HALF
@@ -23,6 +23,7 @@ from jaxmp.casting.planner._outcomes import Outcomes, States
 
 _REDUCED = "gradients of weights leave it in float32"
 _LOOKUPS = frozenset(("gather",))
+_REPEATING = ADDS | {"mul", "div", "max", "min"}
 _MOVES = LAYOUT | {"dynamic_slice", "split", "unstack"}
 
 
@@ -124,6 +125,23 @@ def wide_gradient(plan: EqnPlan) -> EqnPlan:
         return plan
     reason = f"{plan.reason}; {_REDUCED}"
     return dataclasses.replace(plan, reason=reason, is_wide=True, out_states=(KEPT,))
+
+
+def repeating(plan: EqnPlan) -> EqnPlan:
+    """The plan of an operation in half that repeats an operand, as `x + bias` does."""
+    eqn = plan.eqn
+    if eqn.primitive.name not in _REPEATING or plan.in_island:
+        return plan
+    (result,) = eqn.outvars
+    repeats = tuple(
+        i
+        for i, (v, dtype) in enumerate(zip(eqn.invars, plan.in_dtypes, strict=True))
+        if dtype in HALF
+        and not is_literal(v)
+        and len(v.aval.shape) == len(result.aval.shape)
+        and v.aval.size < result.aval.size
+    )
+    return dataclasses.replace(plan, repeats=repeats) if repeats else plan
 
 
 def apart(plan: EqnPlan, in_backward: bool) -> EqnPlan:

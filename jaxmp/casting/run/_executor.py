@@ -25,6 +25,7 @@ from jaxmp.casting.run._lookup import look_up
 from jaxmp.casting.run._many_devices import sum_apart
 from jaxmp.casting.run._named_scopes import region_of, region_of_island
 from jaxmp.casting.run._recompute import recomputed
+from jaxmp.casting.run._repeated import repeated
 from jaxmp.casting.run._scatter import is_retyped_scatter, scatter
 from jaxmp.casting.run._values import Values, cast
 from jaxmp.casting.run._wide_gradients import multiply
@@ -146,6 +147,9 @@ class Executor:
             halves[i] if i in halves else read(v, dtype)
             for i, (v, dtype) in enumerate(zip(invars, plan.in_dtypes, strict=True))
         ]
+        for i in plan.repeats:
+            like = eqn.outvars[0].aval
+            operands[i] = repeated(env.get(invars[i]), like, plan.in_dtypes[i])
         if plan.call is not None:
             rule = _registry.call_rule(eqn.primitive.name)
             return list(rule.execute(plan, operands, self))
