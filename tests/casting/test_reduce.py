@@ -94,10 +94,12 @@ def test_gradients_of_weights_leave_their_matmuls_in_float32(name, way):
 
 
 def cases():
-    """Every network and way; a default run takes linen, and around it only some."""
+    """Every network and way; a default run takes linen, and of that the small ones."""
     few = ("mlp", "cnn", "lstm", "encoder", "recommender")
+    large = ("resnet", "transformer_xl")
     for model, way in itertools.product(zoo(), ("inside", "around")):
-        usual = model.kind == "linen" and (way == "inside" or model.name in few)
+        is_quick = model.name not in large if way == "inside" else model.name in few
+        usual = model.kind == "linen" and is_quick
         marks = [] if usual else [pytest.mark.slow]
         yield pytest.param(model, way, marks=marks, id=f"{model}-{way}")
 
