@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from jaxmp._jaxpr.meshes import Mesh, ambient_mesh, axes_of_type, mesh_of
 from jaxmp.errors import DataAxesError, DataAxesOptionError
 from jaxmp.loss_scale._axes import Axes
+from jaxmp.policy.reduce_dtype import read_sum_dtype
 
 MICRO_BATCH, WINDOW = "micro_batch", "window"
 
@@ -123,11 +123,8 @@ def read_data_axes(
 def _read_dtype(dtype: Any) -> Any:
     if dtype is None:
         return None
-    try:
-        read = jnp.dtype(dtype)
-    except TypeError:
-        read = None
-    if read is None or not jnp.issubdtype(read, jnp.floating) or read.itemsize < 2:
+    read = read_sum_dtype(dtype)
+    if read is None:
         raise DataAxesOptionError(
             f"reduce_dtype={dtype!r} is not a dtype that gradients can be summed in. "
             "Use 'float32', 'bfloat16' or 'float16'."

@@ -43,6 +43,16 @@ def read_reduce_dtype(given: Any, compute: np.dtype) -> np.dtype:
     )
 
 
+def read_sum_dtype(given: Any) -> np.dtype | None:
+    """Reads a dtype in which devices can add gradients up; None for anything else.
+
+    Args:
+      given: a dtype, scalar type or name.
+    """
+    dtype = read_dtype(given)
+    return None if dtype is None or dtype.itemsize < 2 else dtype
+
+
 def is_wider(reduce: np.dtype | None, compute: np.dtype) -> bool:
     """Whether gradients are to be wider than what the matmuls compute.
 

@@ -29,7 +29,7 @@ from jaxmp._tree import PyTree
 from jaxmp.errors import ShardingOptionError
 from jaxmp.policy import PolicyLike, get_policy
 from jaxmp.sharding import _explicit, _manual
-from jaxmp.sharding._reduce_dtype import FLOAT16, read_reduce_dtype
+from jaxmp.sharding._reduce_dtype import FLOAT16, read_unscaled_dtype
 from jaxmp.sharding._specs import broadcast_prefix
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def gather_weights(
     policy = get_policy(policy)
     half = policy.compute_dtype
     if reduce_dtype is not None:
-        reduce_dtype = read_reduce_dtype(
+        reduce_dtype = read_unscaled_dtype(
             reduce_dtype,
             scaled=half == FLOAT16,
             repair=f"The policy {str(policy)!r} has none. Use reduce_dtype='bfloat16'.",

@@ -16,7 +16,7 @@ from jaxmp._jaxpr.axes import (
 )
 from jaxmp.errors import GradientsAlreadySummed
 from jaxmp.loss_scale import get_loss_scale
-from jaxmp.sharding._reduce_dtype import FLOAT16, read_reduce_dtype
+from jaxmp.sharding._reduce_dtype import FLOAT16, read_unscaled_dtype
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def reduce_gradients(
       >>> jax.vmap(fn, axis_name="data")(grads)["w"].tolist()
       [1.5, 1.5, 1.5, 1.5]
     """
-    reduce_dtype = read_reduce_dtype(
+    reduce_dtype = read_unscaled_dtype(
         dtype,
         scaled=loss_scale is not None,
         repair="Pass loss_scale=opt_state, or use dtype='bfloat16'.",

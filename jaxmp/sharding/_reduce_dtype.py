@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import ReduceDtypeError
-from jaxmp.policy.dtypes import read_dtype
+from jaxmp.policy.reduce_dtype import read_sum_dtype
 
 FLOAT16 = jnp.dtype(jnp.float16)
 SUMS = "float32, bfloat16, float16 and float64"
 
 
-def read_reduce_dtype(dtype: Any, *, scaled: bool, repair: str) -> np.dtype:
+def read_unscaled_dtype(dtype: Any, *, scaled: bool, repair: str) -> np.dtype:
     """Reads a dtype, and refuses float16 for gradients that are not scaled.
 
     float16 has no numbers below 6e-8, and true gradients are that small. bfloat16 and
@@ -27,8 +27,8 @@ def read_reduce_dtype(dtype: Any, *, scaled: bool, repair: str) -> np.dtype:
       ReduceDtypeError: if it is not a floating dtype of 16 bits or more, or is float16
         for gradients that are not scaled.
     """
-    read = read_dtype(dtype)
-    if read is None or read.itemsize < 2:
+    read = read_sum_dtype(dtype)
+    if read is None:
         raise ReduceDtypeError(
             f"Gradients cannot be summed over devices in {dtype!r}. Use one of: {SUMS}."
         )

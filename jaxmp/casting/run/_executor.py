@@ -143,13 +143,14 @@ class Executor:
         # A layer widens its input once: its gradient is added up in float32.
         is_layer = plan.reason.startswith(LAYER_REASON)
         read = env.read_once if is_layer else env.read
-        operands = [
-            halves[i] if i in halves else read(v, dtype)
-            for i, (v, dtype) in enumerate(zip(invars, plan.in_dtypes, strict=True))
-        ]
-        for i in plan.repeats:
-            like = eqn.outvars[0].aval
-            operands[i] = repeated(env.get(invars[i]), like, plan.in_dtypes[i])
+        operands = []
+        for i, (v, dtype) in enumerate(zip(invars, plan.in_dtypes, strict=True)):
+            if i in halves:
+                operands.append(halves[i])
+            elif i in plan.repeats:
+                operands.append(repeated(env.get(v), eqn.outvars[0].aval, dtype))
+            else:
+                operands.append(read(v, dtype))
         if plan.call is not None:
             rule = _registry.call_rule(eqn.primitive.name)
             return list(rule.execute(plan, operands, self))
