@@ -28,9 +28,9 @@ from jaxmp.loss_scale._differentiate import (
     with_value,
 )
 from jaxmp.loss_scale._float16_losses import was_float16
-from jaxmp.loss_scale._window import read_window
 from jaxmp.loss_scale.jmp_classes import NoOpLossScale
 from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE, scale_tree, unscale_tree
+from jaxmp.loss_scale.window._window import read_window
 
 
 def value_and_grad(

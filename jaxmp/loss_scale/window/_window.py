@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jaxmp import _tree
 from jaxmp._tree import PyTree
 from jaxmp.errors import DataAxesOptionError, MicroBatchError
-from jaxmp.loss_scale import _sums
-from jaxmp.loss_scale._arguments import Arguments, mean_of_parts
-from jaxmp.loss_scale._batch_arguments import Name
-from jaxmp.loss_scale._cutting import Cut, interleaved
-from jaxmp.loss_scale._data_axes import DataAxes, read_data_axes
-from jaxmp.loss_scale._data_parallel import reduced_over_devices
-from jaxmp.loss_scale._part import Results, first_of, run_parts, trace_part
+from jaxmp.loss_scale.window import _sums
+from jaxmp.loss_scale.window._arguments import Arguments, mean_of_parts
+from jaxmp.loss_scale.window._batch_arguments import Name
+from jaxmp.loss_scale.window._cutting import Cut, interleaved
+from jaxmp.loss_scale.window._data_axes import DataAxes, read_data_axes
+from jaxmp.loss_scale.window._data_parallel import reduced_over_devices
+from jaxmp.loss_scale.window._part import Results, first_of, run_parts, trace_part
 
 STACK, MEAN, SUM = "stack", "mean", "sum"
 

@@ -8,11 +8,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmp import _tree
 from jaxmp.errors import DataAxesOptionError
-from jaxmp.loss_scale._arguments import Arguments
-from jaxmp.loss_scale._axes import Axes
-from jaxmp.loss_scale._batch_arguments import positions_of
-from jaxmp.loss_scale._data_axes import DataAxes
-from jaxmp.loss_scale._sums import Form
+from jaxmp.loss_scale.window._arguments import Arguments
+from jaxmp.loss_scale.window._axes import Axes
+from jaxmp.loss_scale.window._batch_arguments import positions_of
+from jaxmp.loss_scale.window._data_axes import DataAxes
+from jaxmp.loss_scale.window._sums import Form
 
 Spec = PartitionSpec | None
 

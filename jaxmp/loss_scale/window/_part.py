@@ -11,10 +11,10 @@ from jaxmp._jaxpr.meshes import with_batched_constraints
 from jaxmp._jaxpr.readers import only_dtypes_read
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.errors import CollectiveInLoss, DataAxesError, JaxmpError
-from jaxmp.loss_scale import _sums
-from jaxmp.loss_scale._arguments import Arguments
-from jaxmp.loss_scale._axes import Axes
-from jaxmp.loss_scale._sums import Form, listed
+from jaxmp.loss_scale.window import _sums
+from jaxmp.loss_scale.window._arguments import Arguments
+from jaxmp.loss_scale.window._axes import Axes
+from jaxmp.loss_scale.window._sums import Form, listed
 
 Arrays = dict[int, Any]
 """Leaves of the arguments that are arrays, by their place."""

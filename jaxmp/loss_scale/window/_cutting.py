@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp.errors import MicroBatchError
-from jaxmp.loss_scale._arguments import Arguments
-from jaxmp.loss_scale._batch_arguments import (
+from jaxmp.loss_scale.window._arguments import Arguments
+from jaxmp.loss_scale.window._batch_arguments import (
     Name,
     argument_name,
     find_batch,

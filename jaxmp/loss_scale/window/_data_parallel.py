@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp.loss_scale import _sums
-from jaxmp.loss_scale._arguments import Arguments
-from jaxmp.loss_scale._axes import Axes
-from jaxmp.loss_scale._cutting import Cut
-from jaxmp.loss_scale._data_axes import WINDOW, DataAxes
-from jaxmp.loss_scale._part import (
+from jaxmp.loss_scale.window import _sums
+from jaxmp.loss_scale.window._arguments import Arguments
+from jaxmp.loss_scale.window._axes import Axes
+from jaxmp.loss_scale.window._cutting import Cut
+from jaxmp.loss_scale.window._data_axes import WINDOW, DataAxes
+from jaxmp.loss_scale.window._part import (
     Arrays,
     Part,
     Results,
@@ -26,7 +26,7 @@ from jaxmp.loss_scale._part import (
     run_parts,
     trace_part,
 )
-from jaxmp.loss_scale._specs import Spec, Specs, read_specs
+from jaxmp.loss_scale.window._specs import Spec, Specs, read_specs
 
 
 class Reduced(NamedTuple):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxmp import _tree
 from jaxmp.errors import TransformError
-from jaxmp.loss_scale._batch_arguments import Name
+from jaxmp.loss_scale.window._batch_arguments import Name
 
 
 class _Model(NamedTuple):

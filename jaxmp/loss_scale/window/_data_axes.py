@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 from jaxmp._jaxpr.meshes import Mesh, ambient_mesh, axes_of_type, mesh_of
 from jaxmp.errors import DataAxesError, DataAxesOptionError
-from jaxmp.loss_scale._axes import Axes
+from jaxmp.loss_scale.window._axes import Axes
 from jaxmp.policy.reduce_dtype import read_sum_dtype
 
 MICRO_BATCH, WINDOW = "micro_batch", "window"
