@@ -43,7 +43,8 @@ class Row(NamedTuple):
       accessed: bytes that a step reads and writes, counted likewise.
       contents: matmuls, converts and collectives by dtype. This and what follows is
         None for a program that its compiler cannot write down.
-      roofline: estimate of the time; None for a device whose peaks are unknown.
+      roofline: estimate of what it costs, and on the H100 of its time; None for a
+        device whose peaks are unknown.
       buffers: the ten largest entries of what is alive at the peak.
       explained: bytes of all buffers found alive at the peak, over `peak`: how well
         the reading agrees with the compiler's own figure.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import io
 import os
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,11 +10,12 @@ from typing import Any
 
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
-from jaxmp._views.figures import new_figure
 from jaxmp._views.numbers import GIB, MIB
 from jaxmp._views.result import Result, plain
 from jaxmp.report._rows import Row
+from jaxmp.report._step_chart import bar_chart, speed_ups, unit_of
 from jaxmp.report._wire_table import WIRE_CAPTION, WIRE_COLUMNS, wire_cells
+from jaxmp.report.compile.chips import chips
 
 _COLUMNS = (
     "target",
@@ -30,17 +30,22 @@ _COLUMNS = (
     "accessed",
     "matmuls",
     "converts",
-    "ms at least*",
+    "ms (estimate*)",
+    "speed-up*",
     "bound by",
     "half gains at most*",
 )
 _NOTE = (
     "* An estimate, not a measurement: for every operation the larger of matmul FLOPs "
-    "over the chip's published peak and bytes over its bandwidth. What stays in a "
-    "TPU's own memory is free, so compare policies on a target, not targets. Sizes in "
+    "over the chip's published peak and bytes over its bandwidth. {times}Speed-ups are "
+    "over the first policy of a target. What stays in a TPU's own memory is free, so "
+    "compare policies on a target, not targets. Sizes in {unit}."
+)
+_TIMES = (
+    "Milliseconds are for one H100, where timed steps reached {share:.0%} of these "
+    "peaks and each operation took {launch:.1f} microseconds besides. "
 )
 _BUFFER_COLUMNS = ("MiB", "count", "array", "made at", "name")
-_COLORS = {"arguments": "#9aa5b1", "temp": "#2a6fba", "results": "#e0a030"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +75,15 @@ class StepReport(Result):
         )
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """The rows as dicts of plain numbers and strings."""
-        return [_as_dict(row) for row in self.rows]
+        """The rows as dicts of plain numbers and strings.
+
+        The estimate has `speed_up` over the first row of the same target besides.
+        """
+        found = speed_ups(self.rows)
+        return [_as_dict(row, x) for row, x in zip(self.rows, found, strict=True)]
 
     def to_png(self, path: Any) -> None:
-        """Writes a bar chart of memory and of the estimated time.
+        """Writes a bar chart of memory and of the estimated speed-up.
 
         Args:
           path: file to write.
@@ -82,7 +91,7 @@ class StepReport(Result):
         Raises:
           MissingPackage: if Matplotlib is not installed.
         """
-        Path(path).write_bytes(_bar_chart(self.rows))
+        Path(path).write_bytes(bar_chart(self.rows))
 
     def __str__(self) -> str:
         parts = [_table.text_table(_COLUMNS, _cells(self.rows)), "", _note(self.rows)]
@@ -102,8 +111,8 @@ class StepReport(Result):
             _html.paragraph(_note(self.rows)),
         ]
         if importlib.util.find_spec("matplotlib") is not None:
-            chart = _bar_chart(self.rows)
-            parts.insert(0, _html.image(chart, "memory and estimated time"))
+            chart = bar_chart(self.rows)
+            parts.insert(0, _html.image(chart, "memory and estimated speed-up"))
         for row in self.rows:
             parts += [
                 _html.heading(f"{row.policy} on {row.target}"),
@@ -119,12 +128,13 @@ class StepReport(Result):
         return _html.page("A training step, as its compilers see it", *parts)
 
 
-def _as_dict(row: Row) -> dict[str, Any]:
+def _as_dict(row: Row, speed_up: float | None) -> dict[str, Any]:
     data = plain(row)
     if row.roofline is not None:
         estimate = row.roofline
         data["roofline"]["bound"] = estimate.bound
         data["roofline"]["largest_gain"] = estimate.largest_gain
+        data["roofline"]["speed_up"] = speed_up
     return data
 
 
@@ -133,21 +143,20 @@ def _indented(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
 
 
 def _note(rows: Iterable[Row]) -> str:
-    return f"{_NOTE}{_unit(rows)[0]}."
-
-
-def _unit(rows: Iterable[Row]) -> tuple[str, float]:
-    """The unit in which to write the sizes of these rows: its name, and its bytes."""
-    largest = max((row.peak or 0 for row in rows), default=0)
-    return ("GiB", GIB) if largest >= GIB else ("MiB", MIB)
+    rows = list(rows)
+    calibration, times = chips["h100"].calibration, ""
+    is_timed = any(row.roofline and row.roofline.seconds for row in rows)
+    if is_timed and calibration is not None:
+        share, launch = calibration.share_of_peaks, 1e6 * calibration.launch
+        times = _TIMES.format(share=share, launch=launch)
+    return _NOTE.format(times=times, unit=unit_of(rows)[0])
 
 
 def _cells(rows: Sequence[Row]) -> Iterator[list[str]]:
-    first, (_, unit) = {}, _unit(rows)
-    for row in rows:
+    first, (_, unit) = {}, unit_of(rows)
+    for row, speed_up in zip(rows, speed_ups(rows), strict=True):
         whole = first.setdefault(row.target, row.peak)
         saved = "" if not whole or row.peak is None else f"{1 - row.peak / whole:.0%}"
-        time = row.roofline
         converts = row.contents and sum(x.times for x in row.contents.converts.values())
         yield [
             row.target,
@@ -160,10 +169,21 @@ def _cells(rows: Sequence[Row]) -> Iterator[list[str]]:
             _number(row.accessed, unit),
             _shares(row),
             "-" if converts is None else str(converts),
-            "-" if time is None else f"{1e3 * time.seconds:.3g}",
-            "-" if time is None else time.bound,
-            "-" if time is None else f"{time.largest_gain:.2f}x",
+            *_estimates(row, speed_up),
         ]
+
+
+def _estimates(row: Row, speed_up: float | None) -> list[str]:
+    estimate = row.roofline
+    if estimate is None:
+        return ["-"] * 4
+    seconds = estimate.seconds
+    return [
+        "-" if seconds is None else f"{1e3 * seconds:.3g}",
+        "-" if speed_up is None else f"{speed_up:.2f}x",
+        estimate.bound,
+        f"{estimate.largest_gain:.2f}x",
+    ]
 
 
 def _number(value: float | None, unit: float, digits: int = 2) -> str:
@@ -182,7 +202,7 @@ def _shares(row: Row) -> str:
 def _verdict(row: Row) -> str:
     if row.message:
         return f"does not fit. {row.message}"
-    name, unit = _unit([row])
+    name, unit = unit_of([row])
     size = f"{(row.peak or 0) / unit:.2f} {name} at the peak"
     if row.memory is not None:
         verb = "fits" if row.fits else "does not fit"
@@ -209,50 +229,3 @@ def _buffer_cells(row: Row) -> list[list[str]]:
         ]
         for buffer in row.buffers
     ]
-
-
-def _bar_chart(rows: Sequence[Row]) -> bytes:
-    """Draws the rows whose memory is known; returns a PNG."""
-    shown = [row for row in rows if row.peak is not None]
-    figure = new_figure(11, 0.9 + 0.5 * max(len(shown), 2))
-    memory, time = figure.subplots(1, 2)
-    _draw_memory(memory, shown)
-    _draw_time(time, shown)
-    for axes in (memory, time):
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
-
-
-def _draw_memory(axes: Any, rows: Sequence[Row]) -> None:
-    places = range(len(rows))[::-1]
-    unit, unit_bytes = _unit(rows)
-    left = [0.0] * len(rows)
-    for kind, color in _COLORS.items():
-        sizes = [_bytes(row, kind) / unit_bytes for row in rows]
-        axes.barh(places, sizes, left=left, label=kind, color=color)
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
-    for place, row, end in zip(places, rows, left, strict=True):
-        axes.text(end, place, f" {(row.peak or 0) / unit_bytes:.2f}", va="center")
-    axes.set_yticks(places, [f"{row.policy}\n{row.target}" for row in rows])
-    axes.set_xlabel(f"{unit} at the peak")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-
-
-def _draw_time(axes: Any, rows: Sequence[Row]) -> None:
-    places = range(len(rows))[::-1]
-    times = [1e3 * row.roofline.seconds if row.roofline else 0.0 for row in rows]
-    axes.barh(places, times, color="#2a8a3e")
-    for place, time in zip(places, times, strict=True):
-        axes.text(time, place, f" {time:.3g}", va="center")
-    axes.set_yticks(places, [""] * len(rows))
-    axes.set_xlabel("ms per step at least (roofline estimate, not a measurement)")
-
-
-def _bytes(row: Row, kind: str) -> int:
-    """Bytes of a part of the peak, without results that reuse an argument."""
-    if kind == "results":
-        return (row.peak or 0) - (row.arguments or 0) - (row.temp or 0)
-    return getattr(row, kind) or 0

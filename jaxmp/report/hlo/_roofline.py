@@ -1,18 +1,19 @@
-"""How long a step takes at least: an estimate from peaks, not a measurement.
+"""What a step costs on a chip, and how long it takes: estimates, not measurements.
 
 Every operation that a chip runs on its own, most of them fusions, takes at least the
 larger of two times: its matmul FLOPs over the chip's peak for their dtype, and the
 bytes that it moves to and from memory over the bandwidth (Williams, Waterman and
-Patterson, "Roofline", CACM 2009). Communication between chips, and everything that is
-neither a matmul nor memory traffic, counts as free.
+Patterson, "Roofline", CACM 2009). On a chip on which steps were timed, it reaches a
+share of these peaks, and launching it takes a while: `Chip.calibration`. Communication
+between chips, and everything else, counts as free.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxmp.report.compile.chips import Chip
 from jaxmp.report.hlo._matmuls import read_matmul
-from jaxmp.report.hlo._program import Computation, HloArray, HloProgram, Instruction
+from jaxmp.report.hlo._program import Computation, HloProgram, Instruction
+from jaxmp.report.hlo._traffic import moved
 
 _FREE = (
     "after-all",
@@ -26,88 +27,122 @@ _FREE = (
     "replica-id",
     "tuple",
 )
-_SLICES = ("dynamic-slice", "gather", "slice")
 
 
 class Roofline(NamedTuple):
-    """An estimate of a step's time.
+    """An estimate of what a step costs.
+
+    Costs are in bytes: what the chip's memory moves while the step runs. Compare steps
+    on one chip by them. They are no time: most chips were never timed.
 
     Attributes:
-      seconds: how long the step takes at least.
-      matmul_seconds: the part in which matmuls take longer than memory.
+      cost: of the step.
+      half_cost: the same if every float32 array were half as large and every float32
+        matmul as fast as a half one: the most that half precision could bring.
+      matmul_cost: the part of `cost` in which matmuls take longer than memory.
+      launch_cost: the part in which operations are launched; 0 where it is unknown.
       flops: of matmuls.
       bytes: moved to and from memory.
-      half_seconds: the same if every float32 array were half as large and every
-        float32 matmul as fast as a half one: the most that half precision could bring.
+      operations: that the chip launches.
+      seconds: how long the step takes; None for a chip on which no step was timed, and
+        for a step of several devices.
     """
 
-    seconds: float
-    matmul_seconds: float
+    cost: float
+    half_cost: float
+    matmul_cost: float
+    launch_cost: float
     flops: float
     bytes: float
-    half_seconds: float
+    operations: float
+    seconds: float | None = None
 
     @property
     def bound(self) -> str:
-        """What most of the time goes to: `"matmul"` or `"memory"`."""
-        return "matmul" if 2 * self.matmul_seconds > self.seconds else "memory"
+        """What most of the time goes to: `"matmul"`, `"memory"` or `"launches"`."""
+        parts = {"matmul": self.matmul_cost, "launches": self.launch_cost}
+        parts["memory"] = self.cost - sum(parts.values())
+        return max(parts, key=parts.__getitem__)
 
     @property
     def largest_gain(self) -> float:
         """How many times as fast half precision could make the step, at most."""
-        return self.seconds / self.half_seconds if self.half_seconds else 1.0
+        return self.cost / self.half_cost if self.half_cost else 1.0
 
 
-_NOTHING = Roofline(0.0, 0.0, 0.0, 0.0, 0.0)
+_Parts = tuple[float, ...]
+"""Seconds at the peaks, those in half, those of matmuls; FLOPs, bytes, operations."""
+
+_NOTHING: _Parts = (0.0,) * 6
 
 
 def roofline(program: HloProgram, chip: Chip) -> Roofline:
-    """Estimates the time of a step.
+    """Estimates what a step costs.
 
     Args:
       program: what is compiled.
       chip: what it is compiled for.
     """
-    return _computation(program, program.computations[program.entry], chip)
+    entry = program.computations[program.entry]
+    peak, half, matmul, flops, size, operations = _computation(program, entry, chip)
+    reached, launch = 1.0, 0.0
+    if chip.calibration is not None:
+        reached, launch = chip.calibration.share_of_peaks, chip.calibration.launch
+    # What moves at the rate that is reached counts as its bytes.
+    rate, launches = chip.bandwidth, operations * launch * reached
+    is_timed = chip.calibration is not None
+    is_alone = program.partitions * program.replicas == 1
+    return Roofline(
+        cost=rate * (peak + launches),
+        half_cost=rate * (half + launches),
+        matmul_cost=rate * matmul,
+        launch_cost=rate * launches,
+        flops=flops,
+        bytes=size,
+        operations=operations,
+        seconds=peak / reached + operations * launch if is_timed and is_alone else None,
+    )
 
 
-def _computation(program: HloProgram, computation: Computation, chip: Chip) -> Roofline:
+def _computation(program: HloProgram, computation: Computation, chip: Chip) -> _Parts:
     total = _NOTHING
     for instruction in computation.instructions:
         is_free = instruction.opcode in _FREE or instruction.opcode.endswith("-done")
         if not is_free:
             found = _operation(program, computation, instruction, chip)
-            total = Roofline(*(a + b for a, b in zip(total, found, strict=True)))
+            total = tuple(a + b for a, b in zip(total, found, strict=True))
     return total
 
 
 def _operation(
     program: HloProgram, computation: Computation, instruction: Instruction, chip: Chip
-) -> Roofline:
+) -> _Parts:
     if instruction.opcode in ("while", "call", "conditional", "async-start"):
         inner = [
             _computation(program, program.computations[name], chip)
             for name in instruction.called
         ]
-        longest = max(inner, default=_NOTHING, key=lambda r: r.seconds)
+        longest = max(inner, default=_NOTHING, key=lambda parts: parts[0])
         trips = 1
         if instruction.opcode == "while":
             trips = program.trips(instruction, computation)
-        return Roofline(*(trips * x for x in longest))
-    moved = _moved(program, computation, instruction)
-    size = sum(n for _, n in moved)
-    half_size = sum(n / 2 if a.dtype == "f32" else n for a, n in moved)
+        return tuple(trips * x for x in longest)
+    found = moved(program, computation, instruction)
+    size = sum(one.bytes for one in found)
+    half_size = sum(
+        one.bytes / 2 if one.array.dtype == "f32" else one.bytes for one in found
+    )
     flops, matmul, half_matmul = _matmul_seconds(
         program, computation, instruction, chip
     )
     memory, half_memory = size / chip.bandwidth, half_size / chip.bandwidth
-    seconds = max(matmul, memory)
-    return Roofline(
-        seconds=seconds,
-        matmul_seconds=matmul if matmul > memory else 0.0,
-        flops=flops,
-        bytes=size,
-        half_seconds=max(half_matmul, half_memory),
+    return (
+        max(matmul, memory),
+        max(half_matmul, half_memory),
+        matmul if matmul > memory else 0.0,
+        flops,
+        size,
+        1.0,
     )
 
 
@@ -131,64 +166,3 @@ def _matmul_seconds(
             seconds += found[1]
             half_seconds += found[2]
     return flops, seconds, half_seconds
-
-
-def _moved(
-    program: HloProgram, computation: Computation, instruction: Instruction
-) -> list[tuple[HloArray, float]]:
-    """The arrays that an operation reads and writes in memory, with bytes of each."""
-    if instruction.opcode in _SLICES:
-        results = [(array, 2.0 * array.size) for array in instruction.arrays]
-        return [(array, size) for array, size in results if not array.is_on_chip]
-    reads = [
-        (array, min(float(array.size), part))
-        for operand, part in zip(
-            computation.operands(instruction),
-            _parts_read(program, computation, instruction),
-            strict=True,
-        )
-        for array in operand.arrays
-    ]
-    written = _written(program, computation, instruction)
-    writes = [(array, float(array.size)) for array in written]
-    return [(array, size) for array, size in reads + writes if not array.is_on_chip]
-
-
-def _parts_read(
-    program: HloProgram, computation: Computation, instruction: Instruction
-) -> list[float]:
-    """Bytes of each operand that are read: all, or the slices that a fusion takes."""
-    operands = computation.operands(instruction)
-    everything = [float("inf")] * len(operands)
-    if instruction.opcode == "dynamic-update-slice":
-        return [0.0, *everything[1:]]
-    if instruction.opcode != "fusion" or not instruction.called:
-        return everything
-    body = program.computations[instruction.called[0]]
-    parts = list(everything)
-    for parameter in body.instructions:
-        if parameter.opcode == "parameter":
-            users = [i for i in body.instructions if parameter.name in i.operands]
-            if users and all(_reads_a_part(user, parameter) for user in users):
-                parts[int(parameter.arguments)] = float(
-                    sum(a.size for u in users if u.opcode in _SLICES for a in u.arrays)
-                )
-    return parts
-
-
-def _reads_a_part(user: Instruction, parameter: Instruction) -> bool:
-    is_first = user.operands[0] == parameter.name
-    return is_first and user.opcode in (*_SLICES, "dynamic-update-slice")
-
-
-def _written(
-    program: HloProgram, computation: Computation, instruction: Instruction
-) -> Sequence[HloArray]:
-    """The arrays that an operation writes: for an update, the part that is new."""
-    body, root = computation, instruction
-    if instruction.opcode == "fusion" and instruction.called:
-        body = program.computations[instruction.called[0]]
-        root = body.result
-    if root.opcode == "dynamic-update-slice":
-        return body.operands(root)[1].arrays
-    return computation.results(instruction)
