@@ -71,7 +71,7 @@ def speed_up(row: Row | None, reference: Row | None) -> float | None:
         return None
     if row.roofline is None or reference.roofline is None:
         return None
-    return reference.roofline.seconds / row.roofline.seconds
+    return reference.roofline.cost / row.roofline.cost
 
 
 def best_of_jaxmp(rows: Rows, model: str, target: str) -> str | None:
@@ -124,9 +124,9 @@ def table(found: Mapping[str, Row]) -> str:
     """All ways of a model on a target."""
     reference = found.get(FLOAT32)
     has_traffic = any(row.accessed for row in found.values())
+    has_time = any(row.roofline and row.roofline.seconds for row in found.values())
     lines = []
     for way, row in found.items():
-        estimate = row.roofline and 1e3 * row.roofline.seconds
         cells = [way]
         if row.peak is None:
             cells += ["does not fit", ""]
@@ -136,10 +136,14 @@ def table(found: Mapping[str, Row]) -> str:
             traffic = row.accessed and row.accessed / GIB
             cells += [show(traffic, "{:.1f}")]
             cells += [percent(saved(row, reference, "accessed"))]
-        cells += [show(estimate, "{:.1f}"), show(speed_up(row, reference), "{:.2f}")]
+        if has_time:
+            seconds = row.roofline and row.roofline.seconds
+            cells += [show(seconds and 1e3 * seconds, "{:.1f}")]
+        cells += [show(speed_up(row, reference), "{:.2f}")]
         lines.append(cells)
     traffic = ["traffic GiB", "saved"] if has_traffic else []
-    columns = ["", "memory GiB", "saved", *traffic, "ms at least*", "speed-up*"]
+    time = ["ms (estimate*)"] if has_time else []
+    columns = ["", "memory GiB", "saved", *traffic, *time, "speed-up*"]
     return markdown_table(columns, lines)
 
 

@@ -15,7 +15,10 @@ GIB = 2**30
 
 
 def row(way, target="h100", *, peak, accessed=None, seconds=0.01, buffers=()):
-    roofline = Roofline(seconds, 0.0, 1e12, 1e9, seconds / 2)
+    cost = 1e12 * seconds
+    roofline = Roofline(cost, cost / 2, 0.0, 0.0, 1e12, 1e9, 100, seconds)
+    if target != "h100":
+        roofline = roofline._replace(seconds=None)
     return Row(
         way,
         target,
@@ -70,6 +73,17 @@ def test_the_headline_says_what_is_reached_and_by_how_much_not(rows):
     (xl,) = lines_with(table, "Transformer-XL base")
     assert "40.0 % (autocast)" in xl
     assert "no, by 12.0 points" in xl
+
+
+def test_only_a_chip_that_was_timed_has_milliseconds(rows):
+    found = memory_page.rows_of(rows, "BERT-Base", "h100")
+    table = memory_page.table(found)
+    assert lines_with(table, "ms (estimate*)", "speed-up*")
+    assert lines_with(table, "bfloat16 autocast", " 10.0 |", " 2.00 |")
+    found = memory_page.rows_of(rows, "Transformer-XL base", "tpu-v5e")
+    table = memory_page.table(found)
+    assert "ms" not in table.splitlines()[0]
+    assert lines_with(table, "bfloat16 autocast", " 75.0 % |", " 1.00 |")
 
 
 def test_the_buffers_of_what_is_not_reached_are_shown(rows):

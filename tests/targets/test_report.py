@@ -131,9 +131,11 @@ def test_the_estimate_is_a_bound_by_hand(told, target):
     row = told[0].row("float32", target)
     estimate, chip = row.roofline, chips[target]
     assert estimate.flops == row.contents.matmuls["bfloat16"].amount
-    assert estimate.seconds >= estimate.flops / chip.matmul_rate("bfloat16")
-    assert estimate.seconds >= 0.999 * estimate.bytes / chip.bandwidth
+    at_the_peaks = (estimate.cost - estimate.launch_cost) / chip.bandwidth
+    assert at_the_peaks >= estimate.flops / chip.matmul_rate("bfloat16")
+    assert at_the_peaks >= 0.999 * estimate.bytes / chip.bandwidth
     assert 1 <= estimate.largest_gain <= 2.001
+    assert (estimate.seconds is None) == (target != "h100")
     # Nothing is read twice: what is more are arguments and results.
     assert estimate.bytes < 1.2 * (row.accessed or float("inf"))
 
