@@ -24,6 +24,7 @@ _ONE_TO_ONE = (
     "subtract",
     "transpose",
 )
+_ALL = float("inf")
 
 
 class Moved(NamedTuple):
@@ -61,68 +62,57 @@ def moved(
 def _reads(
     program: HloProgram, computation: Computation, instruction: Instruction
 ) -> Iterator[Moved]:
-    parameters: dict[int, Instruction] = {}
+    operands = computation.operands(instruction)
+    parts: dict[int, float] = {}
     if instruction.opcode == "fusion" and instruction.called:
         body = program.computations[instruction.called[0]]
-        parts = _Parts(body)
+        found = _Parts(body)
         for inner in body.instructions:
             if inner.opcode == "parameter":
-                parameters[int(inner.arguments)] = inner
+                parts[int(inner.arguments)] = found.of(inner)
     else:
-        parts = _Parts(computation, (instruction,))
-    for i, operand in enumerate(computation.operands(instruction)):
-        if instruction.opcode == "fusion" and i in parameters:
-            read = parts.of(parameters[i])
-        else:
-            read = parts.by_reader(operand, instruction)
+        for i in range(len(operands)):
+            touched = _touched(computation, instruction, i)
+            parts[i] = _ALL if touched is None else touched
+    for i, operand in enumerate(operands):
         for array in operand.arrays:
-            share = min(1.0, read / array.elements) if array.elements else 1.0
-            yield Moved(array, share * array.size)
+            part = min(parts.get(i, _ALL), array.elements)
+            yield Moved(array, array.size * part / max(array.elements, 1))
 
 
 class _Parts:
     """How many elements of each value of a fusion are read."""
 
-    def __init__(
-        self, body: Computation, roots: Sequence[Instruction] | None = None
-    ) -> None:
+    def __init__(self, body: Computation) -> None:
         self._body = body
-        self._roots = {x.name for x in (_roots(body) if roots is None else roots)}
+        self._roots = {root.name for root in _roots(body)}
         self._found: dict[str, float] = {}
         self._readers: dict[str, list[Instruction]] = defaultdict(list)
-        if roots is None:
-            for instruction in body.instructions:
-                for name in set(instruction.operands):
-                    self._readers[name].append(instruction)
+        for instruction in body.instructions:
+            for name in set(instruction.operands):
+                self._readers[name].append(instruction)
 
     def of(self, value: Instruction) -> float:
         """Elements of a value that are read; those of several readers add up."""
         if value.name not in self._found:
             readers = self._readers[value.name]
+            read = sum(self._by_reader(value, reader) for reader in readers)
             is_result = value.name in self._roots or not readers
-            self._found[value.name] = (
-                float("inf")
-                if is_result
-                else sum(self.by_reader(value, reader) for reader in readers)
-            )
+            self._found[value.name] = _ALL if is_result else read
         return self._found[value.name]
 
-    def by_reader(self, value: Instruction, reader: Instruction) -> float:
-        """Elements that one reader needs; infinite for all of them."""
+    def _by_reader(self, value: Instruction, reader: Instruction) -> float:
         places = [i for i, name in enumerate(reader.operands) if name == value.name]
         if reader.opcode in _SLICES and places == [0]:
             return sum(array.elements for array in reader.arrays)
-        new = _update(reader, places[0]) if len(places) == 1 else None
-        if new is not None and reader.name in self._roots:
-            # A scatter adds to what it finds; an update overwrites it.
-            is_read = reader.opcode == "scatter"
-            array = self._body.by_name[new].arrays[0]
-            return float(array.elements) if is_read else 0.0
-        if reader.opcode in _ONE_TO_ONE and reader.name not in self._roots:
+        if reader.name in self._roots:
+            touched = [_touched(self._body, reader, place) for place in places]
+            return sum(_ALL if part is None else part for part in touched)
+        if reader.opcode in _ONE_TO_ONE:
             sizes = [sum(a.elements for a in x.arrays) for x in (value, reader)]
             if sizes[0] == sizes[1]:
                 return self.of(reader)
-        return float("inf")
+        return _ALL
 
 
 def _roots(body: Computation) -> list[Instruction]:
@@ -147,6 +137,16 @@ def _update(writer: Instruction, place: int) -> str | None:
     if writer.opcode == "scatter" and place < operands:
         return writer.operands[operands + 1 + place]
     return None
+
+
+def _touched(body: Computation, writer: Instruction, place: int) -> float | None:
+    """Elements that an operation reads of an operand that it updates in place."""
+    new = _update(writer, place)
+    if new is None:
+        return None
+    # A scatter adds to what it finds; an update overwrites it.
+    is_read = writer.opcode == "scatter"
+    return float(body.by_name[new].arrays[0].elements) if is_read else 0.0
 
 
 def _writes(
