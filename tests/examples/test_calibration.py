@@ -1,5 +1,7 @@
 """The constants behind the report's milliseconds, and how they are fitted."""
 
+import pathlib
+
 import calibration
 import pytest
 from models import TINY_JOBS
@@ -28,6 +30,14 @@ def test_the_table_says_how_far_off_an_estimate_is():
     table = calibration.tables(steps_of(H100.share_of_peaks / 1.1, 1.1 * H100.launch))
     assert table.count("-9.1 %") == 4  # off by
     assert table.count("+0.0 %") + table.count("-0.0 %") >= 4  # fitted without it
+
+
+def test_the_page_names_the_constants_that_the_report_uses():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "report.md"
+    words = " ".join(page.read_text().split())
+    share, launch = 100 * H100.share_of_peaks, 1e6 * H100.launch
+    assert f"reach {share:.0f} % of the peaks" in words
+    assert f"each takes {launch:.1f} microseconds besides" in words
 
 
 @pytest.mark.slow
