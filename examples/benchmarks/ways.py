@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jmp
-import mpx
 import optax
 from flax.training.dynamic_scale import DynamicScale
 from models import Job
@@ -25,11 +24,12 @@ class Training(NamedTuple):
 
     Attributes:
       step: `(state, batch)` to the next state and the loss.
-      init: takes a key; returns the first state.
+      init: takes a key, and the model's variables unless they are to be made from it;
+        returns the first state.
     """
 
     step: Callable[[Any, Any], tuple[Any, jax.Array]]
-    init: Callable[[jax.Array], Any]
+    init: Callable[..., Any]
 
 
 class State(NamedTuple):
@@ -60,12 +60,14 @@ def initializer(
     model: nn.Module,
     tx: optax.GradientTransformation,
     scale: Callable[[], Any] = lambda: None,
-) -> Callable[[jax.Array], State]:
-    """Returns a function of a key that makes the first state."""
+) -> Callable[..., State]:
+    """Returns a function that makes the first state: the `init` of a `Training`."""
 
-    def init(key: jax.Array) -> State:
-        inputs, _ = job.batch(key)
-        variables = dict(model.init(key, *inputs))
+    def init(key: jax.Array, variables: Any = None) -> State:
+        if variables is None:
+            inputs, _ = job.batch(key)
+            variables = model.init(key, *inputs)
+        variables = dict(variables)
         params = variables.pop("params")
         return State(params, variables, tx.init(params), scale())
 
@@ -155,6 +157,8 @@ def with_apply_if_finite(job: Job, dtype: Any) -> Training:
 
 def with_mpx(job: Job, *, init_scale: float = INIT_SCALE) -> Training:
     """mpx's casts, loss scale and update, in mpx's own half dtype, float16."""
+    import mpx  # here, so that all others can be trained without it
+
     model, tx = job.model(), job.optimizer
     loss_fn = loss_function(job, model)
 
@@ -260,8 +264,8 @@ def with_jaxmp(
 
     init = initializer(job, model, optax.identity())
 
-    def init_in_param_dtype(key: jax.Array) -> State:
-        state = init(key)
+    def init_in_param_dtype(key: jax.Array, variables: Any = None) -> State:
+        state = init(key, variables)
         params = policy.cast_to_param(state.params)
         return state._replace(params=params, opt_state=tx.init(params))
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from gpt2_sizes import SMALL, TINY, AdamW, Sizes
 
 from models._job import Job, mean_cross_entropy
 
@@ -30,11 +31,11 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """Returns the logits of the following tokens; GPT-2 small by default."""
 
-    vocabulary: int = 50257
-    length: int = 1024
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
+    vocabulary: int = SMALL.vocabulary
+    length: int = SMALL.length
+    width: int = SMALL.width
+    layers: int = SMALL.layers
+    heads: int = SMALL.heads
     dtype: Any = None
 
     @nn.compact
@@ -56,7 +57,9 @@ def batch(
     return (tokens[:, :-1],), tokens[:, 1:]
 
 
-def make_job(size: int, length: int, *, rate: float = 1e-4, **sizes: int) -> Job:
+def make_job(
+    size: int, length: int, *, rate: float = AdamW().rate, **sizes: int
+) -> Job:
     """A GPT-2 on batches of `size` sequences of `length` tokens.
 
     Args:
@@ -65,16 +68,18 @@ def make_job(size: int, length: int, *, rate: float = 1e-4, **sizes: int) -> Job
       rate: learning rate of AdamW.
       **sizes: other fields of `GPT2`; GPT-2 small's by default.
     """
-    model = functools.partial(GPT2, length=length, **sizes)
-    vocabulary = model().vocabulary
+    all_sizes = Sizes(size, length, **sizes)
+    vocabulary = all_sizes.vocabulary
+    rate, b1, b2, eps, weight_decay = AdamW(rate)
     return Job(
-        model=model,
+        model=functools.partial(GPT2, length=length, **sizes),
         batch=functools.partial(batch, size=size, length=length, vocabulary=vocabulary),
         loss=mean_cross_entropy,
-        optimizer=optax.adamw(rate),
-        shape=f"{size} x {length} tokens, AdamW",
+        optimizer=optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay),
+        shape=all_sizes.shape,
     )
 
 
-JOB = make_job(8, 1024)
-TINY_JOB = make_job(4, 16, rate=1e-3, vocabulary=64, width=32, layers=1, heads=2)
+_TINY = TINY._asdict()
+JOB = make_job(SMALL.batch, SMALL.length)
+TINY_JOB = make_job(_TINY.pop("batch"), rate=1e-3, **_TINY)
