@@ -140,12 +140,12 @@ UPDATES: dict[str, tuple[str, Callable[[], optax.GradientTransformation]]] = {
         lambda: optax.apply_if_finite(clipped(), max_consecutive_errors=5),
     ),
     "master_weights": ("bfloat16", mastered),
-    "loss_scaling, master_weights": (
+    "loss_scaling(master_weights)": (
         "bfloat16",
         lambda: jaxmp.loss_scaling(mastered(), "bfloat16"),
     ),
     "stochastic_rounding": ("bfloat16", rounded),
-    "loss_scaling, stochastic_rounding": (
+    "loss_scaling(stochastic_rounding)": (
         "bfloat16",
         lambda: jaxmp.loss_scaling(rounded(), "bfloat16"),
     ),

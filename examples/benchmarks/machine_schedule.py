@@ -59,7 +59,7 @@ class Schedule:
         self._launch, self._save, self._clock = launch, save, clock
         self._at_once = at_once
         self._end = clock() + seconds
-        self._longest_wave, self._longest_timing = FIRST_WAVE, FIRST_TIMING
+        self._last_wave, self._longest_timing = FIRST_WAVE, FIRST_TIMING
 
     @property
     def left(self) -> float:
@@ -69,11 +69,11 @@ class Schedule:
     def run(self, cases: Iterable[Case]) -> list[Case]:
         """Measures cases in their order; returns those for which no time was left."""
         waiting, not_taken = list(cases), []
-        while waiting and self.left > self._longest_wave:
+        while waiting and self.left > self._last_wave:
             wave, waiting = waiting[: self._at_once], waiting[self._at_once :]
             began = self._clock()
             not_taken += self._measure(wave)
-            self._longest_wave = max(self._longest_wave, self._clock() - began)
+            self._last_wave = self._clock() - began
         return not_taken + waiting
 
     def _measure(self, wave: list[Case]) -> list[Case]:

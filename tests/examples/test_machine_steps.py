@@ -129,11 +129,13 @@ def test_a_wave_compiles_at_once_and_is_timed_one_by_one_when_all_have_compiled(
 
 def test_what_does_not_fit_is_not_begun():
     machines = Machines()
-    # A wave takes 14 seconds, but 20 until one is known: 30 are enough for one.
-    assert machines.run("abcd", seconds=30) == ["c", "d"]
+    # A wave of two takes 14 seconds.
+    assert machines.run("abcd", seconds=27) == ["c", "d"]
     assert set(machines.saved) == {"a", "b"}
     assert not any(event.endswith(("c", "d")) for event in machines.events)
-    assert Machines().run("ab", seconds=10) == ["a", "b"]
+    assert Machines().run("abcd", seconds=35) == []
+    # Nothing is known of the first wave.
+    assert Machines().run("ab", seconds=19) == ["a", "b"]
 
 
 def test_a_compiler_that_takes_too_long_leaves_time_for_the_others():
