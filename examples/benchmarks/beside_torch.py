@@ -20,11 +20,10 @@ from typing import Any
 import machine_records
 from gpt2_sizes import SMALL, TINY, AdamW, Sizes
 from machine_records import Machine, Record
-from rounds import milliseconds
+from rounds import measured, warm_up
 
 WAYS = ("float32", "bfloat16 autocast")
 ATTENTION = {"written": "softmax written out", "sdpa": "fused attention"}
-WARM_UP = 3
 
 
 def read_flags() -> argparse.Namespace:
@@ -104,18 +103,16 @@ def measure(way: str, sizes: Sizes, arguments: argparse.Namespace) -> dict[str, 
     start()
     wait()
     seconds = time.perf_counter() - began
-    for _ in range(WARM_UP):
-        start()
-    wait()
+    first_loss = float(loss.detach())
+    warm_up(start, wait)
     if on_gpu:  # what tuning took is no part of a step
         torch.cuda.reset_peak_memory_stats()
-    ms = milliseconds(start, wait, rounds=arguments.rounds, steps=arguments.steps)
+    times = measured(start, wait, rounds=arguments.rounds, steps=arguments.steps)
     return {
-        "ms": ms,
-        "steps": arguments.steps,
+        **times,
         "allocated": torch.cuda.max_memory_allocated() if on_gpu else None,
         "compile_seconds": seconds,
-        "loss": float(loss.detach()),
+        "loss": first_loss,
     }
 
 

@@ -11,7 +11,7 @@ from page import GIB, markdown_table
 CPU_REMARK = "The CPU emulates half precision: its times say nothing of a GPU or TPU."
 NOTHING = "No machine has been timed for this page yet."
 COLUMNS = (
-    *("ms per step", "least to most", "planned GiB", "allocated GiB"),
+    *("ms per step", "least to most", "host ms", "planned GiB", "allocated GiB"),
     *("trace s", "compile s"),
 )
 
@@ -112,6 +112,7 @@ def figures(row: Record) -> list[str]:
     return [
         f"{row.median:.2f}",
         f"{min(row.ms):.2f} to {max(row.ms):.2f}",
+        "" if row.host_ms is None else f"{row.host_ms:.2f}",
         *("" if x is None else f"{x / GIB:.2f}" for x in sizes),
         *("" if x is None else f"{x:.1f}" for x in seconds),
     ]

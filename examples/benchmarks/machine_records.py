@@ -45,13 +45,15 @@ class Record:
       tiny: whether it is the small one, for tests.
       options: what it was compiled with.
       ms: milliseconds per step, one number for each round.
+      host_ms: of these, what Python takes to start a step; as long as the step where
+        the device waits for it.
       steps: steps in a round.
       planned: bytes that the compiler plans: arguments, results and temporaries.
       allocated: bytes that the device's allocator had given out at its peak.
       trace_seconds: to trace and lower.
       compile_seconds: to compile.
       reused: whether the process that was timed found what another had compiled.
-      loss: of the last step, if it has one.
+      loss: of the first step, if it has one; ways that do the same work agree.
       error: why there are no figures; empty if there are.
     """
 
@@ -62,6 +64,7 @@ class Record:
     tiny: bool = False
     options: str = ""
     ms: tuple[float, ...] = ()
+    host_ms: float | None = None
     steps: int = 0
     planned: int | None = None
     allocated: int | None = None

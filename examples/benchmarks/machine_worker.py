@@ -14,9 +14,7 @@ from typing import Any
 
 import jax
 from machine_records import Machine
-from rounds import milliseconds
-
-WARM_UP = 2
+from rounds import measured, warm_up
 
 
 def say(**fields: Any) -> None:
@@ -84,15 +82,15 @@ def compile_and_time(
     def wait() -> None:
         jax.block_until_ready(state)
 
-    for _ in range(WARM_UP):
-        start()
-    ms = milliseconds(start, wait, rounds=rounds, steps=steps)
+    start()
+    first_loss = None if loss is None else float(loss)
+    warm_up(start, wait)
+    times = measured(start, wait, rounds=rounds, steps=steps)
     peak = peak_bytes(device)
     return {
-        "ms": ms,
-        "steps": steps,
+        **times,
         "allocated": peak if peak > before else None,
-        "loss": None if loss is None else float(loss),
+        "loss": first_loss,
         "reused": any(reused),
     }
 
