@@ -4,27 +4,20 @@ import os
 import time
 from importlib import metadata
 
-# Before JAX starts: eight CPU devices, and an environment in which the TPU and H100
-# compilers can be loaded beside them.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+from tests.support.environment import environment_for, platform
+
+# Before JAX starts.
+os.environ |= environment_for(
+    os.environ,
+    jaxlib=metadata.version("jaxlib"),
+    has_libtpu=importlib.util.find_spec("libtpu") is not None,
 )
-# Compiling is most of the time, and much of that is the emitters of fusions, which
-# JAX 0.10 can do without. Later ones do not know the flag, nor does the TPU compiler,
-# and they stop at it.
-if (
-    metadata.version("jaxlib").startswith("0.10.")
-    and importlib.util.find_spec("libtpu") is None
-):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import hypothesis
 import jax
 import pytest
 
+PLATFORM = platform(os.environ)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A busy machine is no failure.
 hypothesis.settings.register_profile("jaxmp", deadline=None)
@@ -61,8 +54,17 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     if time.monotonic() - STARTED > item.config.getoption("--budget"):
         pytest.skip("the time budget is used up")
-    # LLVM's optimisation is much of the rest, and pays for what is run for long.
-    usual = any(map(item.get_closest_marker, ("optimised", "slow", "targets")))
+    if PLATFORM != "cpu" and item.get_closest_marker("cpu"):
+        pytest.skip(f"is about programs of the CPU, and this is {PLATFORM}")
+    if (devices := item.get_closest_marker("devices")) is not None:
+        (needed,) = devices.args
+        if jax.device_count() < needed:
+            pytest.skip(f"needs {needed} devices, and there is {jax.device_count()}")
+    # LLVM's optimisation is much of the rest, and pays for what is run for long. On
+    # other platforms, what is tested is what users run.
+    usual = PLATFORM != "cpu" or any(
+        map(item.get_closest_marker, ("optimised", "slow", "targets"))
+    )
     if jax.config.read("jax_disable_most_optimizations") == usual:
         # Programs that were compiled the other way differ in last bits.
         jax.clear_caches()

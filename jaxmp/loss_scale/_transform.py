@@ -6,7 +6,7 @@ It takes true gradients, as `jaxmp.value_and_grad` returns them, and stands oute
 
 On a finite step the inner transformation runs and counts. On any other step nothing
 moves: parameters, the whole inner state and the count of its schedule stay
-bit-identical, and a dynamic scale backs off.
+bit-identical (see below for NaN parameters), and a dynamic scale backs off.
 
 One inner transformation handles non-finite steps itself: `accumulate` drops a bad
 micro-batch and goes on with its window, which that very micro-batch may end. Where a
@@ -23,8 +23,9 @@ Sharp edges
   around the inner update would double the step's memory traffic: its branches are
   compiled apart, and every array is copied at their border.
 - A skipped update is -0.0, not 0.0: p + 0.0 turns a parameter -0.0 into +0.0, while
-  p + (-0.0) changes no p. Only a subnormal p may become zero, on machines that flush
-  subnormals in every addition; `TrainState` selects, and keeps it.
+  p + (-0.0) is p. Machines make two exceptions: some flush a subnormal p to zero in every
+  addition, and NVIDIA's GPUs give a NaN their own payload (0x7FFFFFFF in float32). It
+  stays a NaN. `TrainState` selects, and keeps both.
 - `jax_debug_nans` raises on the first NaN that a compiled function returns, so it
   aborts on an overflow that would be skipped, unless the whole step is one function
   that returns neither gradients nor updates. Leave it off, and read `grads_finite`.

@@ -125,6 +125,7 @@ def test_every_command_explains_itself(command, capsys):
 # What is found
 
 
+@pytest.mark.cpu
 def test_doctor_says_that_a_cpu_emulates(capsys):
     assert main(["doctor", "--fail-on", "emulated"]) == 1
     printed = capsys.readouterr()

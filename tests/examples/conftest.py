@@ -19,13 +19,13 @@ def start(tmp_path_factory):
     }
     del env["XLA_FLAGS"]
 
-    def start_example(name, *flags):
+    def start_example(name, *flags, platforms=env["JAX_PLATFORMS"]):
         return subprocess.Popen(
             [sys.executable, str(EXAMPLES / name), *map(str, flags)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=env,
+            env={**env, "JAX_PLATFORMS": platforms},
         )
 
     return start_example

@@ -67,7 +67,7 @@ def test_all_policies_are_compared():
 
 def test_a_run_uses_eight_devices_and_ends_with_the_table(start, tmp_path):
     flags = ["--policy=mixed_bfloat16,reduce=float32", "--steps=3", f"--out={tmp_path}"]
-    process = start("train_lm_sharded.py", *flags)
+    process = start("train_lm_sharded.py", *flags, platforms="cpu")
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "Warning" not in err

@@ -60,7 +60,7 @@ ROUND_TRIPS = {
     "numpy": through_numpy,
     "flatten": through_flatten,
     "jit": lambda tx, state: jax.jit(lambda s: s)(state),
-    "device_put": lambda tx, state: jax.device_put(state, jax.devices()[1]),
+    "device_put": lambda tx, state: jax.device_put(state, jax.devices()[-1]),
 }
 
 

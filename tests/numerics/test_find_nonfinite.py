@@ -207,7 +207,7 @@ def test_rules_are_those_of_autocast():
 def test_effects_and_platforms():
     def loss(w):
         jax.debug.callback(lambda x: None, w.sum())
-        y = lax.platform_dependent(w, cpu=jnp.log, default=jnp.sin)
+        y = lax.platform_dependent(w, cpu=jnp.log, cuda=jnp.log, default=jnp.sin)
         return y.sum()
 
     found = find_nonfinite(loss, jnp.zeros(2))

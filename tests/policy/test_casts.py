@@ -45,7 +45,7 @@ CAST = {  # by every policy
     "scalar": lambda: jnp.float32(1),
     "empty": lambda: jnp.ones((0, 3), jnp.float32),
     "weak": lambda: jax.lax.full((2,), 1.0, jnp.float32) * jnp.asarray(1.0),
-    "committed": lambda: jax.device_put(jnp.ones(2, jnp.float32), jax.devices()[3]),
+    "committed": lambda: jax.device_put(jnp.ones(2, jnp.float32), jax.devices()[-1]),
     "numpy float16": lambda: np.ones(2, np.float16),
     "numpy bfloat16": lambda: np.ones(2, jnp.bfloat16),
     "numpy float32": lambda: np.ones(2, np.float32),

@@ -56,9 +56,13 @@ def test_auto_picks_what_the_device_multiplies_fastest(platform, capability, nam
     assert changed.matmul_precision == "tensorfloat32"
 
 
-def test_auto_asks_the_first_local_device():
-    assert get_policy("auto") == get_policy("float32")
-    assert get_policy("auto", device=jax.devices()[0]) == get_policy("float32")
+def test_auto_asks_the_first_local_device(monkeypatch):
+    assert get_policy("auto", device=jax.devices("cpu")[0]) == get_policy("float32")
+    assert get_policy("auto") == get_policy("auto", device=jax.local_devices()[0])
+    for platform, capability, name in DEVICES:
+        first = fake_device(platform, capability)
+        monkeypatch.setattr(jax, "local_devices", lambda first=first: [first, None])
+        assert get_policy("auto") == get_policy(name)
 
 
 def test_a_device_changes_nothing_but_auto():

@@ -19,6 +19,7 @@ import pytest
 from compiled_steps import WAYS, abstract_arguments, abstract_step
 from flax import nnx
 from jax.experimental import pallas as pl
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from models.gpt2 import make_job
 
@@ -822,7 +823,7 @@ def test_channels_of_a_convolution_are_padded():
 
 # Collectives
 
-MESH = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+MESH = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
 
 
 def on_mesh(body, out_specs=None):

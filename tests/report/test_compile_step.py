@@ -232,7 +232,7 @@ def test_a_target_that_does_not_exist_is_told_the_nearest():
         ("h100:0", "1 to 8, or a multiple of 8"),
         ("h100:", "1 to 8"),
         ("h100:x", "1 to 8"),
-        ("cpu:999", "1 to 8 devices"),
+        ("cpu:999", f"1 to {len(jax.devices('cpu'))} devices"),
     ],
 )
 def test_a_number_of_devices_that_no_slice_has_is_refused(target, words):
@@ -299,7 +299,9 @@ def test_a_missing_compiler_names_the_command_that_mends_it(monkeypatch):
 
 
 def test_targets_name_this_machine_and_the_compilers():
-    assert report.targets()[:2] == ("cpu", "h100")
+    names = report.targets()
+    assert names[0] == "cpu"
+    assert {jax.default_backend(), "h100"} <= set(names)
     assert report.has_target("cpu")
 
 
