@@ -57,9 +57,9 @@ def pytest_runtest_setup(item):
     if PLATFORM != "cpu" and item.get_closest_marker("cpu"):
         pytest.skip(f"is about programs of the CPU, and this is {PLATFORM}")
     if (devices := item.get_closest_marker("devices")) is not None:
-        (needed,) = devices.args
-        if jax.device_count() < needed:
-            pytest.skip(f"needs {needed} devices, and there is {jax.device_count()}")
+        needed, *where = devices.args
+        if (count := jax.device_count(*where)) < needed:
+            pytest.skip(f"needs {needed} devices, and there is {count}")
     # LLVM's optimisation is much of the rest, and pays for what is run for long. On
     # other platforms, what is tested is what users run.
     usual = PLATFORM != "cpu" or any(

@@ -23,9 +23,9 @@ Sharp edges
   around the inner update would double the step's memory traffic: its branches are
   compiled apart, and every array is copied at their border.
 - A skipped update is -0.0, not 0.0: p + 0.0 turns a parameter -0.0 into +0.0, while
-  p + (-0.0) is p. Machines make two exceptions: some flush a subnormal p to zero in every
-  addition, and NVIDIA's GPUs give a NaN their own payload (0x7FFFFFFF in float32). It
-  stays a NaN. `TrainState` selects, and keeps both.
+  p + (-0.0) is p. There are two exceptions: some machines flush a subnormal p to zero
+  in every addition, and NVIDIA's GPUs give a NaN the payload of their own NaN. It stays
+  a NaN. `TrainState` selects, and keeps both.
 - `jax_debug_nans` raises on the first NaN that a compiled function returns, so it
   aborts on an overflow that would be skipped, unless the whole step is one function
   that returns neither gradients nor updates. Leave it off, and read `grads_finite`.

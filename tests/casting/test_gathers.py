@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 import jaxmp
 from jaxmp.testing import equations
 
+pytestmark = pytest.mark.devices(8)
+
 GATHERS = ("all_gather", "reshard", "sharding_constraint")
 SCATTERS = ("reduce_scatter", "reshard", "sharding_constraint")
 POLICIES = ("mixed_bfloat16", "mixed_bfloat16,reduce=float32")

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import jaxmp
 from tests.support.programs.weights import layer, normal
 
+pytestmark = pytest.mark.devices(8)
+
 # The same roundings of activations in every program, or these hide those of sums.
 OPTIONS = {
     "xla_allow_excess_precision": False,

@@ -21,6 +21,8 @@ from jaxmp.errors import (
     MicroBatchError,
 )
 
+pytestmark = pytest.mark.devices(8)
+
 SCALE = jaxmp.StaticLossScale(1024)
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import jaxmp
 from jaxmp.errors import UnknownAxis
 
+pytestmark = pytest.mark.devices(8)
+
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
 SHARDED_TX = jaxmp.loss_scaling(TX, "mixed_float16")
 AXIS_TX = jaxmp.loss_scaling(TX, "mixed_float16", axis_name="data")

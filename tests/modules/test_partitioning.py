@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxmp
 
+pytestmark = pytest.mark.devices(8)
+
 POLICIES = ("mixed_bfloat16", "mixed_bfloat16,reduce=float32")
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 divided = nn.with_partitioning(nn.initializers.lecun_normal(), ("data", None))

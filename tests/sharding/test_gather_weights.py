@@ -20,6 +20,8 @@ from jaxmp.errors import (
 from jaxmp.sharding import gather_weights
 from jaxmp.testing import equations
 
+pytestmark = pytest.mark.devices(8)
+
 SPECS = {"w": P("data"), "out": P(None, "data"), "b": P()}
 CHECKS = pytest.mark.parametrize("check_vma", [True, False])
 

@@ -15,6 +15,8 @@ from jaxmp.errors import GradientsAlreadySummed, ReduceDtypeError, UnknownAxis
 from jaxmp.sharding import reduce_gradients, replicated
 from jaxmp.testing import equations
 
+pytestmark = pytest.mark.devices(8)
+
 CHECKS = pytest.mark.parametrize("check_vma", [True, False])
 
 

@@ -13,6 +13,8 @@ import jaxmp
 from jaxmp.sharding import reduce_gradients, replicated
 from jaxmp.testing import equations
 
+pytestmark = pytest.mark.devices(8)
+
 WAYS = ("plain", "inside the loss", "outside")
 
 

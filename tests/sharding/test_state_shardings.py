@@ -18,6 +18,8 @@ from jaxmp.numerics import monitor
 from jaxmp.optimizers import ema
 from jaxmp.sharding import state_shardings
 
+pytestmark = pytest.mark.devices(8)
+
 
 @functools.cache
 def mesh():
