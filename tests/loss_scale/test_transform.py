@@ -415,6 +415,9 @@ def test_skip_nonfinite_false_applies_everything(mode):
     assert float(state.loss_scale) == expected[mode]
 
 
+TUPLES = ("tuple", "get-tuple-element")
+
+
 @functools.cache
 def operations(mode=None, **options):
     """Counts the instructions of a compiled step; without a mode, of the bare one."""
@@ -429,7 +432,9 @@ def operations(mode=None, **options):
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
     args = jax.eval_shape(lambda p: (p, tx.init(p), p), params)
     text = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile().as_text()
-    return collections.Counter(re.findall(r"= \S+ ([a-z][\w-]*)\(", text))
+    found = re.findall(r"= \S+ ([a-z][\w-]*)\(", text)
+    # GPUs hand on what one kernel computes in tuples.
+    return collections.Counter(name for name in found if name not in TUPLES)
 
 
 @pytest.mark.parametrize("mode", ["mixed_bfloat16", "float32", 1.0])
