@@ -32,9 +32,13 @@ def only(fn, *names, args=(W, X)):
     return found
 
 
+def all_devices():
+    kinds = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((jax.device_count(),), ("i",), axis_types=kinds)
+
+
 def replicated():
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    return NamedSharding(mesh, P())
+    return NamedSharding(all_devices(), P())
 
 
 @pytest.mark.parametrize(
@@ -82,8 +86,7 @@ def test_a_sharding_inside_is_kept():
 
 
 def test_shardings_of_arguments_reach_the_output():
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = NamedSharding(mesh, P("i"))
+    rows = NamedSharding(all_devices(), P("i"))
     x = jax.device_put(jnp.ones((16, W.shape[0])), rows)
     out = jax.jit(jaxmp.autocast(lambda w, x: x @ w))(W, x)
     assert out.sharding.is_equivalent_to(rows, 2)

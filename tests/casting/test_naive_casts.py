@@ -154,6 +154,7 @@ def test_kernels_and_callbacks_run_once_in_their_own_dtypes():
     np.testing.assert_allclose(actual, fn(X, W), atol=0.2)
 
 
+@pytest.mark.devices(8)
 def test_sums_over_devices_are_float32():
     mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
 

@@ -150,6 +150,7 @@ def test_report_has_a_row_for_each_policy_and_target(capsys):
     assert whole == 2 * half == 4 * (256 * 128 + 8 * 256)
 
 
+@pytest.mark.devices(8, "cpu")
 def test_report_of_several_devices_fails_on_what_they_send(capsys):
     command = ["report", "steps:make_gathering", "--policy", "float32", "--quiet"]
     wide = [*command, "--target", "cpu:8", "--fail-on", "gathered-in-float32"]

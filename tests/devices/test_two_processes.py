@@ -60,6 +60,7 @@ def test_a_step_by_hand_decides_as_one_too(trained):
 # The record of the bad batch
 
 
+@pytest.mark.devices(8)
 def test_the_bad_batch_is_written_once_and_whole(trained):
     records = [trained.said(process, "record")[0] for process in (0, 1)]
     assert [record["exists"] for record in records] == [True, False]
@@ -98,6 +99,7 @@ def bits(state):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
 
 
+@pytest.mark.devices(8)
 def test_a_checkpoint_of_eight_devices_goes_on_four_and_then_on_two(trained, tmp_path):
     state, _ = worker.new_state(mesh_of(8))
     with Checkpoints(trained.folder / "checkpoints") as checkpoints:
@@ -124,6 +126,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_four_and_then_on_two(trained, tmp
     assert int(metrics["applied_steps"]) == worker.STEPS
 
 
+@pytest.mark.devices(8)
 def test_a_mesh_that_does_not_divide_an_array_is_named_with_its_path(trained):
     mesh = mesh_of(3)
     shapes = jax.eval_shape(lambda: worker.new_state(mesh_of(1))[0])
@@ -147,6 +150,7 @@ def test_a_mesh_that_does_not_divide_an_array_is_named_with_its_path(trained):
         checkpoints.restore(form)
 
 
+@pytest.mark.devices(8)
 def test_shapes_with_shardings_are_enough_to_restore(trained):
     state, shardings = worker.new_state(mesh_of(4))
     form = jax.tree.map(

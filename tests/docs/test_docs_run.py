@@ -83,7 +83,20 @@ def _run_blocks(path, text, namespace):
         exec(compile(tree, str(path), "exec"), namespace)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+NEED_DEVICES = {"distributed.md": 8}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            marks=pytest.mark.devices(NEED_DEVICES.get(path.name, 1)),
+            id=path.name,
+        )
+        for path in PAGES
+    ],
+)
 def test_the_python_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(path, path.read_text())

@@ -180,6 +180,7 @@ def sharded():
     return jax.shard_map(lambda x: x * lax.psum(x, "i"), mesh=mesh, **specs)
 
 
+@pytest.mark.devices(2)
 def test_a_shard_map_can_be_called_again_with_its_parameters():
     eqn = equation("shard_map", sharded(), X)
     arguments = shard_map_arguments(eqn.params)

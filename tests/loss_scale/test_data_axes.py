@@ -558,7 +558,7 @@ def closing_over(params, x, y):
 
 WRONG = {
     "another axis": (
-        bad(mesh=mesh_of((8,), ("batch",))),
+        lambda: bad(mesh=mesh_of((8,), ("batch",)))(),
         DataAxesError,
         ("data_axes='data'", "['batch']"),
     ),

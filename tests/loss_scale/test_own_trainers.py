@@ -75,7 +75,13 @@ TRAINERS = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.devices(8 if "pmap" in name else 1))
+        for name in TRAINERS
+    ],
+)
 def test_what_float16_would_lose_arrives(name):
     grads_of, by_hand = TRAINERS[name]
     tx = jaxmp.loss_scaling(optax.sgd(1.0), "mixed_float16", grads_are_scaled=by_hand)

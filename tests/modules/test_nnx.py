@@ -137,6 +137,7 @@ def test_abstract_modules():
     assert shapes["head"]["kernel"].shape == (8, 2)
 
 
+@pytest.mark.devices(8)
 def test_sharded_modules():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 

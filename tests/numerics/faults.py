@@ -33,6 +33,7 @@ class Fault:
       is_backward: whether only gradients show it.
       iterations: of the loops around.
       path: what the module path ends in.
+      devices: that it takes.
     """
 
     make: Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]]]
@@ -43,6 +44,7 @@ class Fault:
     is_backward: bool = False
     iterations: tuple[int, ...] = ()
     path: str = ""
+    devices: int = 1
 
     def __str__(self) -> str:
         return self.make.__name__
@@ -404,7 +406,10 @@ def custom_vjp_forward():
 
 
 @fault(
-    "psum_invariant", "the sum over devices of 20000 overflows float16", "jax.lax.psum"
+    "psum_invariant",
+    "the sum over devices of 20000 overflows float16",
+    "jax.lax.psum",
+    devices=4,
 )
 def sum_over_devices():
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))

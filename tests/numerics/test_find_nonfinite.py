@@ -15,7 +15,10 @@ from jaxmp.numerics.replay._program import read_program
 from .faults import FAULTS
 from .healthy import HEALTHY, ZOO, network_of_the_zoo
 
-every_fault = pytest.mark.parametrize("fault", FAULTS, ids=str)
+every_fault = pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, marks=pytest.mark.devices(f.devices), id=str(f)) for f in FAULTS],
+)
 
 
 @every_fault

@@ -403,6 +403,7 @@ def test_in_an_nnx_optimizer():
         jaxmp.raise_if_collapsed(optimizer, max_consecutive_skips=1)
 
 
+@pytest.mark.devices(8)
 def test_sharded_gradients_are_counted_whole():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -228,6 +228,7 @@ def test_without_jit_under_strict_promotion_and_under_vmap(strict):
         assert_same(row, compiled("float16")(x[i]))
 
 
+@pytest.mark.devices(8)
 def test_sharded_arrays_are_counted_whole():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jnp.asarray(every_number("float16")).reshape(64, -1)

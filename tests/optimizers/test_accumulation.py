@@ -176,6 +176,7 @@ def test_the_train_state_moves_at_the_end_of_a_window_that_ends_badly():
     assert state.params.tolist() == [13.0, 13.0]
 
 
+@pytest.mark.devices(8)
 def test_one_flag_over_all_devices():
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     tx = jaxmp.loss_scaling(

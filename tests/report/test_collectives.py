@@ -171,6 +171,7 @@ def everything(x):
     return jax.lax.psum(v.sum(), ("a", "b"))
 
 
+@pytest.mark.devices(8, "cpu")
 def test_collectives_by_hand_are_counted_in_their_groups():
     step = jax.jit(
         jax.shard_map(
@@ -191,6 +192,7 @@ def test_collectives_by_hand_are_counted_in_their_groups():
     assert all("test_collectives.py" in one.source for one in found.values())
 
 
+@pytest.mark.devices(8, "cpu")
 def test_a_loop_sends_as_often_as_it_runs():
     mesh = AbstractMesh((8,), ("data",))
 
@@ -207,6 +209,7 @@ def test_a_loop_sends_as_often_as_it_runs():
     assert one[:6] == ("all-reduce", "float32", 8, 5, 5 * size, 5 * 2 * size * 7 / 8)
 
 
+@pytest.mark.devices(8)
 def test_copies_of_a_program_send_too():
     mapped = jax.pmap(lambda x: jax.lax.pmean(x, "i"), axis_name="i")
     compiled = mapped.lower(jnp.zeros((8, 100))).compile()

@@ -252,6 +252,7 @@ def test_a_step_that_does_not_trace_says_why_and_with_what():
     assert "TypeError" in str(caught.value)
 
 
+@pytest.mark.devices(4, "cpu")
 def test_a_program_for_other_devices_than_the_target_has_is_refused():
     with pytest.raises(errors.ShardingMismatch, match="AbstractMesh"):
         compile_here(jnp.tanh, array(8), targets=["cpu:4"])

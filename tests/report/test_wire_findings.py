@@ -16,6 +16,8 @@ from jaxmp.report.hlo._collectives import transfers
 from jaxmp.report.hlo._parse import read_hlo
 from jaxmp.report.wire_findings import find_on_the_wire
 
+pytestmark = pytest.mark.devices(8, "cpu")
+
 FOLDER = pathlib.Path(__file__).parent / "compiled"
 MESH = AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,))
 SHARDED, REPLICATED = NamedSharding(MESH, P("data")), NamedSharding(MESH, P())

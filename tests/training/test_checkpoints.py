@@ -139,6 +139,7 @@ def test_conversion_casts_to_the_dtypes_of_the_new_policy(tmp_path):
     assert bits(restored) == bits(half)
 
 
+@pytest.mark.devices(8)
 def test_shardings_of_the_fresh_state_are_kept(tmp_path):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
