@@ -1,7 +1,7 @@
 """Carries out equations and jaxprs on arrays, as they were written."""
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -21,6 +21,14 @@ def bind(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:
     with eqn.ctx.manager:
         outs = eqn.primitive.bind(*operands, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def result_avals(
+    primitive: Any, avals: Sequence[Any], params: Mapping[str, Any]
+) -> Sequence[Any]:
+    """The abstract results of a primitive on abstract operands."""
+    outs, _ = primitive.abstract_eval(*avals, **params)
+    return outs if primitive.multiple_results else [outs]
 
 
 def evaluate(

@@ -44,7 +44,7 @@ LAYOUT = frozenset(
         "broadcast_in_dim",
         "stop_gradient",
         "copy",
-        "gpu_barrier",
+        "anew",
         "cpu_barrier",
         "copy_p",
         "name",

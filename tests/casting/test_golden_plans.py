@@ -145,8 +145,9 @@ CASES = {
 
 
 def plan_of(fn):
-    """The rows of `explain` without what depends on source lines."""
-    rows = jaxmp.explain(fn)(*CASES[fn]).rows
+    """What `explain` says, without what depends on source lines."""
+    plan = jaxmp.explain(fn)(*CASES[fn])
+    rows = plan.rows
     table = [("operation", "path", "before", "after", "class", "reason")]
     for row in rows:
         primitive, _, name = row.operation.partition(" ")
@@ -155,6 +156,7 @@ def plan_of(fn):
         table.append((operation, row.path, row.before, row.after, row.op_class, reason))
     widths = [max(len(row[i]) for row in table) for i in range(5)]
     lines = ["  ".join(map(str.ljust, row, (*widths, 0))).rstrip() for row in table]
+    lines += [str(backward._replace(source="")) for backward in plan.backward]
     return "\n".join([*lines, ""])
 
 

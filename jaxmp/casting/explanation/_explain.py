@@ -15,6 +15,7 @@ from jaxmp._jaxpr.marks import scopes
 from jaxmp._jaxpr.residuals import residual_jaxpr
 from jaxmp._jaxpr.site import Site
 from jaxmp.casting._autocast import autocast
+from jaxmp.casting.explanation._backward import backward_of
 from jaxmp.casting.explanation._cancellation import NOTE, cancelling
 from jaxmp.casting.explanation._result import Explanation, Row
 from jaxmp.casting.explanation.shares import own_flops, shares_of
@@ -67,6 +68,8 @@ def explain(
         check_rules(planner)
         noted = set().union(*(cancelling(p.jaxpr) for p in _plans(plan)))
         shares = shares_of(plan)
+        steps = [step for p in _plans(plan) for step in p.steps]
+        islands = [step for step in steps if isinstance(step, Island)]
         cast_fn = autocast(fn, policy, rules=rules, half_residuals=half_residuals)
         return Explanation(
             rows=tuple(_row(step, noted) for step in _walk(plan)),
@@ -75,9 +78,8 @@ def explain(
             matmul_flops=shares.total,
             wants_half=settings.compute_dtype in _tree.HALF,
             casts=sum(_casts(plan) for plan in _plans(plan)),
-            islands=sum(
-                isinstance(step, Island) for p in _plans(plan) for step in p.steps
-            ),
+            islands=len(islands),
+            backward=backward_of(islands),
             residual_bytes=_residual_bytes(cast_fn, args, kwargs),
         )
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jaxmp._views import html
 from jaxmp._views.result import Result
 from jaxmp._views.tables import text_table
+from jaxmp.casting.explanation._backward import Backward
 from jaxmp.casting.explanation.shares import Reason
 from jaxmp.errors import NoSuchRows
 
@@ -62,6 +63,8 @@ class Explanation(Result):
       wants_half: whether the policy computes in half.
       casts: how many casts are inserted.
       islands: how many float32 islands there are.
+      backward: what their backward passes keep besides half inputs, and what they
+        compute again: `kept`, `numbers`, `again`, `islands`, `source`.
       residual_bytes: what a backward pass keeps, in bytes by dtype; empty if the
         function cannot be differentiated in reverse.
     """
@@ -73,6 +76,7 @@ class Explanation(Result):
     wants_half: bool
     casts: int
     islands: int
+    backward: tuple[Backward, ...]
     residual_bytes: dict[str, int]
 
     def only(self, which: str) -> "Explanation":
@@ -126,7 +130,8 @@ class Explanation(Result):
     def __str__(self) -> str:
         is_warned = bool(self.why) and self.why[0].startswith("Warning")
         lines = [*self.why[:is_warned], self.summary, *self.why[is_warned:]]
-        return "\n".join([*lines, "", text_table(_COLUMNS, self._cells)])
+        lines += ["", text_table(_COLUMNS, self._cells)]
+        return "\n".join([*lines, *map(str, self.backward)])
 
     @property
     def _cells(self) -> list[tuple[Any, ...]]:
@@ -139,7 +144,7 @@ class Explanation(Result):
         table = Table(*_COLUMNS)
         for row, cells in zip(self.rows, self._cells, strict=True):
             table.add_row(*cells, style=_STYLES[row.op_class])
-        return Group(*self.why, self.summary, table)
+        return Group(*self.why, self.summary, table, *map(str, self.backward))
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Gives the rows as dictionaries, for a data frame."""
@@ -158,6 +163,7 @@ class Explanation(Result):
                 styles=[_MARKS[kind] for kind in kinds],
                 kinds=kinds,
             ),
+            *map(html.paragraph, map(str, self.backward)),
         )
 
 

@@ -1,7 +1,8 @@
 """Islands: sets of float32 operations that hand values to each other.
 
 An island is run as one function with half inputs and half outputs, so that one place
-decides what its gradient keeps: under `jax.checkpoint`, only the half inputs.
+decides what its gradient keeps: under `jax.checkpoint`, the half inputs and what is
+small (`_residuals`).
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import numpy as np
 from jaxmp._jaxpr.atoms import variables
 from jaxmp._jaxpr.types import Var
 from jaxmp.casting.islands import _arithmetic
+from jaxmp.casting.islands._residuals import bends_large, largest_small
 from jaxmp.casting.islands._softmax import Reads, Softmax
 from jaxmp.casting.plan.plan import EqnPlan
 from jaxmp.casting.plan.states import FLOAT32
@@ -49,8 +51,9 @@ def make_island(members: Sequence[EqnPlan], reads: Reads, recompute: bool) -> Is
     inside = set(made)
     inputs = dict.fromkeys(v for v in read if v not in inside)
     outputs = tuple((v, dtype) for v in made for dtype in _dtypes(reads, v))
-    is_nonlinear = any(_arithmetic.is_nonlinear(plan.eqn) for plan in members)
-    return Island(members, tuple(inputs), outputs, recompute and is_nonlinear)
+    limit = largest_small(v.aval for v in inputs)
+    saves = any(bends_large(plan.eqn, limit) for plan in members)
+    return Island(members, tuple(inputs), outputs, recompute and saves)
 
 
 def made_in_order(members: Sequence[EqnPlan]) -> list[Var]:

@@ -16,6 +16,7 @@ from jaxmp._jaxpr.scopes import inside_current, stack_parts
 from jaxmp._jaxpr.types import Array, Eqn
 from jaxmp.casting.islands._islands import Island, is_elementwise
 from jaxmp.casting.islands._label_gather import bind_with_picks, has_pick
+from jaxmp.casting.islands._residuals import largest_small
 from jaxmp.casting.islands._softmax import Softmax, run_softmax
 from jaxmp.casting.ops import _registry
 from jaxmp.casting.plan.plan import LAYER_REASON, EqnPlan, JaxprPlan
@@ -201,7 +202,8 @@ class Executor:
             run = functools.partial(self._run_members, island, depth)
             if island.recompute:
                 key = signature(island, depth, args)
-                run = recomputed(run, is_elementwise(island))
+                limit = largest_small(args)
+                run = recomputed(run, is_elementwise(island), limit)
                 run = run if key is None else self._islands.setdefault(key, run)
             outs = run(*args)
         for (v, dtype), value in zip(island.outputs, outs, strict=True):

@@ -13,6 +13,7 @@ from jax import export
 from jaxmp import _tree
 from jaxmp._jaxpr.argument_names import argument_names
 from jaxmp._jaxpr.lowered import kept_arguments
+from jaxmp._jaxpr.lowering import lowering_for
 from jaxmp.casting import autocast
 from jaxmp.errors import NotAnArray, ShardingMismatch, StepDoesNotTrace
 from jaxmp.policy import PolicyLike, get_policy
@@ -135,9 +136,10 @@ def export_program(
     mesh = _mesh_of(args)
     try:
         platforms = (target.platform,)
-        lowered = None if mesh else traced.lower(lowering_platforms=platforms)
-        module = None if lowered is None else write_module(lowered)
-        written, devices = (module, 1) if module else _export(jitted, args, target)
+        with lowering_for(target.device_kind):
+            lowered = None if mesh else traced.lower(lowering_platforms=platforms)
+            module = None if lowered is None else write_module(lowered)
+            written, devices = (module, 1) if module else _export(jitted, args, target)
     except Exception as error:
         raise StepDoesNotTrace(
             f"The step cannot be lowered for {str(target)!r}. It raised "

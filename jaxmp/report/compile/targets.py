@@ -55,6 +55,16 @@ _TPUS = MappingProxyType(
     }
 )
 _H100S_PER_HOST = 8
+_DEVICE_KINDS = MappingProxyType(
+    {
+        "h100": "NVIDIA H100 80GB HBM3",
+        "tpu-v4": "TPU v4",
+        "tpu-v5e": "TPU v5 lite",
+        "tpu-v5p": "TPU v5",
+        "tpu-v6e": "TPU v6 lite",
+        "tpu7x": "TPU7x",
+    }
+)
 _PACKAGES = {
     "h100": ("jax_cuda12_plugin", "nvidia.cuda_nvcc", "flatbuffers"),
     "tpu": ("libtpu", "flatbuffers"),
@@ -81,6 +91,11 @@ class Target(NamedTuple):
         if self.is_local:
             return {"gpu": "cuda"}.get(self.name, self.name)
         return "cuda" if self.name == "h100" else "tpu"
+
+    @property
+    def device_kind(self) -> str:
+        """What its devices call themselves; empty for this machine's own."""
+        return _DEVICE_KINDS.get(self.name, "")
 
     @property
     def is_local(self) -> bool:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from jaxmp.report.hlo._program import Computation, HloArray, HloProgram, Instruction
 
 _SLICES = ("dynamic-slice", "gather", "slice")
+# On TPUs: brings a part of an array into the chip's own memory ahead of time.
+_PREFETCHES = ("dynamic-slice-start", "slice-start")
 # What needs an element of its operand for the element of its result alone.
 _ONE_TO_ONE = (
     "add",
@@ -70,6 +72,8 @@ def _reads(
         for inner in body.instructions:
             if inner.opcode == "parameter":
                 parts[int(inner.arguments)] = found.of(inner)
+    elif instruction.opcode in _PREFETCHES:
+        parts[0] = computation.results(instruction)[0].elements
     else:
         for i in range(len(operands)):
             touched = _touched(computation, instruction, i)
