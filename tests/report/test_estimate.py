@@ -50,6 +50,24 @@ def test_an_operation_moves_what_a_hand_counts(pieces, name, expected):
     assert bytes_moved(pieces, name) == pytest.approx(expected, rel=1e-6)
 
 
+PREFETCH = """HloModule jit_step
+
+ENTRY %main (table: f32[1024,768]) -> f32[256,768] {
+  %table = f32[1024,768]{1,0:T(8,128)} parameter(0)
+  %slice-start = ((f32[1024,768]{1,0:T(8,128)}), f32[256,768]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%table), slice={[0:256], [0:768]}
+  %slice-done = f32[256,768]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  ROOT %copy = f32[256,768]{1,0:T(8,128)} copy(%slice-done)
+}
+"""  # noqa: E501
+
+
+def test_a_part_that_a_tpu_fetches_ahead_is_read_once():
+    program = read_hlo(PREFETCH)
+    assert bytes_moved(program, "slice-start") == 4 * 256 * 768
+    # It lies in the chip's own memory by then.
+    assert bytes_moved(program, "copy") == 4 * 256 * 768
+
+
 UPDATES = """HloModule jit_step
 
 %fused (stack: f32[100,1000], row: f32[1000], i: s32[]) -> (f32[100,1000], f32[1000]) {
