@@ -102,7 +102,7 @@ def like(x: Any, reference: Any) -> Any:
 
 
 def negative_zero(x: Any) -> Any:
-    """The update that changes no bit of a parameter: p + 0.0 would lose a -0.0."""
+    """The update that changes no number: p + 0.0 would lose the sign of a -0.0."""
     if not is_array(x):
         return x
     if jnp.issubdtype(x.dtype, jnp.complexfloating):

@@ -9,6 +9,7 @@ import jax.extend.core
 import jax.numpy as jnp
 
 from jaxmp._jaxpr.atoms import is_literal
+from jaxmp._jaxpr.calls import BODY
 from jaxmp._jaxpr.types import Array, Atom, Eqn, Jaxpr
 from jaxmp._jaxpr.versions import jaxpr_consts, open_jaxpr
 
@@ -27,6 +28,8 @@ def result_avals(
     primitive: Any, avals: Sequence[Any], params: Mapping[str, Any]
 ) -> Sequence[Any]:
     """The abstract results of a primitive on abstract operands."""
+    if primitive.name in BODY:
+        return [v.aval for v in open_jaxpr(params[BODY[primitive.name]]).outvars]
     outs, _ = primitive.abstract_eval(*avals, **params)
     return outs if primitive.multiple_results else [outs]
 

@@ -62,7 +62,7 @@ def landing_update(target: jax.Array, p: jax.Array) -> jax.Array:
       p: float16 or bfloat16 array of the same shape.
 
     Returns:
-      A float32 array; where `p` equals `target`, it is -0.0, which changes no bit.
+      A float32 array; where `p` equals `target`, it is -0.0, which changes no number.
     """
     p = p.astype(jnp.float32)
     return jnp.where(target == p, np.float32(-0.0), target - p)

@@ -80,7 +80,7 @@ def accumulate(
 ) -> optax.GradientTransformationExtraArgs:
     """Updates on every k-th call, with the mean of the gradients since the last time.
 
-    In between, updates are -0.0, which changes no bit of a parameter, and the inner
+    In between, updates are -0.0, which changes no number, and the inner
     state stands still.
 
     Args:
