@@ -30,7 +30,12 @@ def describe(found: Row) -> str:
     if found.peak is None:
         return f"does not fit: {found.message[:100]}"
     accessed = f", accessed {found.accessed / GIB:.2f} GiB" if found.accessed else ""
-    return f"peak {found.peak / GIB:.3f} GiB{accessed}"
+    moved = (
+        f", through memory {found.roofline.bytes / GIB:.2f} GiB"
+        if found.roofline
+        else ""
+    )
+    return f"peak {found.peak / GIB:.3f} GiB{accessed}{moved}"
 
 
 def main() -> None:

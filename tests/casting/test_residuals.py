@@ -91,6 +91,8 @@ NORMS = {
     "rms": nn.RMSNorm(),
     "instance": nn.InstanceNorm(),
 }
+
+
 def gated(x):
     """Functions with derivatives of their own, and jitted ones, in one island."""
     z = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)

@@ -78,14 +78,17 @@ def _with_rounding(
     softmax: Softmax, ancestors: Sequence[EqnPlan], half: np.dtype, in_half: set[Var]
 ) -> Softmax:
     """The softmax, with what is known of the operations that make its scores."""
-    from_half = any(v in in_half for p in ancestors for v in variables(p.eqn.invars))
+    read = {v for p in ancestors for v in variables(p.eqn.invars)}
+    halves = [v.aval.size for v in read & in_half]
     amplified = any(_arithmetic.amplifies(p.eqn) for p in ancestors)
     in_range = half != jnp.float16 or not amplified
     follows = all(_arithmetic.follows(p.eqn) for p in ancestors)
-    rounds = from_half and in_range and follows
+    rounds = bool(halves) and in_range and follows
     is_elementwise = all(_arithmetic.is_elementwise(p.eqn) for p in ancestors)
+    # Two summands are twice the shares.
+    is_as_small = sum(halves) < 2 * softmax.scores.aval.size
     return softmax._replace(
-        rounds_scores=rounds, keeps_scores=rounds and is_elementwise
+        rounds_scores=rounds, keeps_scores=rounds and is_elementwise and is_as_small
     )
 
 
