@@ -107,6 +107,29 @@ WRITTEN = {
 }
 
 
+@jax.custom_vjp
+def softplus(x):
+    return jnp.log1p(jnp.exp(x))
+
+
+softplus.defvjp(
+    lambda x: (softplus(x), x), lambda x, g: (g * lax.logistic(x).astype(g.dtype),)
+)
+
+IN_AN_ISLAND = {
+    "custom_vjp": softplus,
+    "checkpoint": jax.checkpoint(lambda z: jnp.exp(z) * z),
+    "cond": lambda z: lax.cond(z[0, 0] > 0, jnp.exp, jnp.sin, z),
+    "scan": lambda z: lax.scan(lambda c, r: (c + jnp.exp(r), c), z[0], z)[1],
+    "vmap": jax.vmap(lambda r: r / jnp.sum(jnp.exp(r))),
+    "cumsum": lambda z: jnp.exp(jnp.cumsum(z, -1) * 0.01),
+    "top_k": lambda z: jnp.exp(z) * lax.top_k(z, 1)[0],
+    "dropout": lambda z: jnp.exp(z) * jax.random.bernoulli(KEY, 0.5, z.shape),
+    "special": lambda z: jax.scipy.special.gammaln(jnp.exp(z)),
+    "fft": lambda z: jnp.abs(jnp.fft.rfft(z)).sum() * jnp.exp(z),
+}
+
+
 def check(fn, *args, more=0):
     by_hand = large_sums(gradient(fn), *args)
     ours = large_sums(gradient(jaxmp.autocast(fn)), *args)
@@ -123,6 +146,15 @@ def test_a_norm_of_flax_computes_its_statistics_once(norm):
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_norm_that_a_user_wrote_computes_its_statistics_once(name):
     check(*written(WRITTEN[name]))
+
+
+@pytest.mark.parametrize("name", IN_AN_ISLAND)
+def test_whatever_stands_in_an_island_it_has_a_gradient(name):
+    fn, w, x = written(lambda z: IN_AN_ISLAND[name](rms(z)))
+    found = [jax.jit(gradient(f))(w, x).ravel() for f in (fn, jaxmp.autocast(fn))]
+    ours, theirs = (g / jnp.linalg.norm(g) for g in found)
+    assert ours @ theirs > 0.999
+    assert str(jaxmp.explain(fn)(w, x))
 
 
 def test_a_softmax_adds_up_its_rounded_shares_and_no_more():

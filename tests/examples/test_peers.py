@@ -6,6 +6,7 @@ import page
 import peers
 import pytest
 import update_step
+from compiled_steps import abstract_arguments
 from models.gpt2 import make_job
 
 
@@ -31,6 +32,23 @@ def test_the_peers_train_alike(job):
         _, loss = step(state, job.batch(jax.random.key(1)))
         losses[peer] = float(loss)
     np.testing.assert_allclose(list(losses.values()), losses["mpx"], rtol=2e-3)
+
+
+@pytest.mark.cpu
+@pytest.mark.optimised
+def test_on_the_cpu_nothing_is_computed_more_often_than_by_hand(job):
+    counts = []
+    for peer in (
+        "`optax.apply_if_finite`",
+        "jaxmp, `autocast`",
+        "jaxmp, `apply_policy`",
+    ):
+        training = peers.PEERS[peer](job)
+        step = jax.jit(training.step, donate_argnums=0)
+        text = step.lower(*abstract_arguments(training, job)).compile().as_text()
+        counts.append([text.count(f" {op}(") for op in ("dot", "tanh", "exponential")])
+    assert min(counts[0]) > 0
+    assert counts[1] == counts[2] == counts[0]
 
 
 def test_a_peer_that_breaks_is_a_row(job, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from jaxmp.report import StepReport, chips
 from jaxmp.report._rows import Row
+from jaxmp.report.compile import targets
 from jaxmp.report.compile.chips import chip_of
 from jaxmp.report.hlo._parse import read_hlo
 from jaxmp.report.hlo._roofline import Roofline, roofline
@@ -140,6 +141,11 @@ def test_tiny_operations_are_bound_by_launches():
     program = read_hlo(UPDATES)
     assert roofline(program, H100).bound == "launches"
     assert roofline(program, V5E).bound == "memory"
+
+
+@pytest.mark.parametrize("name", [*targets._DEVICE_KINDS])
+def test_a_target_and_its_devices_have_the_same_peaks(name):
+    assert chip_of(targets.read_target(name).device_kind) == chips[name]
 
 
 def test_a_device_is_timed_if_it_is_the_one_that_was():

@@ -12,7 +12,14 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jaxmp import errors
-from jaxmp.report import chips, compile_for, compile_step, max_batch_size
+from jaxmp.report import (
+    chips,
+    compile_for,
+    compile_step,
+    max_batch_size,
+    target_devices,
+)
+from jaxmp.report.compile.targets import _DEVICE_KINDS
 from jaxmp.testing import matmuls
 
 pytestmark = pytest.mark.targets
@@ -247,3 +254,10 @@ def test_convolutions_are_counted(cache):
     forward = 2 * 8 * 32 * 32 * 64 * 9 * 64
     for row in report.rows:
         assert sum(t.amount for t in row.contents.matmuls.values()) == 2 * forward
+
+
+@pytest.mark.parametrize("name", [*_DEVICE_KINDS])
+def test_a_program_is_lowered_for_what_a_targets_devices_call_themselves(name):
+    assert {device.device_kind for device in target_devices(name)} == {
+        _DEVICE_KINDS[name]
+    }

@@ -5,9 +5,10 @@ backward pass computes again from its half argument, it then keeps float32 parts
 
 - On GPUs a barrier prevents that.
 - On TPUs a barrier would prevent fusions, too. A rounding that changes nothing is as
-  good: it is another operation. Two layers of 768 and 3072 with the exact GELU between
-  them need 771 MiB with it on the v6e, 1323 without, and 749 by hand.
-- The v5e chooses well by itself: 435 MiB without, 723 with it, and 771 by hand.
+  good: it is another operation.
+- The v5e chooses well by itself, and would keep more with it.
+
+`tests/targets/test_activations.py` prints what it saves on TPUs.
 """
 
 import re
@@ -15,22 +16,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import mlir
 
 from jaxmp._jaxpr.lowering import device_kind
+from jaxmp.casting.run._identity import as_barrier, as_nothing, identity_primitive
 
 _CHOOSES_WELL = re.compile("TPU v5 ?(lite|e)")
-_anew = Primitive("anew")
 
 
 def anew(x: jax.Array) -> jax.Array:
     """Returns an array; what is computed from it is not merged with anything else."""
     return _anew.bind(x)
-
-
-def _as_it_is(x: Any) -> Any:
-    return x
 
 
 def _rounded(x: jax.Array) -> jax.Array:
@@ -42,21 +38,14 @@ def _rounded(x: jax.Array) -> jax.Array:
     return exact.astype(x.dtype)
 
 
-_nothing: Any = mlir.lower_fun(_as_it_is, multiple_results=False)
-_barrier: Any = mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
-_rounding: Any = mlir.lower_fun(_rounded, multiple_results=False)
+_as_rounding: Any = mlir.lower_fun(_rounded, multiple_results=False)
 
 
 def _lower_for_tpu(context: Any, x: Any) -> Any:
     chooses_well = _CHOOSES_WELL.match(device_kind(context))
-    return (_nothing if chooses_well else _rounding)(context, x)
+    return (as_nothing if chooses_well else _as_rounding)(context, x)
 
 
-_anew.def_impl(_as_it_is)
-_anew.def_abstract_eval(_as_it_is)
-ad.deflinear2(_anew, lambda cotangent, _: [cotangent])
-batching.defvectorized(_anew)
-mlir.register_lowering(_anew, _nothing)
-for _platform in ("cuda", "rocm"):
-    mlir.register_lowering(_anew, _barrier, platform=_platform)
-mlir.register_lowering(_anew, _lower_for_tpu, platform="tpu")
+_anew = identity_primitive(
+    "anew", {"cuda": as_barrier, "rocm": as_barrier, "tpu": _lower_for_tpu}
+)

@@ -13,6 +13,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxmp._jaxpr.lowering import device_count
 from jaxmp._jaxpr.types import Array
+from jaxmp.casting.run._identity import as_barrier, as_nothing
 
 _apart = Primitive("sum_apart")
 
@@ -46,12 +47,10 @@ _apart.def_impl(_identity)
 _apart.def_abstract_eval(_identity)
 ad.deflinear2(_apart, lambda cotangent, _: [_apart.bind(cotangent)])
 batching.defvectorized(_apart)
-_nothing: Any = mlir.lower_fun(_identity, multiple_results=False)
-_barrier: Any = mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
 
 
 def _lower_apart(context: Any, x: Any) -> Any:
-    return (_barrier if device_count(context) > 1 else _nothing)(context, x)
+    return (as_barrier if device_count(context) > 1 else as_nothing)(context, x)
 
 
 mlir.register_lowering(_apart, _lower_apart)
