@@ -82,6 +82,10 @@ class NoSuchRows(AutocastError, ValueError):
     """An explanation has no rows of the kind that was asked for."""
 
 
+class NoSecondDerivative(AutocastError):
+    """A float8 or int8 matmul was differentiated twice."""
+
+
 # Loss scales
 
 

@@ -4,7 +4,7 @@ A mark is set while a function is traced, and found again in its jaxpr. No mode 
 entered: what is marked can be jitted, differentiated and batched as it was.
 """
 
-from jaxmp._jaxpr.scopes import name_scopes, scope_names
+from jaxmp._jaxpr.scopes import QUANTIZE_PREFIX, name_scopes, scope_names
 from jaxmp._jaxpr.types import Eqn
 
 AUTOCAST_SCOPE = "jaxmp.autocast"
@@ -23,6 +23,9 @@ WIDE_GRADIENTS_SCOPE = "jaxmp.gradients_in_float32"
 HALF_GRADIENTS_SCOPE = "jaxmp.gradients_in_half"
 """A layer whose weights get theirs in half, among others that get them in float32."""
 
+OWN_MATMUL_SCOPE = "jaxmp.own_matmul"
+"""A layer whose author gave it a matmul of its own."""
+
 MARKS = frozenset(
     (
         AUTOCAST_SCOPE,
@@ -32,6 +35,7 @@ MARKS = frozenset(
         HALF_SCOPE,
         WIDE_GRADIENTS_SCOPE,
         HALF_GRADIENTS_SCOPE,
+        OWN_MATMUL_SCOPE,
     )
 )
 
@@ -58,6 +62,40 @@ def has_half_gradients(eqn: Eqn, around: bool) -> bool:
         if name in (WIDE_GRADIENTS_SCOPE, HALF_GRADIENTS_SCOPE):
             return name == HALF_GRADIENTS_SCOPE
     return around
+
+
+def quantize_scope(name: str) -> str:
+    """The mark of a layer whose matmuls are multiplied as a recipe says.
+
+    Args:
+      name: as in `PolicyRule.quantize`.
+    """
+    return QUANTIZE_PREFIX + name
+
+
+def quantize_mark(eqn: Eqn, around: str | None) -> str | None:
+    """The recipe that is marked here, given which is around; None for none.
+
+    Returns:
+      A name, `"none"` to leave matmuls in half, or `OWN_MATMUL_SCOPE`.
+    """
+    for name in reversed(scope_names(eqn)):
+        if name == OWN_MATMUL_SCOPE:
+            return name
+        if name.startswith(QUANTIZE_PREFIX):
+            return name.removeprefix(QUANTIZE_PREFIX)
+    return around
+
+
+def is_marked_to_quantize(eqn: Eqn) -> bool:
+    """Whether a layer around an equation asks for a recipe of its own."""
+    return any(name.startswith(QUANTIZE_PREFIX) for name in scope_names(eqn))
+
+
+def decided_elsewhere(eqn: Eqn) -> bool:
+    """True for what an autocast inside decides, or a kernel got half operands for."""
+    names = scope_names(eqn)
+    return AUTOCAST_SCOPE in names or HALF_SCOPE in names
 
 
 def is_on_half_operands(eqn: Eqn) -> bool:

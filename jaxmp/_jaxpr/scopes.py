@@ -12,6 +12,10 @@ from jaxmp._jaxpr.types import Eqn
 EXPORT_SCOPE = "jit(call)/call_exported/"
 """What a program that `jax.export` wrote has in front of its own scopes."""
 
+QUANTIZE_PREFIX = "jaxmp.quantize."
+"""What the mark of a layer whose matmuls have a recipe of their own begins with."""
+_OWN = ("jaxmp/", QUANTIZE_PREFIX)
+
 _CLASS = re.compile(r"[A-Z]\w*?(?<!_\d)(?<!_\d\d)")
 
 
@@ -34,6 +38,11 @@ def name_scopes(eqn: Eqn, without: Iterable[str] = ()) -> tuple[str, ...]:
 def is_backward(eqn: Eqn) -> bool:
     """True for what a backward pass inside the function is made of."""
     return "transpose" in _transformations(eqn)
+
+
+def is_computed_again(eqn: Eqn) -> bool:
+    """True for what `jax.checkpoint` computes again in a backward pass."""
+    return "rematted_computation" in scope_names(eqn)
 
 
 def count_derivatives(eqn: Eqn) -> int:
@@ -69,7 +78,7 @@ def normalise(names: tuple[str, ...]) -> tuple[str, ...]:
 
     What jaxmp itself names, `jaxmp/<region>/<dtype>`, is left out.
     """
-    names = tuple(name for name in names if not name.startswith("jaxmp/"))
+    names = tuple(name for name in names if not name.startswith(_OWN))
     parts = [part for name in names for part in name.split("/")]
     return tuple(part.split(".")[0] if part[:1] != "." else part for part in parts)
 

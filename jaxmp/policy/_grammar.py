@@ -1,6 +1,6 @@
 """`get_policy`: reads a policy from a string."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxmp.policy._matmul_precision import precision_names, read_precision
 from jaxmp.policy._policy import Policy, PolicyLike
 from jaxmp.policy._suggestions import near_policy, near_value
 from jaxmp.policy.dtypes import name_to_dtype, policy_name_for, read_dtype
+from jaxmp.policy.quantize import RECIPES, read_quantize
 
 PRESETS = MappingProxyType(
     {
@@ -23,9 +24,11 @@ PRESETS = MappingProxyType(
         "bf16-true": "p=bf16,c=bf16,o=bf16",
         "16-true": "p=f16,c=f16,o=f16",
         "64-true": "p=f64,c=f64,o=f64",
+        **{f"mixed_{name}": f"p=f32,c=bf16,o=f32,quantize={name}" for name in RECIPES},
     }
 )
-"""The policy names of Keras and Lightning, and what they stand for."""
+"""The policy names of Keras and Lightning, those of `quantize=`, and what they stand
+for."""
 
 _FIELD_OF_KEY = {
     "p": "param_dtype",
@@ -36,7 +39,18 @@ _FIELD_OF_KEY = {
     "output": "output_dtype",
     "matmul": "matmul_precision",
     "reduce": "reduce_dtype",
+    "quantize": "quantize",
 }
+_VALUES: Mapping[str, tuple[Callable[[str], Any], str, Callable[[], Any]]] = (
+    MappingProxyType(
+        {
+            "matmul_precision": (read_precision, "matmul precision", precision_names),
+            "quantize": (read_quantize, "format", lambda: RECIPES),
+        }
+    )
+)
+"""How the values of the fields that are no dtypes are read, what these are called, and
+which there are."""
 _DTYPES = ("half", *name_to_dtype)
 _NAMES = ("auto", *PRESETS, *_DTYPES)
 
@@ -50,10 +64,14 @@ def get_policy(spec: PolicyLike, *, device: Any = None) -> Policy:
         - key=value parts in any order: `"params=float32,compute=bfloat16"`, or, for
           short, `"p=f32,c=bf16,o=f32"`. `params` defaults to float32, `compute` to
           params, `output` to compute. `matmul=tf32` chooses the matmuls' algorithm,
-        and `reduce=float32` the dtype in which devices add up gradients.
+          `reduce=float32` the dtype in which devices add up gradients, and
+          `quantize=fp8` a smaller format for the matmuls with weights.
         - a name of Keras or Lightning: `"mixed_bfloat16"`, `"mixed_float16"`,
           `"bf16-mixed"`, `"16-mixed"`, `"32-true"`, `"bf16-true"`, `"16-true"`. The
           mixed ones return float32.
+        - `"mixed_fp8"` or `"mixed_int8"`: mixed_bfloat16 with matmuls in float8 or
+          int8. `"mixed_fp8:hybrid"`, `"mixed_fp8:rowwise"`,
+          `"mixed_fp8:rowwise_wgrad_half"` and `"mixed_int8:wgrad_half"` vary them.
         - one dtype for everything: `"float32"`, `"bf16"`, `"half"`, or a dtype.
         - `"auto"`: mixed_bfloat16, mixed_float16 or float32, whichever the device
           multiplies fastest without losing range.
@@ -118,13 +136,11 @@ def _read_assignment(spec: str, start: int, part: str) -> tuple[str, Any]:
     if key not in _FIELD_OF_KEY:
         raise _error(spec, start, left, f"Unknown key {key!r}", keys=True)
     field = _FIELD_OF_KEY[key]
-    is_precision = field == "matmul_precision"
-    value = read_precision(text) if is_precision else read_dtype(text)
+    read, kind, allowed = _VALUES.get(field, (read_dtype, "dtype", lambda: _DTYPES))
+    value = read(text)
     if value is None:
-        kind = "matmul precision" if is_precision else "dtype"
-        allowed = precision_names() if is_precision else _DTYPES
         problem = f"Unknown {kind} {text!r}"
-        raise _error(spec, start + len(left) + 1, right, problem, allowed)
+        raise _error(spec, start + len(left) + 1, right, problem, allowed())
     return field, value
 
 
@@ -132,12 +148,15 @@ def _read_name(spec: str, part: str, device: Any) -> dict[str, Any]:
     name = part.strip()
     if name == "auto":
         name = policy_name_for(device or jax.local_devices()[0])
+    if name.startswith("mixed_"):
+        read_quantize(name.removeprefix("mixed_"))  # raises for what is reserved
     if name in PRESETS:
         policy = _parse(PRESETS[name], device)
         return {
             "param_dtype": policy.param_dtype,
             "compute_dtype": policy.compute_dtype,
             "output_dtype": policy.output_dtype,
+            "quantize": policy.quantize,
         }
     dtype = read_dtype(name)
     if dtype is None:
@@ -172,7 +191,8 @@ def _error(
         lines.append(f"Allowed here: {', '.join(allowed)}.")
     if keys:
         lines.append(
-            "Keys: params (p), compute (c), output (o), matmul, reduce; "
+            "Keys: params (p), compute (c), output (o), matmul, reduce, "
+            "quantize; "
             "for example 'p=f32,c=bf16,o=f32'."
         )
     return PolicyError("\n".join(lines))

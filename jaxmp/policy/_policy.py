@@ -16,6 +16,7 @@ from jaxmp.policy._matmul_precision import (
     read_precision,
 )
 from jaxmp.policy.dtypes import dtype_to_names, name_to_dtype, read_dtype
+from jaxmp.policy.quantize import check_compute_dtype, check_quantize
 from jaxmp.policy.reduce_dtype import read_reduce_dtype
 
 T = TypeVar("T")
@@ -39,10 +40,15 @@ class Policy(jmp.Policy):
       reduce_dtype: dtype in which the gradients of weights leave their matmuls and
         convolutions, and in which devices therefore add them up: the compute dtype, or
         float32. None is the compute dtype, as for a model that is cast by hand.
+      quantize: how matmuls with a weight are multiplied in a format smaller than the
+        compute dtype: `"fp8"`, `"fp8:hybrid"`, `"fp8:rowwise"`,
+        `"fp8:rowwise_wgrad_half"`, `"int8"` or `"int8:wgrad_half"`. None multiplies in
+        the compute dtype, which is that of all else in any case.
 
     Raises:
-      PolicyError: for a dtype that is not floating, an unknown precision, or a
-        reduce dtype that cannot hold what the compute dtype holds.
+      PolicyError: for a dtype that is not floating, float8 as the compute dtype, an
+        unknown precision, a reduce dtype that cannot hold what the compute dtype holds,
+        or `quantize` with a compute dtype that is not half.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp
@@ -58,6 +64,7 @@ class Policy(jmp.Policy):
     output_dtype: Any
     matmul_precision: Any = dataclasses.field(default=None, kw_only=True)
     reduce_dtype: Any = dataclasses.field(default=None, kw_only=True)
+    quantize: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for field in ("param_dtype", "compute_dtype", "output_dtype"):
@@ -69,6 +76,7 @@ class Policy(jmp.Policy):
                     f"Write one of: half, {', '.join(name_to_dtype)}."
                 )
             object.__setattr__(self, field, dtype)
+        check_compute_dtype(self.compute_dtype)
         if self.matmul_precision is not None:
             precision = read_precision(self.matmul_precision)
             if precision is None:
@@ -80,6 +88,8 @@ class Policy(jmp.Policy):
         if self.reduce_dtype is not None:
             dtype = read_reduce_dtype(self.reduce_dtype, self.compute_dtype)
             object.__setattr__(self, "reduce_dtype", dtype)
+        quantize = check_quantize(self.quantize, self.compute_dtype)
+        object.__setattr__(self, "quantize", quantize)
 
     @property
     def lax_precision(self) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset | None:
@@ -165,7 +175,7 @@ class Policy(jmp.Policy):
             return NotImplemented
         return _dtypes(self) == _dtypes(other) and all(
             getattr(self, option) == getattr(other, option, None)
-            for option in ("matmul_precision", "reduce_dtype")
+            for option in ("matmul_precision", "reduce_dtype", "quantize")
         )
 
     def __hash__(self) -> int:
@@ -179,6 +189,8 @@ class Policy(jmp.Policy):
             text += f",matmul={self.matmul_precision}"
         if self.reduce_dtype is not None:
             text += f",reduce={self.reduce_dtype.name}"
+        if self.quantize is not None:
+            text += f",quantize={self.quantize}"
         return text
 
 

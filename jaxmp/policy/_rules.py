@@ -13,8 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxmp import _tree
 from jaxmp.errors import InvalidRule
 from jaxmp.policy.dtypes import name_to_dtype, read_dtype
+from jaxmp.policy.quantize import (
+    NOT_QUANTIZED,
+    RECIPES,
+    check_compute_dtype,
+    read_quantize,
+)
 from jaxmp.policy.reduce_dtype import read_reduce_dtype
 
 KINDS = ("norm", "attention", "embed", "recurrent", "conv", "dense")
@@ -41,6 +48,9 @@ class PolicyRule:
         and devices add them up: float32, or the layer's compute dtype. The first rule
         that matches and has one decides; a rule with no other dtype decides nothing
         else.
+      quantize: how the layer's matmuls are multiplied, as in `Policy.quantize`;
+        `"none"` leaves them in half. A rule that has `compute=` and no `quantize=`
+        leaves them in that dtype. The first rule that matches and has either decides.
       allow_unused: True lets the rule match no layer; otherwise this is an error.
       yields_to_author: True leaves layers alone whose author set `dtype=`.
 
@@ -63,6 +73,7 @@ class PolicyRule:
     compute: Any = None
     output: Any = None
     reduce: Any = None
+    quantize: str | None = None
     allow_unused: bool = False
     yields_to_author: bool = False
 
@@ -90,14 +101,31 @@ class PolicyRule:
                     f"Write one of: half, {', '.join(name_to_dtype)}."
                 )
             object.__setattr__(self, field, dtype)
+        if self.compute is not None:
+            check_compute_dtype(self.compute)
         if self.reduce is not None and self.compute is not None:
             read_reduce_dtype(self.reduce, self.compute)
+        if self.quantize is not None:
+            self._check_quantize()
+
+    def _check_quantize(self) -> None:
+        if read_quantize(self.quantize) is None:
+            names = ", ".join((*RECIPES, NOT_QUANTIZED))
+            raise InvalidRule(
+                f"Unknown quantize={self.quantize!r} in a rule. Write one of: {names}."
+            )
+        if self.compute is not None and self.compute not in _tree.HALF:
+            raise InvalidRule(
+                f"{self} asks for matmuls in {self.compute} and in {self.quantize}. "
+                "Leave one of the two out."
+            )
 
     @property
-    def is_for_reduction(self) -> bool:
-        """Whether it decides about the reduce dtype alone."""
+    def decides_dtypes(self) -> bool:
+        """Whether it decides about more than the reduce dtype and `quantize`."""
         dtypes = (self.params, self.compute, self.output)
-        return self.reduce is not None and all(dtype is None for dtype in dtypes)
+        has_other = self.reduce is not None or self.quantize is not None
+        return not has_other or any(dtype is not None for dtype in dtypes)
 
     def matches(self, path: str, module: Any = None, kind: str | None = None) -> bool:
         """Returns whether a layer meets the conditions of this rule.

@@ -77,7 +77,7 @@ def first_match(
 ) -> PolicyRule | None:
     """Returns the first rule that decides in which dtypes a layer computes, or None."""
     matching = (rule for rule in rules if rule.matches(path, module, kind))
-    return next((rule for rule in matching if not rule.is_for_reduction), None)
+    return next((rule for rule in matching if rule.decides_dtypes), None)
 
 
 def first_reduction(
@@ -86,6 +86,14 @@ def first_reduction(
     """Returns the first rule that decides in which dtype its gradients are summed."""
     matching = (rule for rule in rules if rule.reduce is not None)
     return next((r for r in matching if r.matches(path, module, kind)), None)
+
+
+def first_quantization(
+    rules: Iterable[PolicyRule], path: str, module: Any, kind: str | None
+) -> PolicyRule | None:
+    """Returns the first rule that decides in which format its matmuls are."""
+    deciding = (r for r in rules if r.quantize is not None or r.compute is not None)
+    return next((r for r in deciding if r.matches(path, module, kind)), None)
 
 
 def check_rules(rules: Any) -> tuple[PolicyRule, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxmp._jaxpr.types import Eqn
 from jaxmp.errors import AutocastRuleError
 from jaxmp.policy import get_policy
+from jaxmp.policy.quantize import NOT_QUANTIZED, RECIPES, read_quantize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,10 @@ class OpRule:
       carry: the dtype of what the matched loops (`scan`, `while`) carry for the matmuls
         in them: `"float32"`, such as for the small steps of an integrator, or the
         compute dtype of the policy, for sums too. It decides nothing else in the loop.
+      quantize: how the matched matmuls are multiplied, as in `Policy.quantize`, or
+        `"none"` to leave them in half. It takes the head and any sizes too; products of
+        two activations stay in half. A rule with `compute=` and without `quantize=`
+        leaves them in that dtype.
       allow_unused: if False, a rule that matches nothing is an error.
 
     Example:
@@ -46,13 +51,20 @@ class OpRule:
     function: str | None = None
     compute: Any = None
     carry: Any = None
+    quantize: str | None = None
     allow_unused: bool = False
 
     def __post_init__(self):
-        if (self.compute is None) == (self.carry is None):
+        decides = self.compute is not None or self.quantize is not None
+        if decides == (self.carry is not None):
             raise AutocastRuleError(
                 f"{self} has to set one dtype. Give it compute='float32', or "
                 "carry='float32' for what loops carry."
+            )
+        if self.quantize is not None and read_quantize(self.quantize) is None:
+            raise AutocastRuleError(
+                f"Unknown quantize={self.quantize!r} in a rule. Write one of: "
+                f"{', '.join((*RECIPES, NOT_QUANTIZED))}."
             )
         if (self.primitive, self.path, self.function) == (None, None, None):
             raise AutocastRuleError(
@@ -95,15 +107,17 @@ def _read_rule(rule: Any) -> OpRule:
         )
     unseen = ("module_type", "kind", "where", "params", "output", "reduce")
     given = [name for name in unseen if getattr(rule, name, None) is not None]
-    if given or rule.path is None or rule.compute is None:
+    quantize = getattr(rule, "quantize", None)
+    if given or rule.path is None or (rule.compute is None and quantize is None):
         raise AutocastRuleError(
             f"autocast sees operations, not modules: it can match path= and set "
-            f"compute=, but not {', '.join(given) or 'nothing at all'}, in {rule!r}. "
+            f"compute= or quantize=, but not {', '.join(given) or 'nothing at all'}, in {rule!r}. "
             "Use jaxmp.apply_policy for this rule."
         )
     return OpRule(
         path=rule.path,
         compute=rule.compute,
+        quantize=quantize,
         allow_unused=getattr(rule, "allow_unused", False),
     )
 

@@ -33,9 +33,24 @@ from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp.casting.ops._op_lists import OpClass
 from jaxmp.casting.ops._user_rules import OpRule
 from jaxmp.casting.plan.states import FLOAT32, FULL, NEUTRAL, State, traced_state
+from jaxmp.quantization.recipe import Recipe, Role
 
 LAYER_REASON = "a layer of Flax, decided by its policy"
 SPECIAL_FUNCTION = "part of a special function or a density of JAX"
+
+
+class Quantizing(NamedTuple):
+    """What is decided about a matmul in half that might be in a smaller format.
+
+    Attributes:
+      recipe: how it is multiplied; None leaves it in half.
+      roles: what its operands are.
+      reason: why, for people.
+    """
+
+    recipe: Recipe | None
+    roles: tuple[Role, Role]
+    reason: str
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,6 +72,7 @@ class EqnPlan:
       is_apart: whether its result is a sum to keep apart from others.
       is_wide: whether it makes the gradient of a weight, in float32.
       repeats: which operands it repeats, whose gradients are added up in float32.
+      quantizing: of a matmul in half under a policy that quantises; else None.
     """
 
     eqn: Eqn
@@ -73,6 +89,12 @@ class EqnPlan:
     is_apart: bool = False
     is_wide: bool = False
     repeats: tuple[int, ...] = ()
+    quantizing: Quantizing | None = None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How it is multiplied in a smaller format than its dtype; None if it is not."""
+        return self.quantizing and self.quantizing.recipe
 
     @property
     def is_as_traced(self) -> bool:
@@ -81,7 +103,7 @@ class EqnPlan:
             self.params is None
             and self.call is None
             and not (self.in_island or self.weights or self.is_lookup)
-            and not (self.is_apart or self.is_wide or self.repeats)
+            and not (self.is_apart or self.is_wide or self.repeats or self.recipe)
             and self.in_dtypes == tuple(map(castable_dtype, self.eqn.invars))
             and self.out_states == tuple(map(traced_state, self.eqn.outvars))
         )
@@ -128,12 +150,14 @@ class Context(NamedTuple):
         may share such an equation, in a call that JAX traced once.
       half_gradients: whether a layer around asks for the gradients of its weights in
         half, where others get them in float32.
+      quantize: the recipe that a layer around asks for; None if none does.
     """
 
     scopes: tuple[str, ...] = ()
     in_backward: bool = False
     updates: frozenset[int] = frozenset()
     half_gradients: bool = False
+    quantize: str | None = None
 
 
 class Settings(NamedTuple):
@@ -141,7 +165,9 @@ class Settings(NamedTuple):
 
     `ambient` is the precision parameter that matmuls were to get where it was called.
     `wide_gradients` asks for the gradients of weights in float32; `as_written` leaves
-    all else as it was traced, as in a layer of Flax.
+    all else as it was traced, as in a layer of Flax. `quantize` names the recipe of the
+    matmuls with weights, and `half_blocks` how many of the first and of the last blocks
+    of layers are left in half.
     """
 
     compute_dtype: np.dtype
@@ -151,6 +177,8 @@ class Settings(NamedTuple):
     ambient: Any = None
     wide_gradients: bool = False
     as_written: bool = False
+    quantize: str | None = None
+    half_blocks: int = 0
 
     @property
     def is_plain(self) -> bool:

@@ -43,6 +43,7 @@ from jaxmp.casting.planner._intents import is_outer_product, matmul_intent
 from jaxmp.casting.planner._interface import Planner, Wants
 from jaxmp.casting.planner._outcomes import Outcomes, States
 from jaxmp.casting.planner._weights import Weights, apart, repeating, wide_gradient
+from jaxmp.casting.quantized._decision import quantizing
 from jaxmp.casting.sums._unrolled import unrolled_sums
 
 
@@ -83,6 +84,7 @@ class ForwardPass:
         eqns = []
         for eqn in self.jaxpr.eqns:
             plan = self.equation(eqn, [self.state(v) for v in eqn.invars])
+            plan = quantizing(plan, self.planner, self.context)
             self.states.update(zip(eqn.outvars, plan.out_states, strict=True))
             eqns.append(plan)
         out_states = tuple(

@@ -1,6 +1,6 @@
 """`Planner`: what the passes, and the rules of calls, ask of a planner."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jaxmp._jaxpr.types import Eqn, Jaxpr, Var
@@ -8,6 +8,7 @@ from jaxmp.casting.plan.plan import Context, JaxprPlan, Settings
 from jaxmp.casting.plan.states import State
 from jaxmp.casting.planner._call_contents import CallContents
 from jaxmp.casting.planner._user_decisions import UserDecisions
+from jaxmp.casting.quantized._roles import MatmulRoles
 
 
 class Wants(NamedTuple):
@@ -34,6 +35,8 @@ class Planner(Protocol):
       user: what the user decided.
       weight_gradients: ids of the matmuls in a backward pass whose results are
         gradients of weights, if these are wanted in float32.
+      matmuls: what the operands of matmuls are, by the ids of these, if some are to be
+        quantised.
     """
 
     settings: Settings
@@ -41,6 +44,7 @@ class Planner(Protocol):
     contents: CallContents
     user: UserDecisions
     weight_gradients: frozenset[int]
+    matmuls: Mapping[int, MatmulRoles]
 
     def wants(self, jaxpr: Jaxpr, out_wants: Sequence[bool], context: Context) -> Wants:
         """Which values of a jaxpr are wanted low, given which outputs are."""

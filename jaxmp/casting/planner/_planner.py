@@ -1,9 +1,9 @@
 """Plans jaxprs, each of them once for the same question."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxmp._jaxpr.marks import has_half_gradients, scopes
+from jaxmp._jaxpr.marks import has_half_gradients, quantize_mark, scopes
 from jaxmp._jaxpr.scopes import is_backward
 from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
@@ -14,6 +14,7 @@ from jaxmp.casting.planner._forward import ForwardPass
 from jaxmp.casting.planner._interface import Wants
 from jaxmp.casting.planner._user_decisions import UserDecisions
 from jaxmp.casting.planner._wants import find_wants
+from jaxmp.casting.quantized._roles import MatmulRoles
 from jaxmp.casting.sums._sums import is_sum, updates
 
 
@@ -26,6 +27,7 @@ class JaxprPlanner:
         self.contents = CallContents(has_rules=bool(settings.rules))
         self.user = UserDecisions(settings.rules, self.contents, settings.as_written)
         self.weight_gradients: frozenset[int] = frozenset()
+        self.matmuls: Mapping[int, MatmulRoles] = {}
         # Keyed by id; `_alive` keeps the jaxprs from being collected meanwhile.
         self._plans: dict[Any, JaxprPlan] = {}
         self._wants: dict[Any, Wants] = {}
@@ -81,5 +83,8 @@ class JaxprPlanner:
         if self.settings.wide_gradients:
             half = has_half_gradients(eqn, half)
         return context._replace(
-            scopes=around, in_backward=in_backward, half_gradients=half
+            scopes=around,
+            in_backward=in_backward,
+            half_gradients=half,
+            quantize=quantize_mark(eqn, context.quantize),
         )

@@ -74,11 +74,15 @@ class UserDecisions:
         rule = self._matching(loop, context, "carry")
         return None if rule is None else rule.carry
 
-    def _matching(self, eqn: Eqn, context: Context, decides: str) -> OpRule | None:
+    def quantization(self, matmul: Eqn, context: Context) -> OpRule | None:
+        """The first rule that says how a matmul is multiplied, or in which dtype."""
+        return self._matching(matmul, context, "quantize", "compute")
+
+    def _matching(self, eqn: Eqn, context: Context, *decides: str) -> OpRule | None:
         """The first rule that matches an equation and decides about something."""
         around = context.scopes + scopes(eqn)
         for rule in self._rules:
-            if getattr(rule, decides) is None:
+            if all(getattr(rule, name) is None for name in decides):
                 continue
             if matches(rule, eqn.primitive.name, around, eqn):
                 self.used.add(rule)

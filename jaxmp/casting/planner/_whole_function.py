@@ -15,6 +15,8 @@ from jaxmp.casting.planner._ambient_precision import ambient_precision
 from jaxmp.casting.planner._planner import JaxprPlanner
 from jaxmp.casting.planner._returned_states import returned_states
 from jaxmp.casting.planner._weight_gradients import weight_gradients
+from jaxmp.casting.quantized._decision import quantizes
+from jaxmp.casting.quantized._roles import roles_of
 from jaxmp.errors import AutocastError, AutocastRuleError
 from jaxmp.policy import PolicyLike, get_policy
 from jaxmp.policy.reduce_dtype import is_wider
@@ -44,6 +46,7 @@ def read_settings(
         rules,
         half_residuals,
         wide_gradients=is_wider(policy.reduce_dtype, dtype),
+        quantize=policy.quantize,
     )
 
 
@@ -61,6 +64,8 @@ def plan_jaxpr(
         in_states = [weight(s.dtype) if s and s.is_low else s for s in in_states]
     if settings.wide_gradients:
         planner.weight_gradients = weight_gradients(jaxpr)
+    if quantizes(settings, jaxpr):
+        planner.matmuls = roles_of(jaxpr, weight_gradients(jaxpr))
     is_half = output_dtype is not None and jnp.dtype(output_dtype) in _tree.HALF
     out_wants = [is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars]
     if not (settings.is_plain or settings.as_written):

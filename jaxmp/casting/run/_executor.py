@@ -29,8 +29,9 @@ from jaxmp.casting.run._recompute import recomputed
 from jaxmp.casting.run._repeated import repeated
 from jaxmp.casting.run._scatter import is_retyped_scatter, scatter
 from jaxmp.casting.run._values import Values, cast
-from jaxmp.casting.run._wide_gradients import multiply
+from jaxmp.casting.run._wide_gradients import Weight, multiply
 from jaxmp.casting.run._wide_matmul import multiply_wide
+from jaxmp.quantization.matmul import multiply as multiply_quantized
 
 
 class Executor:
@@ -155,6 +156,9 @@ class Executor:
         if plan.call is not None:
             rule = _registry.call_rule(eqn.primitive.name)
             return list(rule.execute(plan, operands, self))
+        if plan.quantizing is not None and plan.recipe is not None:
+            stored = {i: env.weight(invars[i]) for i in plan.weights}
+            return [_multiply_quantized(plan, params, operands, stored)]
         if plan.weights:
             weights = {i: env.weight(invars[i]) for i in plan.weights}
             return [multiply(eqn.primitive, params, operands, weights)]
@@ -237,6 +241,28 @@ class Executor:
         shift = env.read(softmax.shift, FLOAT32)
         value = run_softmax(softmax, bind, scores, shift, dtype)
         env.write_at(result, dtype, value)
+
+
+def _multiply_quantized(
+    plan: EqnPlan,
+    params: Mapping[str, Any],
+    operands: Sequence[Any],
+    stored: Mapping[int, Weight],
+) -> Any:
+    """A matmul in the format of its recipe."""
+    (result,) = plan.out_states
+    assert plan.quantizing is not None and plan.recipe is not None
+    assert result is not None
+    lhs, rhs = operands
+    return multiply_quantized(
+        lhs,
+        rhs,
+        params["dimension_numbers"],
+        plan.recipe,
+        plan.quantizing.roles,
+        stored,
+        result.dtype,
+    )
 
 
 def _widen(x: Any) -> Any:

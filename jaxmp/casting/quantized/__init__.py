@@ -1,0 +1,1 @@
+"""Which matmuls are multiplied in float8 or int8."""
