@@ -314,6 +314,10 @@ class MostlyFloat32Warning(UserWarning):
     """Layers with most of a model's parameters stay in float32 under a half policy."""
 
 
+class NothingQuantizedWarning(UserWarning):
+    """A policy that quantises matmuls leaves all of a function in half."""
+
+
 class HalfParamsWarning(UserWarning):
     """Half-precision parameters meet an optimizer that keeps no float32 copy."""
 

@@ -27,7 +27,8 @@ GROUND = set(GROUND_FLOOR)
 MAY_IMPORT = {
     **GROUND_FLOOR,
     "policy": GROUND,
-    "casting": GROUND | {"policy"},
+    "quantization": GROUND | {"policy"},
+    "casting": GROUND | {"policy", "quantization"},
     "loss_scale": GROUND | {"policy"},
     "optimizers": GROUND | {"policy"},
     "sharding": GROUND | {"policy", "loss_scale"},

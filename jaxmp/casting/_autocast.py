@@ -22,6 +22,7 @@ from jaxmp.casting.kernels._interception import tracing, tracing_rule
 from jaxmp.casting.kernels.half_operands import as_written, noting_float32
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
 from jaxmp.casting.planner._whole_function import check_rules, plan_jaxpr, read_settings
+from jaxmp.casting.quantized.formats import warn_if_nothing
 from jaxmp.casting.run._eager import compiled
 from jaxmp.casting.run._whole_function import run_plan
 from jaxmp.policy import PolicyLike, get_policy
@@ -101,6 +102,7 @@ def autocast(
     ) -> list[Any]:
         plan, planner = plan_jaxpr(jaxpr, settings, output_dtype)
         check_rules(planner)
+        warn_if_nothing(plan, settings.quantize, getattr(fn, "__name__", str(fn)))
         return run_plan(
             plan,
             jaxpr,

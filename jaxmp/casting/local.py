@@ -28,6 +28,7 @@ def region_settings(
     precision: Any = None,
     wide_gradients: bool = False,
     as_written: bool = False,
+    quantize: str | None = None,
 ) -> Settings:
     """What a region depends on.
 
@@ -36,11 +37,13 @@ def region_settings(
       precision: of the matmuls that stay in float32.
       wide_gradients: whether weights get their gradients in float32.
       as_written: whether all else stays as it was traced.
+      quantize: the recipe of the matmuls with weights; None leaves them in half.
     """
     return read_settings(dtype, (), True)._replace(
         matmul_precision=precision,
         wide_gradients=wide_gradients,
         as_written=as_written,
+        quantize=quantize,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxmp import _tree, _warnings
 from jaxmp.casting.explanation.shares import shares_of
 from jaxmp.casting.plan.plan import JaxprPlan
+from jaxmp.casting.quantized.formats import warn_if_nothing
 from jaxmp.errors import MostlyFloat32Warning, PolicyWithoutEffect
 from jaxmp.modules._layers import Application, Origin
 from jaxmp.policy import default_rules
@@ -49,6 +50,7 @@ def check_plan(
       name: name of the model's class.
       application: the policy and its options.
     """
+    warn_if_nothing(plan, application.policy.quantize, name)
     if _is_by_rule(leaves, application):
         return
     shares = shares_of(plan)

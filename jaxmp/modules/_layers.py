@@ -13,12 +13,19 @@ import numpy as np
 
 from jaxmp import _tree
 from jaxmp._jaxpr.flax_internals import is_flax_layer
-from jaxmp._jaxpr.marks import HALF_GRADIENTS_SCOPE, WIDE_GRADIENTS_SCOPE
+from jaxmp._jaxpr.marks import (
+    HALF_GRADIENTS_SCOPE,
+    OWN_MATMUL_SCOPE,
+    WIDE_GRADIENTS_SCOPE,
+    quantize_scope,
+)
 from jaxmp.errors import UnusedRule
 from jaxmp.policy import Policy, PolicyRule
+from jaxmp.policy.quantize import NOT_QUANTIZED
 from jaxmp.policy.reduce_dtype import read_reduce_dtype
 from jaxmp.policy.rule_sets import (
     first_match,
+    first_quantization,
     first_reduction,
     norms_in_float32,
 )
@@ -117,12 +124,45 @@ class Application(NamedTuple):
         halves = (dtype for dtype in dtypes if dtype in _tree.HALF)
         return next(halves, _tree.FLOAT32)
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether some matmuls are multiplied in a smaller format."""
+        names = (self.policy.quantize, *(rule.quantize for rule in self.rules))
+        return any(name not in (None, NOT_QUANTIZED) for name in names)
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether layers of Flax are planned too, outside a region as well."""
+        return self.has_wide_gradients or self.quantizes
+
+    def matmul_scope(self, module: Any, dtypes: "LayerDtypes") -> str | None:
+        """The mark of a layer that has a matmul or a recipe of its own."""
+        if not self.quantizes:
+            return None
+        if has_own_matmul(module):
+            return OWN_MATMUL_SCOPE
+        is_own = dtypes.quantize_rule is not None
+        is_own = is_own or dtypes.quantize != self.policy.quantize
+        return quantize_scope(dtypes.quantize or NOT_QUANTIZED) if is_own else None
+
     def gradients_scope(self, dtypes: "LayerDtypes") -> str | None:
         """The mark of a layer, where rules give layers different reduce dtypes."""
         if all(rule.reduce is None for rule in self.rules):
             return None
         is_wide = dtypes.reduce == _tree.FLOAT32
         return WIDE_GRADIENTS_SCOPE if is_wide else HALF_GRADIENTS_SCOPE
+
+
+_MATMUL_FIELDS = ("dot_general", "dot_general_cls", "einsum_op")
+_PLAIN_MATMULS = (None, jax.lax.dot_general, jnp.einsum)
+
+
+def has_own_matmul(module: Any) -> bool:
+    """Whether the author of a model gave one of Flax's layers a matmul of its own."""
+    if not is_of_flax(original_class(type(module))):
+        return False
+    given = (getattr(module, name, None) for name in _MATMUL_FIELDS)
+    return any(all(x is not plain for plain in _PLAIN_MATMULS) for x in given)
 
 
 def application_of(module: Any) -> Application | None:
@@ -189,11 +229,16 @@ class LayerDtypes(NamedTuple):
     """The dtype in which gradients of weights are summed; None is the compute dtype."""
     reduce_rule: PolicyRule | None = None
     """The rule that decided about that."""
+    quantize: str | None = None
+    """How matmuls are multiplied, as in `PolicyRule.quantize`; None is in half."""
+    quantize_rule: PolicyRule | None = None
+    """The rule that decided about that."""
 
     @property
     def rules(self) -> tuple[PolicyRule, ...]:
         """The rules that decided something."""
-        return tuple(r for r in (self.rule, self.reduce_rule) if r is not None)
+        rules = (self.rule, self.reduce_rule, self.quantize_rule)
+        return tuple(rule for rule in rules if rule is not None)
 
     @property
     def names_output(self) -> bool:
@@ -212,7 +257,8 @@ def of_root(policy: Policy, rules: Iterable[PolicyRule], module: Any) -> LayerDt
     dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
     of_rule = by_rule(rule, *dtypes)._replace(precision=policy.lax_precision)
     reduction = first_reduction(rules, "", module, kind_of(module))
-    return _reduced(of_rule, reduction, policy.reduce_dtype)
+    reduced = _reduced(of_rule, reduction, policy.reduce_dtype)
+    return _quantized(reduced, rules, "", module, policy.quantize)
 
 
 def of_layer(
@@ -234,7 +280,8 @@ def of_layer(
         outside=enclosing if is_ready_made_norm else None,
     )
     reduction = first_reduction(rules, path, module, kind)
-    return _reduced(dtypes, reduction, enclosing.reduce)
+    reduced = _reduced(dtypes, reduction, enclosing.reduce)
+    return _quantized(reduced, rules, path, module, enclosing.quantize)
 
 
 def _reduced(
@@ -245,6 +292,22 @@ def _reduced(
         return dtypes._replace(reduce=around, reduce_rule=rule)
     reduce = read_reduce_dtype(rule.reduce, dtypes.compute)
     return dtypes._replace(reduce=reduce, reduce_rule=rule)
+
+
+def _quantized(
+    dtypes: LayerDtypes,
+    rules: Iterable[PolicyRule],
+    path: str,
+    module: Any,
+    around: str | None,
+) -> LayerDtypes:
+    """The dtypes with the recipe of the layer's matmuls."""
+    rule = first_quantization(rules, path, module, kind_of(module))
+    if rule is None or rule in norms_in_float32:
+        return dtypes._replace(quantize=around)
+    name = rule.quantize or NOT_QUANTIZED
+    deciding = rule if rule.quantize is not None else None
+    return dtypes._replace(quantize=name, quantize_rule=deciding)
 
 
 def by_rule(

@@ -29,7 +29,7 @@ import flax.linen as nn
 from flax.core import Scope
 
 from jaxmp._jaxpr.flax_internals import CALL_WRAPPED_METHOD, is_lifted
-from jaxmp.casting.local import region_settings, run_region
+from jaxmp.casting.local import run_region
 from jaxmp.casting.plan.plan import JaxprPlan
 from jaxmp.modules._casts import carry_of, cast_carry
 from jaxmp.modules._effect import check_plan
@@ -42,7 +42,7 @@ from jaxmp.modules._layers import (
 from jaxmp.modules._linen_fields import linen_fields, modules_in
 from jaxmp.modules._linen_interceptor import Interceptor, Path, running
 from jaxmp.modules._linen_layers import is_leaf
-from jaxmp.modules._own_code import opens_region, region
+from jaxmp.modules._own_code import opens_region, own_code_settings, region
 
 
 def apply_to_linen(module: nn.Module, application: Application) -> nn.Module:
@@ -185,8 +185,8 @@ def _apply_in_region(
             name = original_class(type(module)).__name__
             check_plan(plan, type(module)._leaves, name, application)
 
-    is_wide = application.has_wide_gradients
-    settings = region_settings(dtypes.compute, dtypes.precision, is_wide)
+    settings = own_code_settings(application, dtypes)
+    assert settings is not None
     with region(dtypes.compute):
         return run_region(
             run,

@@ -14,7 +14,6 @@ from flax.core import Scope, freeze
 from flax.linen.module import InterceptorContext
 
 from jaxmp._tree import FLOAT32
-from jaxmp.casting.local import region_settings
 from jaxmp.casting.plan.plan import JaxprPlan
 from jaxmp.modules._casts import carry_of, cast_carry
 from jaxmp.modules._effect import Leaf, check_leaves, check_plan
@@ -45,10 +44,12 @@ from jaxmp.modules._linen_layers import (
 )
 from jaxmp.modules._linen_region import planned_method
 from jaxmp.modules._own_code import (
+    as_written_settings,
     inside_region,
     is_planned,
     kept_as_written,
     opens_region,
+    own_code_settings,
     region,
     region_dtype,
 )
@@ -150,8 +151,8 @@ class Interceptor:
             with inside_region(dtypes.compute):
                 output = self(next_fun, args, kwargs, context)
             return cast_carry(carry_of(module, args, kwargs), output, dtypes.output)
-        is_wide = self.application.has_wide_gradients
-        if is_entry and is_wide and not (is_planned() or module.is_initializing()):
+        is_planned_later = is_planned() or module.is_initializing()
+        if is_entry and self.application.needs_plan and not is_planned_later:
             return self._run_as_written(module, context, args, kwargs)
         handed = self._handed_down(module, dtypes)
         call = LayerCall(
@@ -171,6 +172,7 @@ class Interceptor:
             attributes(module, handed),
             self._named(call) if is_entry else contextlib.nullcontext(),
             named(self.application.gradients_scope(dtypes)),
+            named(self.application.matmul_scope(module, dtypes)),
         ):
             output = adapt(call)
             if is_entry:
@@ -221,12 +223,12 @@ class Interceptor:
                 name = original_class(type(module)).__name__
                 check_plan(plan, self.leaves, name, self.application)
 
+        settings = own_code_settings(self.application, dtypes)
+        assert settings is not None
         bound: Any = context.orig_method
         lifted = planned_method(
             bound.func,
-            region_settings(
-                dtypes.compute, dtypes.precision, self.application.has_wide_gradients
-            ),
+            settings,
             self.application.named_scopes,
             finish,
             watch,
@@ -242,13 +244,11 @@ class Interceptor:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Runs a method that no region is around, for the gradients of its weights."""
+        """Runs a method that no region is around, for what only a plan can do."""
         bound: Any = context.orig_method
         lifted = planned_method(
             bound.func,
-            region_settings(
-                self.application.half_dtype, wide_gradients=True, as_written=True
-            ),
+            as_written_settings(self.application),
             self.application.named_scopes,
             lambda output: output,
             lambda plan: None,

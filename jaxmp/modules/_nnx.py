@@ -49,6 +49,7 @@ from jaxmp.modules._nnx_settings import (
     undo_settings,
 )
 from jaxmp.modules._nnx_variables import own_parameters
+from jaxmp.modules._own_code import as_written_settings, own_code_settings
 
 M = TypeVar("M", bound=nnx.Module)
 Layers = dict[str, tuple[nnx.Module, LayerDtypes]]
@@ -117,10 +118,11 @@ def _apply_to_layer(
         names_output=dtypes.names_output,
         plans=application.own_code == "autocast",
         named_scopes=application.named_scopes,
-        precision=dtypes.precision,
         scope=scope,
         gradients=application.gradients_scope(dtypes),
-        wide=application.half_dtype if application.has_wide_gradients else None,
+        matmul=application.matmul_scope(layer, dtypes),
+        region=own_code_settings(application, dtypes),
+        as_written=as_written_settings(application) if application.needs_plan else None,
     )
     if origin is not None:
         border = _leaf_border(layer, dtypes, border, origin)

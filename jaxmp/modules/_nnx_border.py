@@ -13,8 +13,7 @@ from flax import nnx
 from jaxmp import _tree
 from jaxmp._jaxpr.flax_internals import is_users
 from jaxmp.casting.kernels.border import shown
-from jaxmp.casting.local import region_settings
-from jaxmp.casting.plan.plan import JaxprPlan
+from jaxmp.casting.plan.plan import JaxprPlan, Settings
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs, show_result
 from jaxmp.modules._effect import check_plan
 from jaxmp.modules._handed_down import fields_of, handed_down
@@ -49,10 +48,11 @@ class Border:
         it alone.
       plans: whether own code is planned.
       named_scopes: whether planned code is named.
-      precision: `precision=` of matmuls that stay in float32.
       scope: a name scope.
       gradients: a name scope that says in which dtype weights get their gradients.
-      wide: the half dtype, if some weights of the module get them in float32.
+      matmul: a name scope that says how matmuls are multiplied.
+      region: what the plan of own code depends on; None for what cannot be planned.
+      as_written: the same for what stays as it was traced; None if it needs no plan.
     """
 
     is_leaf: bool
@@ -64,10 +64,11 @@ class Border:
     hands_down: np.dtype | None = None
     plans: bool = True
     named_scopes: bool = True
-    precision: Any = None
     scope: str | None = None
     gradients: str | None = None
-    wide: np.dtype | None = None
+    matmul: str | None = None
+    region: Settings | None = None
+    as_written: Settings | None = None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -127,7 +128,7 @@ def _casting(method: Callable[..., Any], border: Border) -> Callable[..., Any]:
                 return method(self, *args, **kwargs)
             if border.plans and opens_region(border.compute) and not border.is_leaf:
                 return _open_region(self, casting, method, border, args, kwargs)
-            if border.wide is not None and not is_planned():
+            if border.as_written is not None and not is_planned():
                 return _run_as_written(self, casting, border, args, kwargs)
             if border.is_leaf:
                 return _call_leaf(self, method, border, args, kwargs)
@@ -149,6 +150,7 @@ def _call_leaf(
     with (
         named(border.scope),
         named(border.gradients),
+        named(border.matmul),
         as_decided(),
         replaced(layer, cast),
     ):
@@ -175,6 +177,7 @@ def _open_region(
             return output
         return cast_carry(carry, output, border.output)
 
+    assert border.region is not None
     around = functools.partial(inside_region, border.compute)
     try:
         with region(border.compute):
@@ -182,9 +185,7 @@ def _open_region(
                 run,
                 (layer, *args),
                 kwargs,
-                region_settings(
-                    border.compute, border.precision, border.wide is not None
-                ),
+                border.region,
                 border.named_scopes,
                 functools.partial(_check_plan, layer, method),
                 around,
@@ -200,16 +201,15 @@ def _run_as_written(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Calls a method that no region is around, for the gradients of its weights."""
-    assert border.wide is not None
-    settings = region_settings(border.wide, wide_gradients=True, as_written=True)
+    """Calls a method that no region is around, for what only a plan can do."""
+    assert border.as_written is not None
     try:
         with kept_as_written():
             return run_method(
                 casting,
                 (layer, *args),
                 kwargs,
-                settings,
+                border.as_written,
                 border.named_scopes,
                 None,
                 contextlib.nullcontext,
@@ -242,6 +242,7 @@ def _call_users(
     with (
         named(border.scope),
         named(border.gradients),
+        named(border.matmul),
         _handing_down(layer, border),
         replaced(layer, cast),
     ):

@@ -21,6 +21,9 @@ from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 from jaxmp import _tree
 from jaxmp._jaxpr.marks import FULL_PRECISION_SCOPE, LAYER_SCOPE
 from jaxmp.casting.kernels.half_operands import as_written
+from jaxmp.casting.local import region_settings
+from jaxmp.casting.plan.plan import Settings
+from jaxmp.modules._layers import Application, LayerDtypes
 
 _dtype: contextvars.ContextVar[np.dtype | None] = contextvars.ContextVar(
     "dtype of the region", default=None
@@ -47,9 +50,34 @@ def is_planned() -> bool:
     return _is_planned.get()
 
 
+def own_code_settings(application: Application, dtypes: LayerDtypes) -> Settings | None:
+    """What the plan of a layer's own code depends on; None if it is not in half."""
+    if dtypes.compute not in _tree.HALF:
+        return None
+    return region_settings(
+        dtypes.compute,
+        dtypes.precision,
+        application.has_wide_gradients,
+        quantize=application.policy.quantize,
+    )
+
+
+def as_written_settings(application: Application) -> Settings:
+    """What the plan of code depends on that stays as it was traced.
+
+    It gives weights their gradients in float32, and matmuls a smaller format.
+    """
+    return region_settings(
+        application.half_dtype,
+        wide_gradients=application.has_wide_gradients,
+        as_written=True,
+        quantize=application.policy.quantize,
+    )
+
+
 @contextlib.contextmanager
 def kept_as_written() -> Iterator[None]:
-    """Marks code that is planned only to give weights their gradients in float32."""
+    """Marks code that is planned, and stays as it was traced but for its matmuls."""
     token = _is_planned.set(True)
     try:
         yield

@@ -55,10 +55,10 @@ def check_compute_dtype(dtype: np.dtype) -> None:
     """Raises `PolicyError` if a policy or a rule computes in bare float8."""
     if dtype.itemsize == 1:
         raise PolicyError(
-            f"compute_dtype={dtype} would round every value to float8 without a scale: "
-            "sums would stop growing, and numbers above 448 would be NaN. Write "
-            "'mixed_fp8', which multiplies in float8 under scales and computes all else "
-            "in bfloat16."
+            f"compute_dtype={dtype} would round every value to float8 without a "
+            "scale: sums would stop growing, and numbers above 448 would be NaN. Write "
+            "'mixed_fp8', which multiplies in float8 under scales and computes all "
+            "else in bfloat16."
         )
 
 

@@ -18,7 +18,7 @@ SPECS = (
     "float32",
     "bf16-true",
     "p=bf16,c=f32,o=f16",
-    "c=float8_e4m3fn,o=bf16",
+    "c=bf16,o=float8_e4m3fn",
     "p=float8_e5m2,c=f16,o=f32",
 )
 SPECS_X64 = (*SPECS, "64-true", "p=f64,c=bf16,o=f32")

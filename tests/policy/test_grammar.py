@@ -100,7 +100,7 @@ READ = {
     "bf16": (bf16, bf16, bf16),
     # a name, and what is different from it
     "mixed_bfloat16,o=bf16": (f32, bf16, bf16),
-    "32-true, c=float8_e4m3fn": (f32, f8, f32),
+    "32-true, o=float8_e4m3fn": (f32, f32, f8),
 }
 
 

@@ -14,6 +14,7 @@ from jaxmp._jaxpr.atoms import castable_dtype, is_literal
 from jaxmp._jaxpr.marks import scopes
 from jaxmp._jaxpr.residuals import residual_jaxpr
 from jaxmp._jaxpr.site import Site
+from jaxmp._jaxpr.types import Atom
 from jaxmp.casting._autocast import autocast
 from jaxmp.casting.explanation._backward import backward_of
 from jaxmp.casting.explanation._cancellation import NOTE, cancelling
@@ -21,12 +22,20 @@ from jaxmp.casting.explanation._result import Explanation, Row
 from jaxmp.casting.explanation.shares import own_flops, shares_of
 from jaxmp.casting.islands._islands import Island
 from jaxmp.casting.kernels._interception import tracing
-from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan
+from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan, Quantizing, bodies_of
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
 from jaxmp.casting.planner._whole_function import check_rules, plan_jaxpr, read_settings
+from jaxmp.casting.quantized.formats import formats_of
 from jaxmp.policy import PolicyLike
 
-_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+_SHORT = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "float64": "f64",
+    "float8_e4m3fn": "e4m3",
+    "float8_e5m2": "e5m2",
+}
 
 
 def explain(
@@ -80,6 +89,7 @@ def explain(
             casts=sum(_casts(plan) for plan in _plans(plan)),
             islands=len(islands),
             backward=backward_of(islands),
+            quantized=tuple(formats_of(plan)) if planner.matmuls else (),
             residual_bytes=_residual_bytes(cast_fn, args, kwargs),
         )
 
@@ -115,21 +125,14 @@ def _walk(
         if any(map(castable_dtype, atoms)):
             yield step
         count = times * eqn.eqn.params.get("length", 1)
-        for body in _bodies(eqn.call):
+        for body in bodies_of(eqn.call):
             yield from _walk(body, step.path, count, step.site)
-
-
-def _bodies(call: Any) -> Sequence[JaxprPlan]:
-    if call is None:
-        return ()
-    call = getattr(call, "primal", call)
-    return call if isinstance(call, tuple) else (call,)
 
 
 def _plans(plan: JaxprPlan) -> Iterator[JaxprPlan]:
     yield plan
     for eqn in plan.eqns:
-        for body in _bodies(eqn.call):
+        for body in bodies_of(eqn.call):
             yield from _plans(body)
 
 
@@ -138,15 +141,22 @@ def _row(step: _Step, noted: set[int]) -> Row:
     note = f"; {NOTE}" if id(eqn) in noted else ""
     name = eqn.params.get("name")
     operation = f"{eqn.primitive.name} {name}" if name else eqn.primitive.name
-    before = _dtypes(v.aval.dtype for v in eqn.invars if castable_dtype(v))
-    before += " -> " + _dtypes(v.aval.dtype for v in eqn.outvars if castable_dtype(v))
+    before = _dtypes(v.aval.dtype for v in filter(_is_float, eqn.invars))
+    before += " -> " + _dtypes(v.aval.dtype for v in filter(_is_float, eqn.outvars))
+    read = _formats(plan) or plan.in_dtypes
     after = _dtypes(
         dtype or v.aval.dtype
-        for v, dtype in zip(eqn.invars, plan.in_dtypes, strict=True)
-        if castable_dtype(v)
+        for v, dtype in zip(eqn.invars, read, strict=True)
+        if _is_float(v)
     )
     half, full = own_flops(plan, step.times)
-    after += " -> " + _dtypes(s.dtype for s in plan.out_states if s is not None)
+    after += " -> " + _dtypes(
+        v.aval.dtype if state is None else state.dtype
+        for v, state in zip(eqn.outvars, plan.out_states, strict=True)
+        if _is_float(v)
+    )
+    if plan.quantizing is not None:
+        note = f"; {_multiplied(plan.quantizing)}{note}"
     return Row(
         operation=operation,
         source=str(step.site.line or ""),
@@ -157,7 +167,27 @@ def _row(step: _Step, noted: set[int]) -> Row:
         reason=plan.reason + note,
         half_flops=half,
         full_flops=full,
+        recipe=plan.recipe.name if plan.recipe else "",
     )
+
+
+def _is_float(atom: Atom) -> bool:
+    """Whether a value is in a floating dtype that is shown: float8 to float32."""
+    dtype = getattr(atom.aval, "dtype", None)
+    return castable_dtype(atom) is not None or getattr(dtype, "name", "") in _SHORT
+
+
+def _formats(plan: EqnPlan) -> tuple[Any, ...]:
+    """The formats in which the operands of a quantised matmul are multiplied."""
+    if plan.quantizing is None or plan.recipe is None:
+        return ()
+    return tuple(map(plan.recipe.format_of, plan.quantizing.roles))
+
+
+def _multiplied(quantizing: Quantizing) -> str:
+    if quantizing.recipe is None:
+        return f"left in half: {quantizing.reason}"
+    return f"multiplied in {quantizing.reason}"
 
 
 def _dtypes(dtypes: Iterable[Any]) -> str:

@@ -9,6 +9,7 @@ from jaxmp._views.result import Result
 from jaxmp._views.tables import text_table
 from jaxmp.casting.explanation._backward import Backward
 from jaxmp.casting.explanation.shares import Reason
+from jaxmp.casting.quantized.formats import MatmulFormat, totals
 from jaxmp.errors import NoSuchRows
 
 _COLUMNS = ("operation", "source", "path", "before", "after", "class", "reason")
@@ -26,6 +27,8 @@ class Row(NamedTuple):
       reason: why.
       half_flops, full_flops: what matmuls cost in half and otherwise, as often as they
         run; of a call, those in it if it is bound whole.
+      recipe: how a matmul in half is multiplied in a smaller format; empty if it is
+        not.
     """
 
     operation: str
@@ -37,12 +40,14 @@ class Row(NamedTuple):
     reason: str
     half_flops: float = 0.0
     full_flops: float = 0.0
+    recipe: str = ""
 
 
 _SELECTIONS: dict[str, Callable[[Row], bool]] = {
     "float32 matmuls": lambda row: row.full_flops > 0,
     "half matmuls": lambda row: row.half_flops > 0,
     "matmuls": lambda row: row.full_flops + row.half_flops > 0,
+    "quantized matmuls": lambda row: bool(row.recipe),
     "compute": lambda row: row.op_class == "compute",
     "full": lambda row: row.op_class == "full",
     "follow": lambda row: row.op_class == "follow",
@@ -65,6 +70,9 @@ class Explanation(Result):
       islands: how many float32 islands there are.
       backward: what their backward passes keep besides half inputs, and what they
         compute again: `kept`, `numbers`, `again`, `islands`, `source`.
+      quantized: the matmuls in half, in which format each is multiplied, and why:
+        `path`, `source`, `recipe`, `reason`, `shape`, `flops`. Empty unless the policy
+        or a rule asks for a smaller format.
       residual_bytes: what a backward pass keeps, in bytes by dtype; empty if the
         function cannot be differentiated in reverse.
     """
@@ -78,12 +86,14 @@ class Explanation(Result):
     islands: int
     backward: tuple[Backward, ...]
     residual_bytes: dict[str, int]
+    quantized: tuple[MatmulFormat, ...] = ()
 
     def only(self, which: str) -> "Explanation":
         """The same with some of the rows.
 
         Args:
-          which: `"float32 matmuls"`, `"half matmuls"`, `"matmuls"`, or a class:
+          which: `"float32 matmuls"`, `"half matmuls"`, `"quantized matmuls"`,
+            `"matmuls"`, or a class:
             `"compute"`, `"full"`, `"follow"`, `"untouched"`.
 
         Raises:
@@ -103,14 +113,35 @@ class Explanation(Result):
         return dataclasses.replace(self, rows=rows)
 
     @property
+    def quantized_flops(self) -> float:
+        """The share of the matmul FLOPs in a smaller format than half, 0 to 1."""
+        found = sum(matmul.flops for matmul in self.quantized if matmul.recipe)
+        return found / max(self.matmul_flops, 1)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """A line for each recipe, and each reason to leave matmuls in half."""
+        lines = []
+        for (recipe, reason), (flops, count) in totals(self.quantized).items():
+            share = f"{flops / max(self.matmul_flops, 1):.1%} of the FLOPs"
+            matmuls = f"{count} matmul{'s' if count > 1 else ''}"
+            what = f"in {reason}" if recipe else f"left in half: {reason}"
+            lines.append(f"{share}, {matmuls}, {what}")
+        return tuple(lines)
+
+    @property
     def summary(self) -> str:
         """The figures in one line."""
         kept = ", ".join(
             f"{size / 2**20:.1f} MiB {dtype}"
             for dtype, size in sorted(self.residual_bytes.items())
         )
+        quantized = ""
+        if self.quantized:
+            quantized = f", {self.quantized_flops:.0%} in a smaller format"
         return (
-            f"{self.half_flops:.0%} of the matmul FLOPs in half | {self.casts} casts | "
+            f"{self.half_flops:.0%} of the matmul FLOPs in half{quantized} | "
+            f"{self.casts} casts | "
             f"{self.islands} float32 islands | kept for the backward pass: "
             f"{kept or 'nothing'}"
         )
@@ -130,6 +161,7 @@ class Explanation(Result):
     def __str__(self) -> str:
         is_warned = bool(self.why) and self.why[0].startswith("Warning")
         lines = [*self.why[:is_warned], self.summary, *self.why[is_warned:]]
+        lines += self.formats
         lines += ["", text_table(_COLUMNS, self._cells)]
         return "\n".join([*lines, *map(str, self.backward)])
 
@@ -144,7 +176,8 @@ class Explanation(Result):
         table = Table(*_COLUMNS)
         for row, cells in zip(self.rows, self._cells, strict=True):
             table.add_row(*cells, style=_STYLES[row.op_class])
-        return Group(*self.why, self.summary, table, *map(str, self.backward))
+        summary = (self.summary, *self.formats)
+        return Group(*self.why, *summary, table, *map(str, self.backward))
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Gives the rows as dictionaries, for a data frame."""
@@ -154,7 +187,7 @@ class Explanation(Result):
         kinds = [row.op_class for row in self.rows]
         return html.page(
             "What autocast decided",
-            *map(html.paragraph, (self.summary, *self.why)),
+            *map(html.paragraph, (self.summary, *self.why, *self.formats)),
             html.checkboxes(_MARKS),
             html.table(
                 _COLUMNS,

@@ -111,8 +111,8 @@ def _read_rule(rule: Any) -> OpRule:
     if given or rule.path is None or (rule.compute is None and quantize is None):
         raise AutocastRuleError(
             f"autocast sees operations, not modules: it can match path= and set "
-            f"compute= or quantize=, but not {', '.join(given) or 'nothing at all'}, in {rule!r}. "
-            "Use jaxmp.apply_policy for this rule."
+            f"compute= or quantize=, but not {', '.join(given) or 'nothing at all'}, "
+            f"in {rule!r}. Use jaxmp.apply_policy for this rule."
         )
     return OpRule(
         path=rule.path,

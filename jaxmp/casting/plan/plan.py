@@ -93,7 +93,7 @@ class EqnPlan:
 
     @property
     def recipe(self) -> Recipe | None:
-        """How it is multiplied in a smaller format than its dtype; None if it is not."""
+        """How it is multiplied in a smaller format; None if it is not."""
         return self.quantizing and self.quantizing.recipe
 
     @property
@@ -107,6 +107,14 @@ class EqnPlan:
             and self.in_dtypes == tuple(map(castable_dtype, self.eqn.invars))
             and self.out_states == tuple(map(traced_state, self.eqn.outvars))
         )
+
+
+def bodies_of(call: Any) -> Sequence["JaxprPlan"]:
+    """The plans of the bodies of a call, given `EqnPlan.call`."""
+    if call is None:
+        return ()
+    call = getattr(call, "primal", call)
+    return call if isinstance(call, tuple) else (call,)
 
 
 def as_island(plan: EqnPlan) -> EqnPlan:

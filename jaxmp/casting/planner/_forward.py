@@ -146,8 +146,8 @@ class ForwardPass:
             decision = Decision(FLOAT32, SPECIAL_FUNCTION)
         is_whole = call is None or getattr(decision, "dtype", "") in (FLOAT32, None)
         if decision is not None and is_whole:
-            is_product = call and self.is_product_of_weights(eqn, decision, stored)
-            if not is_product:
+            is_entered = call and self.is_entered(eqn, decision, stored)
+            if not is_entered:
                 return self.decided(eqn, states, decision)
         if call is None:
             return self.operation(eqn, states)
@@ -159,14 +159,17 @@ class ForwardPass:
         entering = stored if call.takes_weights else states
         return call.plan(eqn, entering, wants, planner, inside)
 
-    def is_product_of_weights(
-        self, eqn: Eqn, decision: Decision, stored: States
-    ) -> bool:
-        """Whether a call in a layer of Flax multiplies by a weight, as `einsum`."""
+    def is_entered(self, eqn: Eqn, decision: Decision, stored: States) -> bool:
+        """Whether a call in a layer of Flax is planned inside: it has a matmul there.
+
+        One of a weight that gets its gradient in float32, as in `einsum`, or one that
+        may be quantised.
+        """
         takes = any(s is not None and s.kind is Kind.WEIGHT for s in stored)
         bodies = self.planner.contents.of_bodies(eqn)
         is_product = any(body.has_matmul for body in bodies)
-        return takes and is_product and decision.reason == LAYER_REASON
+        is_asked_for = takes or bool(self.planner.matmuls)
+        return is_asked_for and is_product and decision.reason == LAYER_REASON
 
     def operation(self, eqn: Eqn, states: States) -> EqnPlan:
         """Plans an equation that is not a call, by the class of its primitive."""

@@ -47,9 +47,7 @@ class _Search:
             pairs = zip(atoms, feeds, strict=True)
             # Not through integers: a token that was chosen by its logit is looked up.
             feeding.update(
-                v
-                for v, does in pairs
-                if does and not is_literal(v) and not is_integer(v)
+                v for v, does in pairs if does and not (is_literal(v) or is_integer(v))
             )
 
         note(jaxpr.outvars, outs)

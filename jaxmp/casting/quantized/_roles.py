@@ -26,7 +26,7 @@ from jaxmp.quantization.recipe import ACTIVATION, COTANGENT, WEIGHT, Role
 
 BOTH_ACTIVATIONS = "both operands are activations"
 OWN_DERIVATIVE = "in a function with a derivative rule of its own"
-HEAD = "the head: no other matmul reads its result"
+HEAD = "the head (no other matmul reads its result)"
 TIED = "a table that is looked up too"
 SAME_INPUT = "both operands are made of the same input"
 
@@ -182,7 +182,7 @@ class _Search:
     ) -> Sequence[Origin]:
         """What a carry is after some iterations, it may be before each."""
         read = loop(eqn)
-        of_condition, consts, carried, slices = read.split(operands)
+        _, consts, carried, slices = read.split(operands)
         while True:
             inputs = (*consts, *carried, *slices)
             outs = self.outputs(read.body, inputs, is_back)

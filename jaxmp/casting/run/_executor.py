@@ -251,8 +251,9 @@ def _multiply_quantized(
 ) -> Any:
     """A matmul in the format of its recipe."""
     (result,) = plan.out_states
-    assert plan.quantizing is not None and plan.recipe is not None
     assert result is not None
+    assert plan.quantizing is not None
+    assert plan.recipe is not None
     lhs, rhs = operands
     return multiply_quantized(
         lhs,
