@@ -318,6 +318,10 @@ class NothingQuantizedWarning(UserWarning):
     """A policy that quantises matmuls leaves all of a function in half."""
 
 
+class NoBlocksWarning(UserWarning):
+    """A rule for the first and the last blocks of a model finds no blocks."""
+
+
 class HalfParamsWarning(UserWarning):
     """Half-precision parameters meet an optimizer that keeps no float32 copy."""
 

@@ -29,6 +29,7 @@ def region_settings(
     wide_gradients: bool = False,
     as_written: bool = False,
     quantize: str | None = None,
+    half_blocks: int = 0,
 ) -> Settings:
     """What a region depends on.
 
@@ -38,12 +39,14 @@ def region_settings(
       wide_gradients: whether weights get their gradients in float32.
       as_written: whether all else stays as it was traced.
       quantize: the recipe of the matmuls with weights; None leaves them in half.
+      half_blocks: how many of the first and the last blocks are left in half.
     """
     return read_settings(dtype, (), True)._replace(
         matmul_precision=precision,
         wide_gradients=wide_gradients,
         as_written=as_written,
         quantize=quantize,
+        half_blocks=half_blocks,
     )
 
 

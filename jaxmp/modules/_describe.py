@@ -27,6 +27,7 @@ from jaxmp.modules._linen_layers import is_transparent
 from jaxmp.modules._nnx import (
     apply_to_nnx,
     forget_earlier_policy,
+    in_blocks_of,
     layers_of,
     origins_of,
 )
@@ -139,6 +140,7 @@ def _rows_of_linen(
 
 def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
     policied = apply_to_nnx(module, application, check=False)
+    application = in_blocks_of(policied, application)
     originals = layers_of(nnx.clone(module), application)
     for layer, _ in originals.values():
         forget_earlier_policy(layer)

@@ -15,6 +15,7 @@ from flax.linen.module import InterceptorContext
 
 from jaxmp._tree import FLOAT32
 from jaxmp.casting.plan.plan import JaxprPlan
+from jaxmp.casting.quantized.formats import warn_if_nothing
 from jaxmp.modules._casts import carry_of, cast_carry
 from jaxmp.modules._effect import Leaf, check_leaves, check_plan
 from jaxmp.modules._handed_down import HandedDown, fields_of, handed_down, hands_down
@@ -245,13 +246,19 @@ class Interceptor:
         kwargs: dict[str, Any],
     ) -> Any:
         """Runs a method that no region is around, for what only a plan can do."""
+
+        def watch(plan: JaxprPlan) -> None:
+            if self._path_in_model(module) == () and context.method_name == "__call__":
+                name = original_class(type(module)).__name__
+                warn_if_nothing(plan, self.application.policy.quantize, name)
+
         bound: Any = context.orig_method
         lifted = planned_method(
             bound.func,
             as_written_settings(self.application),
             self.application.named_scopes,
             lambda output: output,
-            lambda plan: None,
+            watch,
             contextlib.nullcontext,
         )
         with kept_as_written():

@@ -18,6 +18,7 @@ import math
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -50,6 +51,7 @@ from jaxmp.modules._nnx_settings import (
 )
 from jaxmp.modules._nnx_variables import own_parameters
 from jaxmp.modules._own_code import as_written_settings, own_code_settings
+from jaxmp.policy.rule_sets import with_blocks
 
 M = TypeVar("M", bound=nnx.Module)
 Layers = dict[str, tuple[nnx.Module, LayerDtypes]]
@@ -58,6 +60,7 @@ Layers = dict[str, tuple[nnx.Module, LayerDtypes]]
 def apply_to_nnx(module: M, application: Application, check: bool = True) -> M:
     """Returns a new graph with a policy applied, as `apply_policy` documents."""
     new = nnx.clone(module)
+    application = in_blocks_of(new, application)
     layers = layers_of(new, application)
     used = [rule for _, dtypes in layers.values() for rule in dtypes.rules]
     check_all_used(application.rules, used, layers)
@@ -69,6 +72,16 @@ def apply_to_nnx(module: M, application: Application, check: bool = True) -> M:
     for path, (layer, dtypes) in layers.items():
         _apply_to_layer(path, layer, dtypes, origins.get(path), application)
     return new
+
+
+def in_blocks_of(module: nnx.Module, application: Application) -> Application:
+    """The application whose rules know the blocks of layers in a module."""
+    paths = [
+        _path_string(parts)
+        for parts, layer in nnx.iter_modules(module)
+        if any(jnp.ndim(p.get_raw_value()) > 1 for p in own_parameters(layer))
+    ]
+    return application._replace(rules=with_blocks(application.rules, paths))
 
 
 def layers_of(module: nnx.Module, application: Application) -> Layers:

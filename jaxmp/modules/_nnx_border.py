@@ -14,10 +14,11 @@ from jaxmp import _tree
 from jaxmp._jaxpr.flax_internals import is_users
 from jaxmp.casting.kernels.border import shown
 from jaxmp.casting.plan.plan import JaxprPlan, Settings
+from jaxmp.casting.quantized.formats import warn_if_nothing
 from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs, show_result
 from jaxmp.modules._effect import check_plan
 from jaxmp.modules._handed_down import fields_of, handed_down
-from jaxmp.modules._layers import Application, application_of, named
+from jaxmp.modules._layers import Application, application_of, named, original_class
 from jaxmp.modules._nnx_region import ReturnsModule, run_method
 from jaxmp.modules._nnx_variables import cast_cache, cast_parameter, replaced
 from jaxmp.modules._own_code import (
@@ -211,7 +212,7 @@ def _run_as_written(
                 kwargs,
                 border.as_written,
                 border.named_scopes,
-                None,
+                functools.partial(_check_quantized, layer, method),
                 contextlib.nullcontext,
             )
     except ReturnsModule:
@@ -224,6 +225,16 @@ def _check_plan(layer: nnx.Module, method: Callable[..., Any], plan: JaxprPlan) 
     application = application_of(layer)
     if application is not None and method.__name__ == "__call__":
         check_plan(plan, {}, type(layer).__name__, application)
+
+
+def _check_quantized(
+    layer: nnx.Module, method: Callable[..., Any], plan: JaxprPlan
+) -> None:
+    """Warns if the policy was to quantise matmuls of a whole model, and did none."""
+    application = application_of(layer)
+    if application is not None and method.__name__ == "__call__":
+        name = original_class(type(layer)).__name__
+        warn_if_nothing(plan, application.policy.quantize, name)
 
 
 def _call_users(

@@ -24,6 +24,7 @@ from jaxmp.casting.kernels.half_operands import as_written
 from jaxmp.casting.local import region_settings
 from jaxmp.casting.plan.plan import Settings
 from jaxmp.modules._layers import Application, LayerDtypes
+from jaxmp.policy.rule_sets import half_blocks_in
 
 _dtype: contextvars.ContextVar[np.dtype | None] = contextvars.ContextVar(
     "dtype of the region", default=None
@@ -59,6 +60,7 @@ def own_code_settings(application: Application, dtypes: LayerDtypes) -> Settings
         dtypes.precision,
         application.has_wide_gradients,
         quantize=application.policy.quantize,
+        half_blocks=half_blocks_in(application.rules),
     )
 
 
@@ -72,6 +74,7 @@ def as_written_settings(application: Application) -> Settings:
         wide_gradients=application.has_wide_gradients,
         as_written=True,
         quantize=application.policy.quantize,
+        half_blocks=half_blocks_in(application.rules),
     )
 
 

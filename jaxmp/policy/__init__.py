@@ -6,7 +6,12 @@ from jaxmp.policy._policy import Policy
 from jaxmp.policy._policy import PolicyLike as PolicyLike
 from jaxmp.policy._rules import PolicyRule
 from jaxmp.policy.dtypes import half_dtype
-from jaxmp.policy.rule_sets import default_rules, head_in_float32, matmuls_in_half
+from jaxmp.policy.rule_sets import (
+    default_rules,
+    first_and_last_in_half,
+    head_in_float32,
+    matmuls_in_half,
+)
 
 __all__ = [
     "Policy",
@@ -18,4 +23,5 @@ __all__ = [
     "default_rules",
     "head_in_float32",
     "matmuls_in_half",
+    "first_and_last_in_half",
 ]

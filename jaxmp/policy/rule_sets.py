@@ -1,10 +1,13 @@
 """Ready-made rules, and how `rules=` is read and searched."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from jaxmp.errors import InvalidRule
 from jaxmp.policy._rules import PolicyRule
+from jaxmp.policy.blocks import FirstAndLast, warn_of_no_blocks
+from jaxmp.policy.quantize import NOT_QUANTIZED
 
 norms_in_float32: tuple[PolicyRule, ...] = (
     PolicyRule(
@@ -70,6 +73,66 @@ def matmuls_in_half(dtype: Any) -> tuple[PolicyRule, ...]:
         PolicyRule(kind=kind, compute=dtype, allow_unused=True, yields_to_author=True)
         for kind in ("dense", "conv", "recurrent", "attention")
     )
+
+
+def first_and_last_in_half(blocks: int = 1) -> tuple[PolicyRule, ...]:
+    """Leaves the matmuls of the first and the last blocks of layers in half.
+
+    For a policy that multiplies in float8 or int8. The blocks at both ends are those
+    whose rounding costs most (Noune et al., "8-bit Numerical Formats for Deep Neural
+    Networks", 2022, https://arxiv.org/abs/2206.02915, keep them in half too). Blocks
+    have one name and a number each, as `block_0` to `block_11` or `layers/0` to
+    `layers/5`.
+
+    Args:
+      blocks: how many of the first, and of the last.
+
+    Returns:
+      A tuple with one rule, for `apply_policy` and for `autocast`, which warn if no
+      blocks are found.
+
+    Raises:
+      InvalidRule: if it is not a positive number.
+
+    Example:
+      >>> import jaxmp
+      >>> rules = jaxmp.policy.first_and_last_in_half(blocks=1)
+      >>> step = jaxmp.autocast(lambda x: x @ x, "mixed_fp8", rules=rules)
+    """
+    if not isinstance(blocks, int) or blocks < 1:
+        raise InvalidRule(
+            f"first_and_last_in_half(blocks={blocks!r}) leaves nothing in half. Write "
+            "a number from 1 on, or leave the rule out."
+        )
+    condition = FirstAndLast(blocks)
+    return (PolicyRule(where=condition, quantize=NOT_QUANTIZED, allow_unused=True),)
+
+
+def half_blocks_in(rules: Iterable[Any]) -> int:
+    """How many first and last blocks rules leave in half, whose paths are not known."""
+    conditions = (getattr(rule, "where", None) for rule in rules)
+    found = (x for x in conditions if isinstance(x, FirstAndLast) and x.paths is None)
+    return max((x.blocks for x in found), default=0)
+
+
+def with_blocks(
+    rules: Iterable[PolicyRule], paths: Collection[str]
+) -> tuple[PolicyRule, ...]:
+    """The rules for a model whose layers with matmuls have these paths.
+
+    Warns:
+      NoBlocksWarning: if a rule is for blocks, and there are none.
+    """
+
+    def read(rule: PolicyRule) -> PolicyRule:
+        if not isinstance(rule.where, FirstAndLast):
+            return rule
+        found = rule.where.among(paths)
+        if not found.paths:
+            warn_of_no_blocks(paths)
+        return dataclasses.replace(rule, where=found)
+
+    return tuple(map(read, rules))
 
 
 def first_match(

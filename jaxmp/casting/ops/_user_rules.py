@@ -12,6 +12,7 @@ from jaxmp._jaxpr.types import Eqn
 from jaxmp.errors import AutocastRuleError
 from jaxmp.policy import get_policy
 from jaxmp.policy.quantize import NOT_QUANTIZED, RECIPES, read_quantize
+from jaxmp.policy.rule_sets import half_blocks_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,8 @@ def read_rules(rules: Sequence[Any]) -> tuple[OpRule, ...]:
         raise AutocastRuleError(
             f"rules={rules!r} is not a sequence of rules. Write rules=[OpRule(...)]."
         )
-    return tuple(_read_rule(rule) for rule in rules)
+    own = (rule for rule in rules if not half_blocks_in([rule]))
+    return tuple(map(_read_rule, own))
 
 
 def _read_rule(rule: Any) -> OpRule:

@@ -37,6 +37,7 @@ class Planner(Protocol):
         gradients of weights, if these are wanted in float32.
       matmuls: what the operands of matmuls are, by the ids of these, if some are to be
         quantised.
+      half_blocks: the paths of the blocks of layers that are left in half.
     """
 
     settings: Settings
@@ -45,6 +46,7 @@ class Planner(Protocol):
     user: UserDecisions
     weight_gradients: frozenset[int]
     matmuls: Mapping[int, MatmulRoles]
+    half_blocks: frozenset[str]
 
     def wants(self, jaxpr: Jaxpr, out_wants: Sequence[bool], context: Context) -> Wants:
         """Which values of a jaxpr are wanted low, given which outputs are."""

@@ -28,6 +28,7 @@ class JaxprPlanner:
         self.user = UserDecisions(settings.rules, self.contents, settings.as_written)
         self.weight_gradients: frozenset[int] = frozenset()
         self.matmuls: Mapping[int, MatmulRoles] = {}
+        self.half_blocks: frozenset[str] = frozenset()
         # Keyed by id; `_alive` keeps the jaxprs from being collected meanwhile.
         self._plans: dict[Any, JaxprPlan] = {}
         self._wants: dict[Any, Wants] = {}
@@ -76,7 +77,7 @@ class JaxprPlanner:
     def inside(self, eqn: Eqn, context: Context) -> Context:
         """The context of the bodies of a call."""
         around = context.scopes
-        if self.settings.rules:
+        if self.settings.rules or self.half_blocks:
             around = (*around, *scopes(eqn))
         in_backward = context.in_backward or is_backward(eqn)
         half = context.half_gradients

@@ -15,11 +15,13 @@ from jaxmp.casting.planner._ambient_precision import ambient_precision
 from jaxmp.casting.planner._planner import JaxprPlanner
 from jaxmp.casting.planner._returned_states import returned_states
 from jaxmp.casting.planner._weight_gradients import weight_gradients
+from jaxmp.casting.quantized._blocks import half_blocks
 from jaxmp.casting.quantized._decision import quantizes
 from jaxmp.casting.quantized._roles import roles_of
 from jaxmp.errors import AutocastError, AutocastRuleError
 from jaxmp.policy import PolicyLike, get_policy
 from jaxmp.policy.reduce_dtype import is_wider
+from jaxmp.policy.rule_sets import half_blocks_in
 
 
 def read_settings(
@@ -33,6 +35,7 @@ def read_settings(
             f"autocast computes in bfloat16, float16 or float32, not in {dtype}, which "
             f"the policy {str(policy)!r} names. Write autocast(fn, 'mixed_bfloat16')."
         )
+    half_blocks = half_blocks_in(rules)
     rules = read_rules(rules)
     for rule in rules:
         if rule.carry not in (None, FLOAT32, dtype):
@@ -47,6 +50,7 @@ def read_settings(
         half_residuals,
         wide_gradients=is_wider(policy.reduce_dtype, dtype),
         quantize=policy.quantize,
+        half_blocks=half_blocks,
     )
 
 
@@ -66,6 +70,8 @@ def plan_jaxpr(
         planner.weight_gradients = weight_gradients(jaxpr)
     if quantizes(settings, jaxpr):
         planner.matmuls = roles_of(jaxpr, weight_gradients(jaxpr))
+        if settings.half_blocks:
+            planner.half_blocks = half_blocks(jaxpr, settings.half_blocks)
     is_half = output_dtype is not None and jnp.dtype(output_dtype) in _tree.HALF
     out_wants = [is_half and castable_dtype(v) is not None for v in jaxpr.jaxpr.outvars]
     if not (settings.is_plain or settings.as_written):

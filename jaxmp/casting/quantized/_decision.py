@@ -8,8 +8,10 @@ from jaxmp._jaxpr.marks import (
     decided_elsewhere,
     is_marked_to_quantize,
     quantize_mark,
+    scopes,
 )
 from jaxmp._jaxpr.primitives import MATMULS
+from jaxmp._jaxpr.scopes import layer_path
 from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.walk import walk
 from jaxmp._tree import HALF
@@ -20,6 +22,7 @@ from jaxmp.casting.quantized._roles import (
     OWN_DERIVATIVE,
     MatmulRoles,
 )
+from jaxmp.policy.blocks import is_in
 from jaxmp.policy.quantize import NOT_QUANTIZED
 from jaxmp.quantization.recipe import ACTIVATION, recipe_of
 
@@ -66,6 +69,8 @@ def _decide(
     rule = planner.user.quantization(eqn, context)
     if rule is not None:
         name, who = rule.quantize or NOT_QUANTIZED, "a rule"
+    elif is_in(layer_path(context.scopes + scopes(eqn)), planner.half_blocks):
+        name, who = NOT_QUANTIZED, "one of the first or last blocks"
     if name in (None, NOT_QUANTIZED):
         return Quantizing(None, found.roles, who or "nothing asks for another format")
     reason = _impossible(eqn, found) or ("" if who else _unwise(eqn, found))
