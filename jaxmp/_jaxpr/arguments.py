@@ -57,7 +57,7 @@ class Arguments:
         def flat(*arrays: Any) -> list[Any]:
             modules, state, rest = self.merge(arrays)
             if name_modules:
-                _open_scopes(modules)
+                open_scopes(modules)
             filled = iter(rest)
             merged = iter(modules)
             leaves = [
@@ -99,7 +99,7 @@ class Arguments:
 _MODULE = _Slot()
 
 
-def _open_scopes(modules: Sequence[Any]) -> None:
+def open_scopes(modules: Sequence[Any]) -> None:
     """Makes each nnx module run under its path, relative to the argument it is in."""
     if not modules:
         return

@@ -6,6 +6,7 @@ arrays, such as a function or a distribution, passes as it is.
 """
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -48,6 +49,21 @@ def region_settings(
         quantize=quantize,
         half_blocks=half_blocks,
     )
+
+
+_watchers: contextvars.ContextVar[tuple[Callable[[JaxprPlan], None], ...]] = (
+    contextvars.ContextVar("watchers of plans", default=())
+)
+
+
+@contextlib.contextmanager
+def watching_plans(watcher: Callable[[JaxprPlan], None]) -> Iterator[None]:
+    """Shows a function the plan of every region that is traced meanwhile."""
+    token = _watchers.set((*_watchers.get(), watcher))
+    try:
+        yield
+    finally:
+        _watchers.reset(token)
 
 
 def run_region(
@@ -97,8 +113,8 @@ def run_region(
     with without_ambient_precision(), tracing(settings):
         jaxpr = jax.make_jaxpr(flat)(*arrays)
     plan, _ = plan_jaxpr(jaxpr, settings)
-    if watch is not None:
-        watch(plan)
+    for watcher in (*_watchers.get(), *([watch] if watch else ())):
+        watcher(plan)
     if is_eager(jaxpr, arrays):
         outs = _compiled(settings, named_scopes)(jaxpr, arrays)
     else:

@@ -1,5 +1,6 @@
 """`describe`: what every layer stores, computes and returns, and which rule decided."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from jaxmp import _tree
+from jaxmp._jaxpr.arguments import open_scopes
 from jaxmp._jaxpr.flax_internals import is_lifted
+from jaxmp.casting.quantized.formats import MatmulFormat, format_lines
 from jaxmp.errors import MissingExample
 from jaxmp.modules._description import Description, Row, natural_order, outer_first
+from jaxmp.modules._formats import formats_in, with_formats
 from jaxmp.modules._layers import (
     Application,
     LayerDtypes,
@@ -52,8 +56,9 @@ def describe(
       module: a linen module, an nnx module, or variables. Variables show only their
         paths: rules by path apply, and a norm is recognised by its `scale`.
       policy: what `get_policy` takes.
-      *example_args: for a linen module, the arguments of a call: arrays or
-        `jax.ShapeDtypeStruct`s. Nothing is computed.
+      *example_args: the arguments of a call: arrays or `jax.ShapeDtypeStruct`s.
+        Nothing is computed. A linen module needs them; of an nnx module they show how
+        each layer multiplies, if the policy or a rule asks for a smaller format.
       rules: as for `apply_policy`.
       explicit_dtype: as for `apply_policy`.
       own_code: as for `apply_policy`.
@@ -86,21 +91,22 @@ def describe(
         own_code=own_code,
     )
     if isinstance(module, nn.Module):
-        rows = _rows_of_linen(module, application, example_args)
+        rows, formats = _rows_of_linen(module, application, example_args)
     elif isinstance(module, nnx.Module):
-        rows = _rows_of_nnx(module, application)
+        rows, formats = _rows_of_nnx(module, application, example_args)
     else:
-        rows = _rows_of_variables(module, application)
+        rows, formats = _rows_of_variables(module, application), []
     title = f"policy {application.policy}"
     replaced = application_of(module)
     if replaced is not None and replaced.policy != application.policy:
         title += f", in place of {replaced.policy}"
-    return Description(title, tuple(rows))
+    shares = format_lines(formats, sum(found.flops for found in formats))
+    return Description(title, tuple(with_formats(rows, formats)), shares)
 
 
 def _rows_of_linen(
     module: nn.Module, application: Application, example_args: tuple[Any, ...]
-) -> list[Row]:
+) -> tuple[list[Row], list[MatmulFormat]]:
     if not example_args:
         raise MissingExample(
             f"The layers of a linen module are not known before it is called, and "
@@ -135,10 +141,16 @@ def _rows_of_linen(
             author=getattr(visit.module, "dtype", None),
             is_applied=visit.path == "" or not is_transparent(visit.module),
         )
-    return outer_first(rows.values())
+    formats: list[MatmulFormat] = []
+    if application.quantizes:
+        apply = functools.partial(policied.apply, rngs=rngs, mutable=True)
+        formats = formats_in(apply, variables, *example_args)
+    return outer_first(rows.values()), formats
 
 
-def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
+def _rows_of_nnx(
+    module: nnx.Module, application: Application, example_args: tuple[Any, ...]
+) -> tuple[list[Row], list[MatmulFormat]]:
     policied = apply_to_nnx(module, application, check=False)
     application = in_blocks_of(policied, application)
     originals = layers_of(nnx.clone(module), application)
@@ -169,7 +181,12 @@ def _rows_of_nnx(module: nnx.Module, application: Application) -> list[Row]:
                 is_applied=is_applied,
             )
         )
-    return sorted(rows, key=natural_order)
+    formats: list[MatmulFormat] = []
+    if application.quantizes and example_args:
+        named = nnx.clone(policied)
+        open_scopes([named])
+        formats = formats_in(named, *example_args)
+    return sorted(rows, key=natural_order), formats
 
 
 def _rows_of_variables(variables: Any, application: Application) -> list[Row]:
@@ -211,7 +228,7 @@ def _rule_text(rule: PolicyRule | None) -> str:
     if rule is None:
         return "policy"
     text = str(rule).removeprefix("PolicyRule(").removesuffix(")")
-    return re.split(r", (?=params=|compute=|output=|reduce=)", text)[0]
+    return re.split(r", (?=params=|compute=|output=|reduce=|quantize=)", text)[0]
 
 
 def _class_name(cls: type[nn.Module]) -> str:

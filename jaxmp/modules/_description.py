@@ -5,9 +5,12 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from jaxmp._views.html import page, table
+from jaxmp._views.html import page, paragraph, table
 from jaxmp._views.result import Result
 from jaxmp._views.tables import text_table
+
+
+_OPTIONAL = ("reduces", "multiplies")
 
 
 class Row(NamedTuple):
@@ -20,6 +23,7 @@ class Row(NamedTuple):
     returns: str
     rule: str
     reduces: str = ""
+    multiplies: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,27 +38,35 @@ class Description(Result):
       title: the policy, and the one that it replaces.
       rows: one row for every layer: `path`, `type`, and the dtypes that it `stored`,
         `computes` and `returns`, with the `rule` that decided; and the dtype in which
-        it `reduces` the gradients of its weights, if the policy or a rule names one.
+        it `reduces` the gradients of its weights, if the policy or a rule names one;
+        and how it `multiplies`, if the policy or a rule asks for a smaller format: the
+        recipe, or why its matmuls are left in half.
+      formats: a line for each recipe, and for each reason to leave matmuls in half,
+        with their share of the FLOPs. Empty without example arguments.
     """
 
     title: str
     rows: tuple[Row, ...]
+    formats: tuple[str, ...] = ()
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Gives every layer as a dictionary, repeated blocks included."""
         return [row._asdict() for row in self.rows]
 
     def _contents(self) -> dict[str, Any]:
-        return {"title": self.title, "rows": self.to_rows()}
+        contents = {"title": self.title, "rows": self.to_rows()}
+        return {**contents, "formats": self.formats} if self.formats else contents
 
     def _page(self) -> str:
         columns, cells = self._table()
-        return page(self.title, table(columns, cells, code=("path",)))
+        shares = map(paragraph, self.formats)
+        return page(self.title, *shares, table(columns, cells, code=("path",)))
 
     def __str__(self) -> str:
         columns, cells = self._table()
         columns = [column.upper() for column in columns]
-        return f"{self.title}\n\n{text_table(columns, cells)}"
+        shares = "".join(f"\n{line}" for line in self.formats)
+        return f"{self.title}{shares}\n\n{text_table(columns, cells)}"
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """The columns and their cells, without a column that is empty throughout."""
@@ -62,7 +74,7 @@ class Description(Result):
         columns = [
             name
             for name in Row._fields
-            if name != "reduces" or any(row.reduces for row in rows)
+            if name not in _OPTIONAL or any(getattr(row, name) for row in rows)
         ]
         return columns, [[getattr(row, name) for name in columns] for row in rows]
 

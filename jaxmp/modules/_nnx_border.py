@@ -212,7 +212,7 @@ def _run_as_written(
                 kwargs,
                 border.as_written,
                 border.named_scopes,
-                functools.partial(_check_quantized, layer, method),
+                functools.partial(_check_quantized, layer, casting),
                 contextlib.nullcontext,
             )
     except ReturnsModule:

@@ -51,8 +51,8 @@ def outer_blocks(paths: Iterable[str], blocks: int) -> frozenset[str]:
       Paths of blocks; none if nothing is numbered.
     """
     groups: dict[tuple[str, str], dict[int, str]] = collections.defaultdict(dict)
-    paths = [path.split("/") for path in paths]
-    for parts in paths:
+    layers = [path.split("/") for path in paths]
+    for parts in layers:
         for depth, part in enumerate(parts):
             if (found := _NUMBERED.fullmatch(part)) is not None:
                 around = "/".join(parts[:depth])
@@ -65,7 +65,7 @@ def outer_blocks(paths: Iterable[str], blocks: int) -> frozenset[str]:
         for block in group.values()
     }
     outer = set()
-    for parts in paths:
+    for parts in layers:
         prefixes = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
         block = next((prefix for prefix in prefixes if prefix in several), None)
         if block is not None:

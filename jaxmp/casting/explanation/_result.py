@@ -9,7 +9,7 @@ from jaxmp._views.result import Result
 from jaxmp._views.tables import text_table
 from jaxmp.casting.explanation._backward import Backward
 from jaxmp.casting.explanation.shares import Reason
-from jaxmp.casting.quantized.formats import MatmulFormat, totals
+from jaxmp.casting.quantized.formats import MatmulFormat, format_lines
 from jaxmp.errors import NoSuchRows
 
 _COLUMNS = ("operation", "source", "path", "before", "after", "class", "reason")
@@ -121,13 +121,7 @@ class Explanation(Result):
     @property
     def formats(self) -> tuple[str, ...]:
         """A line for each recipe, and each reason to leave matmuls in half."""
-        lines = []
-        for (recipe, reason), (flops, count) in totals(self.quantized).items():
-            share = f"{flops / max(self.matmul_flops, 1):.1%} of the FLOPs"
-            matmuls = f"{count} matmul{'s' if count > 1 else ''}"
-            what = f"in {reason}" if recipe else f"left in half: {reason}"
-            lines.append(f"{share}, {matmuls}, {what}")
-        return tuple(lines)
+        return format_lines(self.quantized, self.matmul_flops)
 
     @property
     def summary(self) -> str:

@@ -70,6 +70,22 @@ def totals(formats: Iterable[MatmulFormat]) -> dict[tuple[str, str], tuple[float
     return {key: (flops[key], counts[key]) for key in ordered}
 
 
+def format_lines(formats: Iterable[MatmulFormat], total: float) -> tuple[str, ...]:
+    """A line for each recipe, and for each reason to leave matmuls in half.
+
+    Args:
+      formats: of the matmuls.
+      total: the FLOPs of which they are a share.
+    """
+    lines = []
+    for (recipe, reason), (flops, count) in totals(formats).items():
+        share = f"{flops / max(total, 1):.1%} of the FLOPs"
+        matmuls = f"{count} matmul{'s' if count > 1 else ''}"
+        what = f"in {reason}" if recipe else f"left in half: {reason}"
+        lines.append(f"{share}, {matmuls}, {what}")
+    return tuple(lines)
+
+
 def warn_if_nothing(plan: JaxprPlan, quantize: str | None, name: str) -> None:
     """Warns if a policy was to quantise the matmuls of a function, and did none.
 
