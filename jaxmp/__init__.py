@@ -42,6 +42,7 @@ from jaxmp.optimizers import (
     cast_state,
     check_dtypes,
     master_weights,
+    overwrite_with_gradient,
     stochastic_round,
     stochastic_rounding,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "raise_if_collapsed",
     # optimizers
     "master_weights",
+    "overwrite_with_gradient",
     "cast_state",
     "accumulate",
     "stochastic_rounding",

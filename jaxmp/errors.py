@@ -328,3 +328,7 @@ class HalfParamsWarning(UserWarning):
 
 class UnscaledGradientsWarning(UserWarning):
     """Gradients meet a float16 optimizer whose loss scale they were not made with."""
+
+
+class Fp8MetadataWarning(UserWarning):
+    """Scales of float8 layers meet an optimizer that trains them like parameters."""

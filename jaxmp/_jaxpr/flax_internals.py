@@ -17,6 +17,12 @@ PROMOTIONS = (PROMOTE_DTYPE, "qkv_promote_dtype")
 OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
 """The collection of FP8 scales and histories, whose gradients are their new values
 (flax/linen/fp8_ops.py)."""
+FP8_VARIABLES = frozenset(
+    f"{operand}_{kind}"
+    for operand in ("input", "kernel", "output_grad")
+    for kind in ("scale", "amax_history")
+)
+"""The variables of one FP8 operation in that collection."""
 
 
 def is_flax_layer(cls: type) -> bool:

@@ -17,6 +17,8 @@ COPY_OR_RANDOM = (
     "the two: master_weights(optax.adamw(1e-3)), or "
     "stochastic_rounding(optax.adamw(1e-3), seed=0)."
 )
+OWN_COLLECTION = "overwrite_with_gradient(collection=...)"
+"""The name of that transformation if it looks for another collection than Flax's."""
 
 
 def with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:

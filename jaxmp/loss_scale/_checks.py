@@ -6,7 +6,9 @@ import jax
 import optax
 
 from jaxmp import _tree, _warnings
-from jaxmp.errors import GradientTreeMismatch, HalfParamsWarning
+from jaxmp._jaxpr.fp8_metadata import overwritten
+from jaxmp._transformations import composition
+from jaxmp.errors import Fp8MetadataWarning, GradientTreeMismatch, HalfParamsWarning
 
 
 def warn_about_half_params(params: Any) -> None:
@@ -24,6 +26,26 @@ def warn_about_half_params(params: Any) -> None:
             "copy with loss_scaling(master_weights(optimizer), policy), or store the "
             "parameters in float32, as 'mixed_bfloat16' and 'mixed_float16' do.",
             HalfParamsWarning,
+        )
+
+
+def warn_about_fp8_metadata(grads: Any, inner_state: Any) -> None:
+    """Warns of FP8 metadata among gradients, if nothing inside overwrites with it."""
+    if "overwrite_with_gradient" in composition.names(inner_state):
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    metadata = [
+        _tree.path_string(path)
+        for (path, _), is_metadata in zip(leaves, overwritten(grads), strict=True)
+        if is_metadata
+    ]
+    if metadata:
+        _warnings.warn(
+            f"{len(metadata)} of the gradients are scales and histories of float8 "
+            f"layers ({metadata[0]!r} is the first). What JAX returns for them is "
+            "their new value, and the optimizer takes it for a gradient. Overwrite "
+            "them with it: loss_scaling(overwrite_with_gradient(optimizer), policy).",
+            Fp8MetadataWarning,
         )
 
 

@@ -16,7 +16,8 @@ whatever stands in between sees a gradient of zero in place of the bad one. `ini
 refuses state beside `accumulate`, which would move on that zero.
 
 Only gradients that the inner transformation looks at are checked: those of a frozen
-part reach nothing and cost no step (`jaxmp/loss_scale/_used_gradients.py`).
+part reach nothing and cost no step (`jaxmp/loss_scale/_used_gradients.py`). FP8
+metadata is no gradient: a history with an infinity in it would skip every step to come.
 
 Sharp edges
 - The skip is a select behind the inner update, and XLA fuses the two. A `lax.cond`
@@ -44,12 +45,17 @@ from jaxmp import _tree
 from jaxmp._jaxpr.axes import AxisName, bound_size
 from jaxmp._transformations import composition
 from jaxmp._transformations.wrapping import (
+    OWN_COLLECTION,
     float32_view,
     pinned,
     strong_state,
     with_extra_args,
 )
-from jaxmp.loss_scale._checks import check_same_tree, warn_about_half_params
+from jaxmp.loss_scale._checks import (
+    check_same_tree,
+    warn_about_fp8_metadata,
+    warn_about_half_params,
+)
 from jaxmp.loss_scale._unscaled_gradients import warn_if_unscaled
 from jaxmp.loss_scale._used_gradients import UsedGradients
 from jaxmp.loss_scale.made_with import MadeWith, note, read_made_with
@@ -65,6 +71,13 @@ from jaxmp.loss_scale.state_machines import (
     StaticMachine,
 )
 from jaxmp.loss_scale.unscale import unscale_tree
+
+_REPAIRS = {
+    OWN_COLLECTION: (
+        "value_and_grad knows Flax's collection alone, and would divide another one by "
+        "the loss scale. Keep the metadata under '_overwrite_with_gradient'."
+    ),
+}
 
 
 def loss_scaling(
@@ -240,6 +253,7 @@ def _transformation(
         others = find_all(inner_state)
         if others:
             raise multiple_loss_scales(1 + len(others))
+        composition.refuse_inside("loss_scaling", inner_state, _REPAIRS)
         composition.refuse_beside_decision(inner_state)
         if not composition.lands_on_half(inner_state):
             warn_about_half_params(params)
@@ -255,6 +269,7 @@ def _transformation(
     ) -> tuple[optax.Updates, LossScaleState]:
         composition.require_state(state, LossScaleState, "loss_scaling")
         check_same_tree(updates, params)
+        warn_about_fp8_metadata(updates, state.inner_state)
         if isinstance(machine, DynamicMachine):
             warn_if_unscaled(updates, state.loss_scale, by_hand=grads_are_scaled)
         if grads_are_scaled:

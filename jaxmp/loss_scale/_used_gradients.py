@@ -16,6 +16,7 @@ from optax.transforms import MaskedState
 
 from jaxmp import _tree
 from jaxmp._jaxpr.atoms import variables
+from jaxmp._jaxpr.fp8_metadata import overwritten
 from jaxmp._jaxpr.types import Jaxpr, Var
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp._tree import PyTree
@@ -38,15 +39,18 @@ class UsedGradients:
           *rest: pytrees: state, parameters and the arguments by name.
 
         Returns:
-          Leaves of `grads`.
+          Leaves of `grads`, FP8 metadata left out.
         """
         leaves = jax.tree.leaves(grads)
+        metadata = overwritten(grads)
         if not _masks(rest):
-            return leaves
+            return [
+                x for x, left_out in zip(leaves, metadata, strict=True) if not left_out
+            ]
         key = jax.tree.structure((grads, rest)), tuple(map(_type, leaves))
         if key not in self._known:
             self._known[key] = _positions(update, grads, rest)
-        return [leaves[i] for i in self._known[key]]
+        return [leaves[i] for i in self._known[key] if not metadata[i]]
 
 
 def _type(x: Any) -> Any:

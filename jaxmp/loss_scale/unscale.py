@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp._jaxpr.flax_internals import OVERWRITE_WITH_GRADIENT
+from jaxmp._jaxpr.fp8_metadata import overwritten
 
 T = TypeVar("T")
 
@@ -32,15 +32,14 @@ def unscale_tree(tree: T, scale: Any) -> T:
     # A division, not a product with the reciprocal: XLA on the CPU repeats a cheap
     # product, and the rounding to float16 before it, in everything that reads it, and
     # the step took a third longer. On TPUs and GPUs both cost the same traffic.
-    def unscale(path: Any, x: Any) -> Any:
-        return x if is_fp8_metadata(path) else _apply(operator.truediv, x, scale)
-
-    return jax.tree_util.tree_map_with_path(unscale, tree)
-
-
-def is_fp8_metadata(path: Any) -> bool:
-    """Whether a leaf, given by its key path, is a new value in place of a gradient."""
-    return any(getattr(key, "key", None) == OVERWRITE_WITH_GRADIENT for key in path)
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(
+        structure,
+        [
+            x if is_metadata else _apply(operator.truediv, x, scale)
+            for x, is_metadata in zip(leaves, overwritten(tree), strict=True)
+        ],
+    )
 
 
 def _apply(operation: Callable[[Any, Any], Any], x: Any, scale: Any) -> Any:

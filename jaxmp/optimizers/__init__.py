@@ -10,6 +10,7 @@ from jaxmp.optimizers._master_access import (
     load_master_weights,
 )
 from jaxmp.optimizers._master_weights import master_weights
+from jaxmp.optimizers._overwrite_with_gradient import overwrite_with_gradient
 from jaxmp.optimizers._state_dtype import cast_state
 from jaxmp.optimizers._stochastic_rounding import stochastic_round, stochastic_rounding
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_master_weights",
     "cast_state",
     "accumulate",
+    "overwrite_with_gradient",
     "stochastic_rounding",
     "stochastic_round",
     "ema",

@@ -24,9 +24,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp import _tree
+from jaxmp._jaxpr.fp8_metadata import overwritten
 from jaxmp._transformations import composition
 from jaxmp._transformations.wrapping import (
     LOSS_SCALING_OUTERMOST,
+    OWN_COLLECTION,
     float32_view,
     pinned,
     strong_state,
@@ -45,6 +47,11 @@ _REPAIRS = {
         "It would see float32 parameters there, and round nothing. Swap them: "
         "stochastic_rounding(accumulate(optax.adamw(1e-3), 4), seed=0)."
     ),
+    OWN_COLLECTION: (
+        "Scales are not averaged over a window, and accumulate knows Flax's collection "
+        "alone. Swap them: overwrite_with_gradient(accumulate(optax.adamw(1e-3), 4), "
+        "collection=...)."
+    ),
 }
 
 SKIP_MICRO, SKIP_WINDOW = "skip_micro", "skip_window"
@@ -56,7 +63,8 @@ class AccumulationState(NamedTuple):
     inner_state: optax.OptState
     """State of the inner optimizer, as of the last applied window."""
     grad_sums: PyTree
-    """Sums over the finite micro-batches of this window, float32 at least."""
+    """Sums over the finite micro-batches of this window, float32 at least; of FP8
+    metadata, the largest values."""
     value_sum: jax.Array
     """float32: sum of `value=` over the same micro-batches, if it is passed."""
     micro_step: jax.Array
@@ -140,7 +148,7 @@ def accumulate(
     ) -> tuple[optax.Updates, AccumulationState]:
         composition.require_state(state, AccumulationState, "accumulate")
         grads = float32_view(updates)
-        finite = _tree.all_finite(grads) if grads_finite is None else grads_finite
+        finite = _all_finite(grads) if grads_finite is None else grads_finite
         state = _add(state, grads, value, finite)
         ends = state.micro_step == every_k
         enough = 1 if on_nonfinite == SKIP_MICRO else every_k
@@ -165,12 +173,17 @@ def accumulate(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _all_finite(grads: PyTree) -> jax.Array:
+    leaves = zip(jax.tree.leaves(grads), overwritten(grads), strict=True)
+    return _tree.all_finite([x for x, is_metadata in leaves if not is_metadata])
+
+
 def _add(
     state: AccumulationState, grads: PyTree, value: Any, finite: jax.Array
 ) -> AccumulationState:
     sums = (state.grad_sums, state.value_sum)
     value = 0.0 if value is None else jnp.asarray(value, jnp.float32)
-    added = pinned(jax.tree.map(_sum, sums, (grads, value)), sums)
+    added = pinned((_combined(state.grad_sums, grads), state.value_sum + value), sums)
     grad_sums, value_sum = _tree.select(finite, added, sums)
     return state._replace(
         grad_sums=grad_sums,
@@ -180,19 +193,32 @@ def _add(
     )
 
 
-def _sum(total: Any, x: Any) -> Any:
-    return total + x if _tree.is_inexact(total) else total
+def _combined(totals: PyTree, grads: PyTree) -> PyTree:
+    """Adds gradients to their sums, and takes the larger of two FP8 scales."""
+
+    def combined(total: Any, x: Any, is_metadata: bool) -> Any:
+        if not _tree.is_inexact(total):
+            return total
+        # Flax's own rule for scales and magnitudes that several calls share.
+        return jnp.maximum(total, x) if is_metadata else total + x
+
+    leaves, structure = jax.tree.flatten(totals)
+    of_grads = structure.flatten_up_to(grads)
+    new = map(combined, leaves, of_grads, overwritten(totals))
+    return jax.tree.unflatten(structure, new)
 
 
 def _means(state: AccumulationState) -> tuple[PyTree, jax.Array]:
     count = jnp.maximum(state.finite_micro_steps, 1)
 
-    def mean(total: Any) -> Any:
-        if not _tree.is_inexact(total):
+    def mean(total: Any, is_metadata: bool = False) -> Any:
+        if is_metadata or not _tree.is_inexact(total):
             return total
         return total / count.astype(total.dtype)
 
-    return jax.tree.map(mean, (state.grad_sums, state.value_sum))
+    leaves, structure = jax.tree.flatten(state.grad_sums)
+    means = map(mean, leaves, overwritten(state.grad_sums))
+    return jax.tree.unflatten(structure, means), mean(state.value_sum)
 
 
 def _cleared_if(ends: jax.Array, state: AccumulationState) -> AccumulationState:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxmp._jaxpr.flax_internals import OVERWRITE_WITH_GRADIENT
 from jaxmp.errors import (
     LossScalePolicyMismatch,
     PolicyError,
@@ -17,7 +18,6 @@ from jaxmp.loss_scale import LossScale, dynamic_loss_scaling, loss_scaling
 from jaxmp.loss_scale.jmp_classes import of_jmp
 from jaxmp.loss_scale.made_with import MadeWith, has_float16, notes
 from jaxmp.loss_scale.state import find_all
-from jaxmp.loss_scale.unscale import OVERWRITE_WITH_GRADIENT
 from jaxmp.policy import Policy, PolicyLike, get_policy
 
 _OPTIONS = tuple(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.fp8_metadata import overwritten
 from jaxmp._tree import PyTree
-from jaxmp.loss_scale.unscale import is_fp8_metadata
 
 
 class Form(NamedTuple):
@@ -50,12 +50,16 @@ def listed(tree: PyTree) -> tuple[list[Any], Form]:
     found, structure = jax.tree_util.tree_flatten_with_path(tree)
     paths = [path for path, _ in found]
     float0 = [x.shape if x.dtype == jax.dtypes.float0 else None for _, x in found]
-    kept = [(path, x) for path, x in found if x.dtype != jax.dtypes.float0]
-    summed = [
-        jnp.issubdtype(x.dtype, jnp.inexact) and not is_fp8_metadata(path)
-        for path, x in kept
+    kept = [
+        (x, is_metadata)
+        for (_, x), is_metadata in zip(found, overwritten(tree), strict=True)
+        if x.dtype != jax.dtypes.float0
     ]
-    return [x for _, x in kept], Form(structure, paths, float0, summed)
+    summed = [
+        jnp.issubdtype(x.dtype, jnp.inexact) and not is_metadata
+        for x, is_metadata in kept
+    ]
+    return [x for x, _ in kept], Form(structure, paths, float0, summed)
 
 
 def total_dtype(x: Any) -> Any:
@@ -64,11 +68,16 @@ def total_dtype(x: Any) -> Any:
 
 
 def add(totals: list[Any], results: list[Any], summed: list[bool]) -> list[Any]:
-    """Adds the results of a part; what is not summed is the last part's."""
-    return [
-        total + x.astype(total.dtype) if is_summed else x
-        for total, x, is_summed in zip(totals, results, summed, strict=True)
-    ]
+    """Adds the results of a part; FP8 metadata is the largest, the rest the last."""
+
+    def combined(total: Any, x: Any, is_summed: bool) -> Any:
+        if is_summed:
+            return total + x.astype(total.dtype)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.maximum(total, x.astype(total.dtype))  # scales, magnitudes: >= 0
+        return x
+
+    return list(map(combined, totals, results, summed))
 
 
 def divided(x: jax.Array, count: int) -> jax.Array:
