@@ -13,7 +13,7 @@ import jax
 
 from jaxmp._jaxpr.flax_internals import FP8_VARIABLES, OVERWRITE_WITH_GRADIENT
 
-Path = tuple[Any, ...]
+Names = tuple[Any, ...]
 
 
 def overwritten(tree: Any, collection: str = OVERWRITE_WITH_GRADIENT) -> list[bool]:
@@ -30,25 +30,30 @@ def overwritten(tree: Any, collection: str = OVERWRITE_WITH_GRADIENT) -> list[bo
     def is_of_type(x: Any) -> bool:
         return type(x).__name__ == collection
 
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_of_type)
-    operations = _operations([path for path, _ in nodes])
+    nodes = [
+        (_names(path), node)
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_of_type)
+    ]
+    is_flax = collection == OVERWRITE_WITH_GRADIENT
+    operations = _operations([names for names, _ in nodes]) if is_flax else set()
     return [
-        is_of_type(node)
-        or any(_name(key) == collection for key in path)
-        or (collection == OVERWRITE_WITH_GRADIENT and path[:-1] in operations)
-        for path, node in nodes
+        is_of_type(node) or collection in names or names[:-1] in operations
+        for names, node in nodes
         for _ in jax.tree.leaves(node)
     ]
 
 
-def _operations(paths: list[Path]) -> set[Path]:
+def _operations(leaves: list[Names]) -> set[Names]:
     """The places that hold all variables of an FP8 operation, and nothing else."""
-    found: dict[Path, set[Any]] = {}
-    for path in paths:
-        if path:
-            found.setdefault(path[:-1], set()).add(_name(path[-1]))
+    found: dict[Names, set[Any]] = {}
+    for names in leaves:
+        if names:
+            found.setdefault(names[:-1], set()).add(names[-1])
     return {place for place, names in found.items() if names == FP8_VARIABLES}
 
 
-def _name(key: Any) -> Any:
-    return getattr(key, "key", getattr(key, "name", None))
+def _names(path: tuple[Any, ...]) -> Names:
+    """The keys of a path, without the attribute in which an nnx variable has it."""
+    if path and getattr(path[-1], "name", None) == "value":
+        path = path[:-1]
+    return tuple(getattr(key, "key", getattr(key, "name", key)) for key in path)

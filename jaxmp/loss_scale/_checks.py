@@ -8,7 +8,14 @@ import optax
 from jaxmp import _tree, _warnings
 from jaxmp._jaxpr.fp8_metadata import overwritten
 from jaxmp._transformations import composition
-from jaxmp.errors import Fp8MetadataWarning, GradientTreeMismatch, HalfParamsWarning
+from jaxmp.errors import (
+    Fp8MetadataWarning,
+    GradientTreeMismatch,
+    HalfParamsWarning,
+    TransformationOrder,
+)
+
+OVERWRITES = "overwrite_with_gradient"
 
 
 def warn_about_half_params(params: Any) -> None:
@@ -31,7 +38,7 @@ def warn_about_half_params(params: Any) -> None:
 
 def warn_about_fp8_metadata(grads: Any, inner_state: Any) -> None:
     """Warns of FP8 metadata among gradients, if nothing inside overwrites with it."""
-    if "overwrite_with_gradient" in composition.names(inner_state):
+    if OVERWRITES in composition.names(inner_state):
         return
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     metadata = [
@@ -47,6 +54,21 @@ def warn_about_fp8_metadata(grads: Any, inner_state: Any) -> None:
             "them with it: loss_scaling(overwrite_with_gradient(optimizer), policy).",
             Fp8MetadataWarning,
         )
+
+
+def refuse_averaged_scales(inner_state: Any) -> None:
+    """Raises if MultiSteps would average FP8 metadata before it is put in place."""
+
+    def averages(x: Any) -> bool:
+        return isinstance(x, optax.MultiStepsState)
+
+    for node in jax.tree.leaves(inner_state, is_leaf=averages):
+        if averages(node) and OVERWRITES in composition.names(node.inner_opt_state):
+            raise TransformationOrder(
+                f"{OVERWRITES}() stands inside optax.MultiSteps, which averages the "
+                "scales of float8 layers over a window. Swap them: loss_scaling("
+                f"{OVERWRITES}(optax.MultiSteps(optax.adamw(1e-3), 4)), policy)."
+            )
 
 
 def check_same_tree(grads: Any, params: Any) -> None:

@@ -53,6 +53,7 @@ from jaxmp._transformations.wrapping import (
 )
 from jaxmp.loss_scale._checks import (
     check_same_tree,
+    refuse_averaged_scales,
     warn_about_fp8_metadata,
     warn_about_half_params,
 )
@@ -255,6 +256,7 @@ def _transformation(
             raise multiple_loss_scales(1 + len(others))
         composition.refuse_inside("loss_scaling", inner_state, _REPAIRS)
         composition.refuse_beside_decision(inner_state)
+        refuse_averaged_scales(inner_state)
         if not composition.lands_on_half(inner_state):
             warn_about_half_params(params)
         return _first_state(inner_state, machine.init())

@@ -42,15 +42,14 @@ class UsedGradients:
           Leaves of `grads`, FP8 metadata left out.
         """
         leaves = jax.tree.leaves(grads)
-        metadata = overwritten(grads)
+        gradients = [i for i, x in enumerate(overwritten(grads)) if not x]
         if not _masks(rest):
-            return [
-                x for x, left_out in zip(leaves, metadata, strict=True) if not left_out
-            ]
+            return [leaves[i] for i in gradients]
         key = jax.tree.structure((grads, rest)), tuple(map(_type, leaves))
         if key not in self._known:
             self._known[key] = _positions(update, grads, rest)
-        return [leaves[i] for i in self._known[key] if not metadata[i]]
+        used = set(self._known[key])
+        return [leaves[i] for i in gradients if i in used]
 
 
 def _type(x: Any) -> Any:

@@ -119,11 +119,13 @@ def get_ema(opt_state: optax.OptState, params: PyTree) -> PyTree:
             "one is needed. Make the optimizer with one ema(decay) at its end: "
             "optax.chain(optax.adamw(1e-3), ema(0.999))."
         )
-    return jax.tree.map(
-        lambda p, x: x.astype(p.dtype) if _tree.is_inexact(x) else x,
-        params,
-        states[0].shadow,
-    )
+
+    def average(p: Any, x: Any) -> Any:
+        if isinstance(x, optax.MaskedNode):  # overwrite_with_gradient has no average
+            return p
+        return x.astype(p.dtype) if _tree.is_inexact(x) else x
+
+    return jax.tree.map(average, params, states[0].shadow)
 
 
 def _own_copy(x: Any) -> Any:

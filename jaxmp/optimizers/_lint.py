@@ -23,6 +23,7 @@ from jaxmp._jaxpr.walk import walk
 from jaxmp._transformations import composition as _composition
 from jaxmp._transformations.rounding import round_to_nearest
 from jaxmp._transformations.wrapping import strong_state, with_extra_args
+from jaxmp.optimizers._replacement import is_replacement
 from jaxmp.optimizers._state_dtype import CastStateState
 
 PyTree = Any
@@ -176,9 +177,9 @@ def _lost_decay(
         zeros = jax.tree.map(jnp.zeros_like, ones)
         return tx.update(zeros, tx.init(ones), ones, **extra_args)[0]
 
-    updates = jax.tree.leaves(step(_in_float32(params)))
+    updates = jax.tree.leaves(step(_in_float32(params)), is_leaf=is_replacement)
     for (path, p), update in zip(_leaves(params), updates, strict=False):
-        if p.dtype not in _tree.HALF or not jnp.any(update):
+        if p.dtype not in _tree.HALF or is_replacement(update) or not jnp.any(update):
             continue
         largest = jnp.max(jnp.abs(update.astype(jnp.float32)))
         if round_to_nearest(1 - largest, p.dtype) == 1:

@@ -9,7 +9,8 @@ knows that; an optimizer would train them.
 Sharp edges
 - The update of such a leaf is an object that stands for its new value, with two arrays
   inside, and not an array. `p + u`, `optax.apply_updates` and `nnx.Optimizer` take it;
-  what scales or clips updates has to stand inside, and raises outside.
+  what scales or clips updates has to stand inside, and raises outside. So has
+  `optax.MultiSteps`, which would average new values in silence outside.
 - A history may hold an infinity while all gradients are finite, because float8 clips.
   The step is applied, as Flax does; Flax's next scale leaves the infinity out.
 """

@@ -11,6 +11,7 @@ from jaxmp._jaxpr.argument_names import named_leaves
 from jaxmp._jaxpr.arguments import flatten_arguments
 from jaxmp._jaxpr.flax_internals import (
     CALL_WRAPPED_METHOD,
+    FP8_VARIABLES,
     LINEN_MODULE,
     LINEN_TRANSFORMS,
     OVERWRITE_WITH_GRADIENT,
@@ -77,6 +78,12 @@ def test_the_methods_of_a_lifted_class_wrap_those_of_the_class():
 
 def test_fp8_metadata_is_in_a_collection_of_this_name():
     assert fp8_ops.OVERWRITE_WITH_GRADIENT == OVERWRITE_WITH_GRADIENT
+
+
+def test_an_fp8_operation_has_these_variables():
+    layer = nn.Dense(4, dot_general_cls=nn.Fp8DirectDotGeneralOp)
+    metadata = layer.init(jax.random.key(0), X)[OVERWRITE_WITH_GRADIENT]
+    assert set(metadata["Fp8DirectDotGeneralOp_0"]) == FP8_VARIABLES
 
 
 # Layers

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import jaxmp
@@ -251,6 +252,22 @@ def test_a_mask_of_another_first_axis_is_passed_whole_if_the_batch_is_named():
     parts = jaxmp.value_and_grad(fun, micro_batches=4, batch_argnums=(1, 2, "z"))
     whole = jax.value_and_grad(fun)(*args, z=MASK)
     close(parts(*args, z=MASK, loss_scale=SCALE), whole)
+
+
+def test_scales_of_float8_layers_are_the_largest_of_any_part():
+    layer = nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp)
+    x = jnp.ones((64, 16)).at[17].set(5.0)  # in the second part of four
+    variables = layer.init(jax.random.key(0), x)
+    loss = lambda v, x: jnp.mean(layer.apply(v, x) ** 2)  # noqa: E731
+    grads = jaxmp.grad(loss, micro_batches=4)(variables, x, loss_scale=SCALE)
+    whole = jaxmp.grad(loss)(variables, x, loss_scale=SCALE)
+    for found in (grads, whole):
+        (scales,) = found["_overwrite_with_gradient"].values()
+        assert float(scales["input_amax_history"].max()) == 5
+        assert scales["input_amax_history"].dtype == jnp.float32
+    np.testing.assert_allclose(
+        grads["params"]["bias"], whole["params"]["bias"], rtol=0.1
+    )
 
 
 def test_integer_leaves_have_no_gradient():

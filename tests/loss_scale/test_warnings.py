@@ -11,7 +11,11 @@ import pytest
 from flax import nnx
 
 import jaxmp
-from jaxmp.errors import HalfParamsWarning, UnscaledGradientsWarning
+from jaxmp.errors import (
+    Fp8MetadataWarning,
+    HalfParamsWarning,
+    UnscaledGradientsWarning,
+)
 
 PARAMS = {"w": jnp.ones((4, 2))}
 X = jnp.ones((8, 4))
@@ -65,6 +69,86 @@ def test_half_parameters_are_named_at_the_users_line(name):
 def test_so_is_a_scale_that_is_no_floating_number():
     make = lambda: jaxmp.DynamicLossScale(jnp.int32(8))  # noqa: E731
     assert_points_here(caught(make), UserWarning, make)
+
+
+# Scales of float8 layers
+
+FP8 = {"params": {"w": jnp.ones(2)}, "_overwrite_with_gradient": {"scale": jnp.ones(1)}}
+
+
+def updated(inner, params=FP8, run=lambda f: f, scale="mixed_bfloat16"):
+    tx = jaxmp.loss_scaling(inner, scale)
+    return run(tx.update)(params, tx.init(params), params)
+
+
+class Fp8(nnx.Module):
+    def __init__(self):
+        metadata = nnx.variable_type_from_name(
+            "_overwrite_with_gradient", allow_register=True
+        )
+        self.scale = metadata(jnp.ones(1))
+
+
+def update_nnx():
+    model, tx = Fp8(), scaled()
+    state = nnx.state(model)
+    tx.update(state, tx.init(state), state)
+
+
+TRAINED_SCALES = {
+    "directly": lambda: updated(optax.adam(0.1)),
+    "in a jit": lambda: updated(optax.adam(0.1), run=jax.jit),
+    "master_weights": lambda: updated(jaxmp.master_weights(optax.adam(0.1))),
+    "masked": lambda: updated(
+        optax.masked(
+            optax.adam(0.1), {"params": True, "_overwrite_with_gradient": False}
+        )
+    ),
+    "static": lambda: updated(optax.sgd(0.1), scale=1024),
+    "TrainState": lambda: jaxmp.TrainState.create(
+        apply_fn=None, params={"a": FP8}, tx=optax.sgd(0.1), policy="float32"
+    ).apply_gradients(grads={"a": FP8}),
+    "nnx": update_nnx,
+}
+
+
+@pytest.mark.parametrize("name", TRAINED_SCALES)
+def test_scales_that_are_trained_are_named_at_the_users_line(name):
+    function = update_nnx if name == "nnx" else TRAINED_SCALES[name]
+    found = caught(function)
+    assert [warning.category for warning in found] == [Fp8MetadataWarning]
+    assert found[0].filename == __file__
+    assert "is the first" in str(found[0].message)
+    assert "overwrite_with_gradient(optimizer)" in str(found[0].message)
+
+
+def test_the_line_is_that_of_the_update():
+    tx = scaled()
+    state = tx.init(FP8)
+    update = lambda: tx.update(FP8, state, FP8)  # noqa: E731
+    assert_points_here(caught(update), Fp8MetadataWarning, update)
+
+
+OVERWRITTEN_SCALES = {
+    "inside": lambda: updated(jaxmp.overwrite_with_gradient(optax.adam(0.1))),
+    "deep inside": lambda: updated(
+        optax.chain(
+            optax.identity(),
+            jaxmp.master_weights(
+                jaxmp.accumulate(jaxmp.overwrite_with_gradient(optax.sgd(0.1)), 2)
+            ),
+        )
+    ),
+    "TrainState": lambda: jaxmp.TrainState.create(
+        apply_fn=None, params=FP8, tx=optax.sgd(0.1), policy="float32"
+    ).apply_gradients(grads=FP8),
+    "no scales": lambda: updated(optax.adam(0.1), FP8["params"]),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN_SCALES)
+def test_nothing_is_said_where_scales_are_overwritten(name):
+    assert caught(OVERWRITTEN_SCALES[name]) == []
 
 
 # Gradients without a scale
