@@ -347,6 +347,27 @@ def test_fp8_metadata_is_replaced_and_never_unscaled_or_kept_from_a_skip():
     assert int(skipped.step) == 0
 
 
+def test_fp8_metadata_of_two_models_is_left_to_the_optimizer():
+    """The state takes apart variables at the top only."""
+    model = nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp)
+    x = jnp.ones((16, 16))
+    pair = {name: model.init(jax.random.key(0), x) for name in ("g", "d")}
+    tx = jaxmp.overwrite_with_gradient(optax.sgd(0.1))
+
+    def trained(params, loss_fn, x):
+        state = jaxmp.TrainState.create(
+            apply_fn=None, params=params, tx=tx, policy="mixed_float16"
+        )
+        loss, grads = state.value_and_grad(loss_fn)(state.params, x)
+        return state.apply_gradients(grads=grads, value=loss).params
+
+    loss_fn = lambda v, x: jnp.mean(model.apply(v, x) ** 2)  # noqa: E731
+    of_pair = lambda v, x: loss_fn(v["g"], x) + loss_fn(v["d"], x)  # noqa: E731
+    alone = trained(pair["g"], loss_fn, x)
+    assert_same(trained(pair, of_pair, x), {"g": alone, "d": alone})
+    assert_same(trained(pair, of_pair, x * jnp.nan), pair)
+
+
 # Round trips
 
 
