@@ -1,22 +1,25 @@
-"""What this machine's devices can do in half precision, and what to use there."""
+"""What this machine's devices can do in half precision and below, and what to use."""
 
 import argparse
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
 from jaxmp.cli._output import Output
+from jaxmp.policy import get_policy
 from jaxmp.policy.dtypes import policy_name_for
-from jaxmp.report import chips, has_target, targets
-from jaxmp.report.compile.chips import Chip, chip_of
+from jaxmp.report import check_policy, chips, has_target, targets
+from jaxmp.report.compile.chips import SMALL_FORMATS, Chip, chip_of, format_of, units_of
+from jaxmp.report.compile.known_devices import known_device
+from jaxmp.report.compile.payoffs import payoff_sentence
 
-KINDS = ("emulated", "no-targets")
+KINDS = ("emulated", "no-targets", "not-native")
 
 _PACKAGES = (
     "jaxmp",
@@ -31,6 +34,7 @@ _PACKAGES = (
     "jax-cuda13-plugin",
 )
 _DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
+_QUANTISING = dict(zip(SMALL_FORMATS, ("mixed_fp8", "mixed_int8"), strict=True))
 WHEN_HALF_DOES_NOT_HELP = (
     "Half precision saves time where matmuls or memory traffic are what a step waits "
     "for. It brings little to a small model (launches and the host dominate), to an "
@@ -40,8 +44,24 @@ WHEN_HALF_DOES_NOT_HELP = (
 )
 
 
+WHEN_SMALL_FORMATS_DO_NOT_HELP = (
+    "Float8 and int8 need scales, rounding and transposed copies of every operand. "
+    "Only wide matmuls save more time than that costs: small models get slower."
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds nothing: the command has no options of its own."""
+    """Adds the options of the command."""
+    parser.add_argument(
+        "--policy",
+        help="such as mixed_fp8: also says if a device does not multiply its format",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        help="to ask about --policy instead of this machine, such as tpu-v5e",
+    )
 
 
 def run(options: argparse.Namespace) -> Output:
@@ -49,6 +69,9 @@ def run(options: argparse.Namespace) -> Output:
     versions = _versions()
     devices = [_device(device) for device in _unlike_devices()]
     notes = [*_notes(devices), WHEN_HALF_DOES_NOT_HELP]
+    answers = _answers(options.policy, options.target or _unlike_devices())
+    if answers:
+        notes += [*map(str, answers), WHEN_SMALL_FORMATS_DO_NOT_HELP]
     installed = {name: has_target(name) for name in targets() if name in chips}
     data = {
         "versions": versions,
@@ -59,9 +82,39 @@ def run(options: argparse.Namespace) -> Output:
     kinds = {"emulated"} if all(device["emulated"] for device in devices) else set()
     if not all(installed.values()):
         kinds.add("no-targets")
+    if any(answer.warning for answer in answers):
+        kinds.add("not-native")
     return Output(
         text=_text(data), data=data, to_html=_page(data), kinds=frozenset(kinds)
     )
+
+
+class _Answer(NamedTuple):
+    """Whether a device multiplies what a policy quantises to.
+
+    Attributes:
+      warning: if it does not.
+      finding: if it does.
+    """
+
+    warning: str
+    finding: str
+
+    def __str__(self) -> str:
+        return self.warning or self.finding
+
+
+def _answers(policy: str | None, devices: Sequence[Any]) -> list[_Answer]:
+    if policy is None or (quantize := get_policy(policy).quantize) is None:
+        return []
+    found = []
+    for device in devices:
+        name, _, chip = known_device(device)
+        finding = f"{name} multiplies {format_of(quantize)}"
+        pays = "" if chip is None else payoff_sentence(chip, f"mixed_{quantize}")
+        finding += f": {pays}." if pays else "."
+        found.append(_Answer(check_policy(policy, device), finding))
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -81,12 +134,14 @@ def _unlike_devices() -> list[Any]:
 def _device(device: Any) -> dict[str, Any]:
     chip = chip_of(device.device_kind)
     is_emulated = device.platform == "cpu"
+    units = units_of(device)
     return {
         "device": device.device_kind,
         "platform": device.platform,
         "count": sum(d.device_kind == device.device_kind for d in jax.local_devices()),
         "emulated": is_emulated,
         "rates": {} if chip is None else _rates(chip),
+        "multiplies": None if units is None else sorted(units.formats),
         "source": "" if chip is None else chip.source,
         "policy": policy_name_for(device),
     }
@@ -151,11 +206,13 @@ def _page(data: dict[str, Any]) -> Callable[[str], None]:
 
 def _device_table(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns = ["device", "number", *(f"{dtype} x float32" for dtype in _DTYPES)]
+    columns += _QUANTISING.values()
     rows = [
         [
             device["device"],
             str(device["count"]),
             *(_rate(device, dtype) for dtype in _DTYPES),
+            *(_native(device, name) for name in _QUANTISING),
             device["policy"],
         ]
         for device in data["devices"]
@@ -168,3 +225,11 @@ def _rate(device: dict[str, Any], dtype: str) -> str:
         return "emulated"
     rate = device["rates"].get(dtype)
     return "unknown" if rate is None else f"{rate:.3g}"
+
+
+def _native(device: dict[str, Any], name: str) -> str:
+    if device["emulated"]:
+        return "emulated"
+    if device["multiplies"] is None:
+        return "unknown"
+    return "native" if name in device["multiplies"] else "in half"

@@ -10,6 +10,7 @@ from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
 from jaxmp.cli._output import Output
 from jaxmp.policy import Policy, get_policy
+from jaxmp.report.compile.chips import format_of, where_native
 
 KINDS = ("loss-scaling", "half-params")
 
@@ -45,11 +46,15 @@ def describe(policy: Policy) -> dict[str, Any]:
     """What a policy means: an answer for each question."""
     compute = jnp.finfo(policy.compute_dtype)
     half = _is_half(policy.param_dtype)
+    quantized = {}
+    if policy.quantize is not None:
+        quantized = {"matmuls with weights": _multiplied(policy.quantize)}
     return {
         "written out": str(policy),
         "parameters": jnp.dtype(policy.param_dtype).name,
         "compute": jnp.dtype(policy.compute_dtype).name,
         "outputs": jnp.dtype(policy.output_dtype).name,
+        **quantized,
         "matmul precision": str(policy.matmul_precision or "the device's default"),
         "gradients summed over devices in": str(
             jnp.dtype(policy.reduce_dtype or policy.compute_dtype)
@@ -63,6 +68,12 @@ def describe(policy: Policy) -> dict[str, Any]:
             "needed: jaxmp.master_weights(optimizer)" if half else "not needed"
         ),
     }
+
+
+def _multiplied(quantize: str) -> str:
+    """The format of the matmuls, and where it is multiplied natively."""
+    name = format_of(quantize)
+    return f"{name} on {where_native(name)}; half elsewhere"
 
 
 def _loss_scale(policy: Policy) -> str:

@@ -1,5 +1,6 @@
 """Programs as XLA's own TPU and H100 compilers see them, without the machine."""
 
+from jaxmp.report._check_policy import check_policy
 from jaxmp.report._compile_step import compile_step, compile_step_of
 from jaxmp.report._max_batch_size import BatchSearch, max_batch_size
 from jaxmp.report._step_report import StepReport
@@ -20,6 +21,7 @@ __all__ = [
     "max_batch_size",
     "BatchSearch",
     "chips",
+    "check_policy",
     "audit",
     "Audit",
     "compile_for",

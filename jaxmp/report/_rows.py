@@ -11,7 +11,7 @@ from jaxmp._jaxpr.sources import is_users
 from jaxmp.report.audit.records import Finding
 from jaxmp.report.compile._programs import Program
 from jaxmp.report.compile._worker import Answer
-from jaxmp.report.compile.chips import Chip, chip_of, chips
+from jaxmp.report.compile.chips import Chip, Units, chip_of, chips, units_of
 from jaxmp.report.compile.targets import Target, target_devices
 from jaxmp.report.hlo._collectives import transfers
 from jaxmp.report.hlo._contents import Contents, read_contents
@@ -81,7 +81,7 @@ def read_answer(policy: str, program: Program, answer: Answer) -> Row:
       program: what was compiled.
       answer: what its compiler said.
     """
-    chip, memory = _device(program.target)
+    chip, units, memory = _device(program.target)
     row = functools.partial(
         Row,
         policy=policy,
@@ -111,7 +111,7 @@ def read_answer(policy: str, program: Program, answer: Answer) -> Row:
     buffers = largest(found.buffers, program.arguments)
     sent = transfers(hlo)
     return row(
-        contents=read_contents(hlo, sent, line),
+        contents=read_contents(hlo, sent, line, units),
         roofline=None if chip is None else roofline(hlo, chip),
         buffers=tuple(
             b._replace(name=b.name.removeprefix(EXPORT_SCOPE)) for b in buffers
@@ -133,14 +133,15 @@ def users_line(
     return (own or lines or ("",))[-1]
 
 
-def _device(target: Target) -> tuple[Chip | None, int | None]:
-    """The peaks of a target's device, and its bytes of memory."""
+def _device(target: Target) -> tuple[Chip | None, Units, int | None]:
+    """The peaks of a target's device, its units, and its bytes of memory."""
     if not target.is_local:
         chip = chips[target.name]
-        return chip, chip.memory
+        return chip, chip.units, chip.memory
     device = target_devices(str(target))[0]
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:
         limit = None
-    return chip_of(device.device_kind), limit
+    units = units_of(device) or Units(device.platform, frozenset())
+    return chip_of(device.device_kind), units, limit

@@ -6,11 +6,34 @@ JAX shows one chip of a TPU v4 or TPU7x as two devices; figures are per device.
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxmp._views.numbers import GIB
 
 _HALF = ("bfloat16", "float16")
+
+
+SMALL_FORMATS = ("float8", "int8")
+
+
+def format_of(quantize: str) -> str:
+    """Which of `SMALL_FORMATS` a policy's `quantize` multiplies in."""
+    return "int8" if quantize.startswith("int8") else "float8"
+
+
+class Units(NamedTuple):
+    """Which formats smaller than half a device multiplies as they are.
+
+    A program may hold float8 for a chip without units for it: that chip converts it,
+    and multiplies in half.
+
+    Attributes:
+      platform: `"gpu"`, `"tpu"` or `"cpu"`.
+      formats: those of `SMALL_FORMATS` that it has units for.
+    """
+
+    platform: str
+    formats: frozenset[str]
 
 
 class Calibration(NamedTuple):
@@ -49,6 +72,12 @@ class Chip(NamedTuple):
     default: str
     source: str
     calibration: Calibration | None = None
+
+    @property
+    def units(self) -> Units:
+        """The small formats that have a peak of their own."""
+        platform = "tpu" if self.default == "bfloat16" else "gpu"
+        return Units(platform, frozenset(SMALL_FORMATS).intersection(self.flops))
 
     def matmul_rate(self, dtype: str, precision: str = "default") -> float:
         """FLOPs per second of a matmul.
@@ -160,7 +189,8 @@ chips: Mapping[str, Chip] = MappingProxyType(
             "NVIDIA L4",
             24,
             300,
-            {"half": 121, "tensorfloat32": 60, "float32": 30.3, "float8": 242.5},
+            {"half": 121, "tensorfloat32": 60, "float32": 30.3}
+            | {"float8": 242.5, "int8": 242.5},
             "L4 Tensor Core GPU datasheet",
         ),
     }
@@ -193,3 +223,50 @@ def chip_of(device_kind: str) -> Chip | None:
             is_timed = re.search(_TIMED_KINDS, device_kind)
             return chip if is_timed else chip._replace(calibration=None)
     return None
+
+
+class _FirstGpu(NamedTuple):
+    generation: str
+    capability: tuple[int, int]
+
+
+# NVIDIA's first GPUs with units for a format ("CUDA C++ Programming Guide", Tensor Core
+# input types by compute capability).
+_FIRST_GPUS = MappingProxyType(
+    {"float8": _FirstGpu("Ada", (8, 9)), "int8": _FirstGpu("Turing", (7, 5))}
+)
+
+
+def where_native(name: str) -> str:
+    """Names the devices with units for one of `SMALL_FORMATS`."""
+    has = [chip for chip, known in chips.items() if name in known.units.formats]
+    tpus = [chip for chip in has if chips[chip].units.platform == "tpu"]
+    gpus = f"NVIDIA GPUs from {_FIRST_GPUS[name].generation} on"
+    return f"{', '.join(tpus)} and {gpus}"
+
+
+def units_of(device: Any) -> Units | None:
+    """Which small formats a device multiplies as they are.
+
+    Args:
+      device: a `jax.Device`. Only `platform`, `device_kind` and `compute_capability`
+        are read.
+
+    Returns:
+      Its units; None if nothing is known of it.
+    """
+    if device.platform == "cpu":
+        return Units("cpu", frozenset())
+    chip = chip_of(device.device_kind)
+    if chip is not None:
+        return chip.units
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform not in ("gpu", "cuda") or not re.match(r"\d+\.\d+$", capability):
+        return None
+    major, minor = map(int, capability.split("."))
+    has = (
+        name
+        for name, first in _FIRST_GPUS.items()
+        if (major, minor) >= first.capability
+    )
+    return Units("gpu", frozenset(has))

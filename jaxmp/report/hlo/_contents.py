@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from jaxmp.report.compile.chips import Units
 from jaxmp.report.hlo._collectives import Collective, Line, Transfer, total
 from jaxmp.report.hlo._matmuls import read_matmul
 from jaxmp.report.hlo._program import HloProgram
@@ -25,7 +26,8 @@ class Contents(NamedTuple):
     """What a program runs in a step; a loop counts as often as it runs.
 
     Attributes:
-      matmuls: FLOPs by dtype of the operands.
+      matmuls: FLOPs by the dtype that is multiplied, such as `"float32"`; where the
+        operands are stored in a smaller one, `"float16 (stored in float8_e4m3fn)"`.
       converts: elements by `"float32 -> bfloat16"`.
       collectives: what the devices send each other, the most bytes first.
     """
@@ -36,7 +38,7 @@ class Contents(NamedTuple):
 
 
 def read_contents(
-    program: HloProgram, sent: Iterable[Transfer], line: Line
+    program: HloProgram, sent: Iterable[Transfer], line: Line, units: Units
 ) -> Contents:
     """Counts what a program runs.
 
@@ -45,13 +47,15 @@ def read_contents(
       sent: its transfers between devices.
       line: returns the user's line that an instruction comes from, given the
         instruction and the computation in which it stands.
+      units: of the device that it is compiled for.
     """
     matmuls: dict[str, Total] = {}
     converts: dict[str, Total] = {}
     for step in walk(program):
         instruction, times = step.instruction, step.times
-        if matmul := read_matmul(instruction, step.computation):
-            _add(matmuls, matmul.dtype, times, matmul.flops)
+        caller = step.caller and step.caller.instruction
+        if matmul := read_matmul(instruction, step.computation, units, caller):
+            _add(matmuls, str(matmul), times, matmul.flops)
         elif instruction.opcode == "convert":
             operands = step.computation.operands(instruction)
             if operands and operands[0].arrays:

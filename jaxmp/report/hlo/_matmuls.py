@@ -5,29 +5,45 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxmp.report.compile.chips import Units
 from jaxmp.report.hlo._program import Computation, Instruction
+from jaxmp.report.hlo._small_formats import multiplied_dtype
 
 
 class HloMatmul(NamedTuple):
     """A matrix multiplication or convolution.
 
     Attributes:
-      dtype: of its operands, the wider one, as JAX writes it.
+      dtype: that is multiplied, as JAX writes it: of its operands, the wider one, or
+        what a device without units for float8 or int8 converts them to.
+      stored: of its operands, the wider one.
       flops: multiplications and additions.
       precision: `"default"`, `"high"` or `"highest"`.
     """
 
     dtype: str
+    stored: str
     flops: float
     precision: str
 
+    def __str__(self) -> str:
+        is_converted = self.stored != self.dtype
+        return f"{self.dtype} (stored in {self.stored})" if is_converted else self.dtype
 
-def read_matmul(instruction: Instruction, computation: Computation) -> HloMatmul | None:
+
+def read_matmul(
+    instruction: Instruction,
+    computation: Computation,
+    units: Units,
+    caller: Instruction | None = None,
+) -> HloMatmul | None:
     """Reads an instruction; None if it is not a matrix multiplication.
 
     Args:
       instruction: of any kind.
       computation: where it stands.
+      units: of the device that it is compiled for.
+      caller: what runs the computation; None for the entry.
     """
     target = instruction.attribute("custom_call_target")
     if instruction.opcode in ("dot", "ragged-dot"):
@@ -46,7 +62,9 @@ def read_matmul(instruction: Instruction, computation: Computation) -> HloMatmul
     precisions = instruction.attribute("operand_precision") or "default"
     # The higher precision of the two operands is what is computed in.
     precision = max(precisions.split(","), key=len)
-    return HloMatmul(widest.dtype_name, contract(instruction, operands), precision)
+    stored = widest.dtype_name
+    dtype = multiplied_dtype(stored, instruction, caller, units)
+    return HloMatmul(dtype, stored, contract(instruction, operands), precision)
 
 
 def _dot_flops(instruction: Instruction, operands: Sequence[Instruction]) -> float:

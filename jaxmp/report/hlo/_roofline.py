@@ -147,12 +147,16 @@ def _operation(
 
 
 def _matmul_seconds(
-    program: HloProgram, computation: Computation, instruction: Instruction, chip: Chip
+    program: HloProgram,
+    computation: Computation,
+    instruction: Instruction,
+    chip: Chip,
+    caller: Instruction | None = None,
 ) -> tuple[float, float, float]:
     """FLOPs of all matmuls in an operation, their seconds, and those in half."""
     flops, seconds, half_seconds = 0.0, 0.0, 0.0
     half = max(chip.matmul_rate("bfloat16"), chip.matmul_rate("float16"))
-    if matmul := read_matmul(instruction, computation):
+    if matmul := read_matmul(instruction, computation, chip.units, caller):
         rate = chip.matmul_rate(matmul.dtype, matmul.precision)
         is_wide = matmul.dtype in ("float32", "float64")
         flops = matmul.flops
@@ -161,7 +165,7 @@ def _matmul_seconds(
     for name in instruction.called:
         body = program.computations[name]
         for inner in body.instructions:
-            found = _matmul_seconds(program, body, inner, chip)
+            found = _matmul_seconds(program, body, inner, chip, instruction)
             flops += found[0]
             seconds += found[1]
             half_seconds += found[2]
