@@ -98,12 +98,12 @@ class Chip(NamedTuple):
         for name in (dtype, *_WIDER.get(_family(dtype), ())):
             if name in self.flops:
                 return self.flops[name]
-        return self.flops.get("float32", self.flops["bfloat16"])
+        return self.flops["float32" if "float32" in self.flops else "bfloat16"]
 
 
 _WIDER = {
     "float8": ("float8", "bfloat16", "float16"),
-    "int8": ("int8", "bfloat16"),
+    "int8": ("int8", "bfloat16", "float16"),
     "bfloat16": ("bfloat16", "float32"),
     "float16": ("float16", "bfloat16"),
 }
