@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import jaxmp
 from jaxmp.report import chips, compile_step, target_devices
 from jaxmp.report.hlo._contents import read_contents
 from jaxmp.report.hlo._parse import read_hlo
@@ -27,15 +26,17 @@ def operands(dtype, size=WIDTH):
     return (jax.ShapeDtypeStruct((size, size), dtype),) * 2
 
 
-def training_step(policy):
+def mlp():
+    """The gradient of three layers; `python -m jaxmp report` takes this, too."""
+
     def loss(weights, x):
         for w in weights:
             x = jnp.tanh(x @ w)
         return jnp.mean(x)
 
-    shapes = [jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32) for _ in range(3)]
+    weights = [jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32) for _ in range(3)]
     x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
-    return jax.grad(jaxmp.autocast(loss, policy)), shapes, x
+    return jax.grad(loss), weights, x
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +74,7 @@ def test_a_plain_dot_is_what_the_chip_multiplies(dtype, target, told):
     ],
 )
 def test_a_quantising_policy_multiplies_what_the_chip_can(policy, target, told):
-    step, *args = training_step(policy)
-    (row,) = compile_step(step, *args, policies=["float32"], targets=[target]).rows
+    (row,) = compile_step(*mlp(), policies=[policy], targets=[target]).rows
     matmuls = row.contents.matmuls
     assert set(matmuls) == {told, "bfloat16"}
     # Of two layers: forward, the gradients of the weights, and one of an activation.
