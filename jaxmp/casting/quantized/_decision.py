@@ -1,6 +1,7 @@
 """Whether a matmul in half is multiplied in a smaller format, and why not."""
 
 import dataclasses
+from typing import Any
 
 from jaxmp._jaxpr.flops import matmul_shape
 from jaxmp._jaxpr.marks import (
@@ -87,10 +88,15 @@ def _impossible(eqn: Eqn, found: MatmulRoles) -> str:
     if eqn.primitive.name != "dot_general":
         is_ragged = eqn.primitive.name.startswith("ragged")
         return "a ragged matmul" if is_ragged else "a convolution"
-    if eqn.params.get("out_sharding") is not None:
+    if _is_divided(eqn.params.get("out_sharding")):
         return "it says how its result is divided: out_sharding="
     reasons = (BOTH_ACTIVATIONS, OWN_DERIVATIVE)
     return found.reason if found.reason in reasons else ""
+
+
+def _is_divided(sharding: Any) -> bool:
+    """Whether a sharding, of JAX's explicit kind, divides an array."""
+    return any(axis is not None for axis in getattr(sharding, "spec", None) or ())
 
 
 def _unwise(eqn: Eqn, found: MatmulRoles) -> str:

@@ -171,7 +171,7 @@ class _Search:
         is_weight = other.role == WEIGHT and id(eqn) not in self._weight_gradients
         role = WEIGHT if is_weight else ACTIVATION
         roles = (COTANGENT, role) if is_left else (role, COTANGENT)
-        if is_weight and other.inputs & self.tables:
+        if other.is_choice or (is_weight and other.inputs & self.tables):
             return MatmulRoles(roles, TIED)
         if not (is_weight or id(eqn) in self._weight_gradients):
             return MatmulRoles(roles, BOTH_ACTIVATIONS)
@@ -181,9 +181,11 @@ class _Search:
         self, eqn: Eqn, operands: Sequence[Origin], is_back: bool
     ) -> Sequence[Origin]:
         """What a carry is after some iterations, it may be before each."""
-        read = loop(eqn)
+        read, before = loop(eqn), self.found
         _, consts, carried, slices = read.split(operands)
         while True:
+            # What is found holds for the carry of any iteration, not of the first.
+            self.found = dict(before)
             inputs = (*consts, *carried, *slices)
             outs = self.outputs(read.body, inputs, is_back)
             after = [
