@@ -9,7 +9,6 @@ from jaxmp._views.html import page, paragraph, table
 from jaxmp._views.result import Result
 from jaxmp._views.tables import text_table
 
-
 _OPTIONAL = ("reduces", "multiplies")
 
 

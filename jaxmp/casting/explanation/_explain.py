@@ -1,6 +1,7 @@
 """`explain`: what autocast decides about a function, op by op, and why."""
 
 import collections
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from jaxmp.casting.plan.plan import EqnPlan, JaxprPlan, Quantizing, bodies_of
 from jaxmp.casting.planner._ambient_precision import without_ambient_precision
 from jaxmp.casting.planner._whole_function import check_rules, plan_jaxpr, read_settings
 from jaxmp.casting.quantized.formats import formats_of
+from jaxmp.errors import NoBlocksWarning, NothingQuantizedWarning
 from jaxmp.policy import PolicyLike
 
 _SHORT = {
@@ -208,7 +210,11 @@ def _casts(plan: JaxprPlan) -> int:
 
 
 def _residual_bytes(fn: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, int]:
-    jaxpr = residual_jaxpr(fn, args, kwargs)
+    with warnings.catch_warnings():
+        # The explanation says it.
+        warnings.simplefilter("ignore", NothingQuantizedWarning)
+        warnings.simplefilter("ignore", NoBlocksWarning)
+        jaxpr = residual_jaxpr(fn, args, kwargs)
     sizes = collections.Counter[str]()
     for x in () if jaxpr is None else jaxpr.out_avals:
         sizes[str(x.dtype)] += x.size * x.dtype.itemsize

@@ -101,12 +101,12 @@ def _is_divided(sharding: Any) -> bool:
 
 def _unwise(eqn: Eqn, found: MatmulRoles) -> str:
     """Why a matmul is left in half unless a rule asks for another format."""
-    if found.reason:
-        return found.reason
     shape = matmul_shape(eqn)
     _, batch = eqn.params["dimension_numbers"]
     if batch[0]:
         return f"a batch of {shape.batch} matmuls"
+    if found.reason:
+        return found.reason
     for axis, size in (("M", shape.m), ("K", shape.k), ("N", shape.n)):
         if size % _MULTIPLE or not size:
             return f"{axis}={size} is no multiple of {_MULTIPLE}"

@@ -5,7 +5,7 @@ as long as no matmul and no lookup took part.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxmp._jaxpr.atoms import castable_dtype, is_integer, is_literal
 from jaxmp._jaxpr.calls import (
@@ -36,13 +36,13 @@ class Origin(NamedTuple):
 
     Attributes:
       role: what it would be as an operand.
-      inputs: of a weight, the numbers of the inputs that it was made from.
+      inputs: of a weight, what it was made from: numbers of inputs, and parts of them.
       has_passed: of a cotangent, whether it has passed a matmul on its way back.
       is_choice: whether it was made of integers, as a one-hot matrix is.
     """
 
     role: Role
-    inputs: frozenset[int] = frozenset()
+    inputs: frozenset[Any] = frozenset()
     has_passed: bool = False
     is_choice: bool = False
 
@@ -51,6 +51,7 @@ _ACTIVATION = Origin(ACTIVATION)
 _CHOICE = Origin(ACTIVATION, is_choice=True)
 _CONSTANT = Origin(WEIGHT)
 _MOVES = LAYOUT | {CAST}
+_CUT = ("start_indices", "limit_indices", "strides")
 
 
 class MatmulRoles(NamedTuple):
@@ -96,7 +97,7 @@ class _Search:
 
     def __init__(self, weight_gradients: frozenset[int], last: frozenset[int]):
         self.found: dict[int, MatmulRoles] = {}
-        self.tables: frozenset[int] = frozenset()
+        self.tables: frozenset[Any] = frozenset()
         self._weight_gradients = weight_gradients
         self._last = last
 
@@ -157,6 +158,9 @@ class _Search:
         roles = (ACTIVATION, WEIGHT) if weight is rhs else (WEIGHT, ACTIVATION)
         if WEIGHT not in (lhs.role, rhs.role):
             return MatmulRoles((ACTIVATION, ACTIVATION), BOTH_ACTIVATIONS)
+        if lhs.role == rhs.role:
+            # The input and the first weight; the gradient of either is a weight's.
+            roles = (ACTIVATION, ACTIVATION)
         if lhs.inputs & rhs.inputs:
             return MatmulRoles(roles, SAME_INPUT)
         if lhs.is_choice or rhs.is_choice:
@@ -200,6 +204,10 @@ class _Search:
 def _result(eqn: Eqn, operands: Sequence[Origin], is_back: bool) -> Origin:
     """Where the results of an ordinary operation come from."""
     name = eqn.primitive.name
+    if name == "slice" and operands[0].inputs:
+        # Parameters may come in one array: what is cut from it are weights apart.
+        part = operands[0].inputs, *(str(eqn.params[key]) for key in _CUT)
+        return operands[0]._replace(inputs=frozenset((part,)))
     if name in _MOVES and eqn.invars:
         if is_integer(eqn.invars[0]) and castable_dtype(eqn.outvars[0]) is not None:
             return _CHOICE
