@@ -3,8 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from jaxmp._jaxpr.primitives import SCALED_MATMULS
-from jaxmp._jaxpr.types import Atom, Eqn
+from jaxmp._jaxpr.types import Eqn
 
 
 class MatmulShape(NamedTuple):
@@ -31,28 +30,18 @@ class MatmulShape(NamedTuple):
         return f"{batch}({self.m}, {self.k}) @ ({self.k}, {self.n}){taps}"
 
 
-def matmul_operands(eqn: Eqn) -> tuple[Atom, Atom]:
-    """The two operands of a matmul or convolution.
-
-    Args:
-      eqn: an equation of one of the primitives in `MATMULS` or `SCALED_MATMULS`.
-    """
-    is_scaled = eqn.primitive.name in SCALED_MATMULS
-    return eqn.invars[0], eqn.invars[2 if is_scaled else 1]
-
-
 def matmul_shape(eqn: Eqn) -> MatmulShape:
     """The shape of a matmul or convolution.
 
     Args:
-      eqn: an equation of one of the primitives in `MATMULS` or `SCALED_MATMULS`.
+      eqn: an equation of one of the primitives in `MATMULS`.
 
     Returns:
       Its shape. Of a convolution over an input with holes, as in a gradient of a
       strided one, what is multiplied by the zeros in the holes is left out; what falls
       on padding is not.
     """
-    if eqn.primitive.name in ("dot_general", *SCALED_MATMULS):
+    if eqn.primitive.name == "dot_general":
         return _dot(eqn)
     if eqn.primitive.name == "ragged_dot_general":
         return _ragged_dot(eqn)
@@ -60,7 +49,7 @@ def matmul_shape(eqn: Eqn) -> MatmulShape:
 
 
 def _dot(eqn: Eqn) -> MatmulShape:
-    lhs, rhs = (v.aval for v in matmul_operands(eqn))
+    lhs, rhs = (v.aval for v in eqn.invars[:2])
     (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
     k = _sizes(lhs, contracted)
     batch = _sizes(lhs, batched)

@@ -3,8 +3,6 @@
 CAST = "convert_element_type"
 
 MATMULS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot_general"))
-SCALED_MATMULS = frozenset(("scaled_dot",))
-"""Matmuls of quantised operands; the inverse of its scale follows each of them."""
 ADDS = frozenset(("add", "add_any", "sub"))
 SCALES = frozenset(("mul", "div", "neg", "select_n"))
 SUMS_INTO = frozenset(("scatter-add", "scatter_add", "scatter-sub", "scatter_sub"))

@@ -6,14 +6,8 @@ from typing import Any
 import numpy as np
 
 from jaxmp._jaxpr.atoms import is_half, is_integer
-from jaxmp._jaxpr.flops import matmul_operands, matmul_shape
-from jaxmp._jaxpr.primitives import (
-    CAST,
-    COLLECTIVES,
-    LAYOUT,
-    MATMULS,
-    SCALED_MATMULS,
-)
+from jaxmp._jaxpr.flops import matmul_shape
+from jaxmp._jaxpr.primitives import CAST, COLLECTIVES, LAYOUT, MATMULS
 from jaxmp._jaxpr.types import Atom, Eqn
 from jaxmp.report.audit._accumulations import Accumulations
 from jaxmp.report.audit._dataflow import Context
@@ -90,7 +84,7 @@ class Recorder:
         if name in _MOVES:
             return [values[0]._replace(is_gradient=is_gradient, is_data=False)]
         groups = self._meeting(eqn, values, context, is_gradient)
-        if name in MATMULS or name in SCALED_MATMULS:
+        if name in MATMULS:
             groups = self._matmul(eqn, groups, context)
         if name in COLLECTIVES and context.is_settled:
             self.collectives += _collectives(eqn, context)
@@ -182,7 +176,7 @@ class Recorder:
         if not context.is_settled:
             return groups
         shape = matmul_shape(eqn)
-        lhs, rhs = (str(v.aval.dtype) for v in matmul_operands(eqn))
+        lhs, rhs = (str(v.aval.dtype) for v in eqn.invars[:2])
         matmul = Matmul(
             operation=eqn.primitive.name,
             operands=(lhs, rhs),

@@ -22,15 +22,7 @@ from jaxmp.report.audit.records import (
     at,
 )
 
-_SHORT = {
-    "float32": "f32",
-    "bfloat16": "bf16",
-    "float16": "f16",
-    "float64": "f64",
-    "float8_e4m3fn": "f8_e4m3fn",
-    "float8_e5m2": "f8_e5m2",
-    "int8": "i8",
-}
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 _STYLES = {
     "upcast": "bad",
     "matmul": "bad",
@@ -121,9 +113,8 @@ class Audit(Result):
         )
         return (
             f"meant for {self.half or 'float32'} | {self.flops / 1e9:.4g} GFLOPs in "
-            f"matmuls, {self.half_flops:.1%} in half{_small_share(self)} | "
-            f"kept for the backward pass: {kept or 'nothing'} | "
-            f"findings: {kinds or 'none'}"
+            f"matmuls, {self.half_flops:.1%} in half | kept for the backward pass: "
+            f"{kept or 'nothing'} | findings: {kinds or 'none'}"
         )
 
     def __str__(self) -> str:
@@ -188,13 +179,6 @@ class Audit(Result):
             for r in (self.residuals or ())[:_MOST_RESIDUALS]
         ]
         return [(_MATMUL_COLUMNS, _matmul_rows(self)), (_RESIDUAL_COLUMNS, kept)]
-
-
-def _small_share(audit: Audit) -> str:
-    """The share of float8 and int8, if there is any."""
-    flops = sum(m.flops for m in audit.matmuls if m.is_small)
-    share = f"{flops / max(audit.flops, 1):.1%}"
-    return f", {share} of float8 or int8 operands" if flops else ""
 
 
 def _matmul_rows(audit: Audit) -> list[tuple[Any, ...]]:

@@ -118,11 +118,6 @@ class Matmul(NamedTuple):
         """Whether both operands are float16 or bfloat16."""
         return all(dtype in ("float16", "bfloat16") for dtype in self.operands)
 
-    @property
-    def is_small(self) -> bool:
-        """Whether both operands are float8 or int8, whatever a chip makes of them."""
-        return all(dtype.startswith(("float8", "int8")) for dtype in self.operands)
-
 
 class Collective(NamedTuple):
     """A communication between devices.
