@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+from jaxmp._jaxpr.matmuls import dimension_numbers, operands
 from jaxmp._jaxpr.types import Eqn
 
 
@@ -34,23 +35,23 @@ def matmul_shape(eqn: Eqn) -> MatmulShape:
     """The shape of a matmul or convolution.
 
     Args:
-      eqn: an equation of one of the primitives in `MATMULS`.
+      eqn: an equation of one of the primitives in `ALL_MATMULS`.
 
     Returns:
       Its shape. Of a convolution over an input with holes, as in a gradient of a
       strided one, what is multiplied by the zeros in the holes is left out; what falls
       on padding is not.
     """
-    if eqn.primitive.name == "dot_general":
-        return _dot(eqn)
     if eqn.primitive.name == "ragged_dot_general":
         return _ragged_dot(eqn)
-    return _convolution(eqn)
+    if eqn.primitive.name == "conv_general_dilated":
+        return _convolution(eqn)
+    return _dot(eqn)
 
 
 def _dot(eqn: Eqn) -> MatmulShape:
-    lhs, rhs = (v.aval for v in eqn.invars[:2])
-    (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
+    lhs, rhs = operands(eqn)
+    (contracted, _), (batched, _) = dimension_numbers(eqn)
     k = _sizes(lhs, contracted)
     batch = _sizes(lhs, batched)
     return MatmulShape(batch, _over(lhs.size, k, batch), _over(rhs.size, k, batch), k)

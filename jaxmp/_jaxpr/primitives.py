@@ -3,6 +3,11 @@
 CAST = "convert_element_type"
 
 MATMULS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot_general"))
+"""Those that JAX has, which autocast may turn into those below."""
+SCALED_DOT = "scaled_dot"
+MATMUL_OF_TANGENT = "quantized_matmul_of_tangent"
+ALL_MATMULS = MATMULS | {SCALED_DOT, MATMUL_OF_TANGENT}
+"""What counts as a matmul in a finished program: those of `jaxmp.quantization` too."""
 ADDS = frozenset(("add", "add_any", "sub"))
 SCALES = frozenset(("mul", "div", "neg", "select_n"))
 SUMS_INTO = frozenset(("scatter-add", "scatter_add", "scatter-sub", "scatter_sub"))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxmp._jaxpr.calls import is_jaxpr
+from jaxmp._jaxpr.matmuls import is_quantized_matmul
 from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 
@@ -46,7 +47,8 @@ def map_held(params: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, 
 def with_lines_of_custom_rules(jaxpr: Jaxpr) -> Any:
     """The same jaxpr, whose custom derivative rules are traced under their own lines.
 
-    JAX traces the rule of a call in a jaxpr under the source line of the call.
+    JAX traces the rule of a call in a jaxpr under the source line of the call. So it
+    may be for a quantised matmul, whose rule no user wrote.
     """
     from jax._src import source_info_util
 
@@ -65,6 +67,8 @@ def with_lines_of_custom_rules(jaxpr: Jaxpr) -> Any:
 
     def in_equation(eqn: Eqn) -> Any:
         params = map_held(eqn.params, in_jaxpr)
+        if is_quantized_matmul(eqn):
+            return eqn if params is eqn.params else eqn.replace(params=params)
         for name in _RULES.get(eqn.primitive.name, ()):
             if hasattr(params.get(name), "wrap"):
                 wrapped = params[name].wrap(under_own_lines, (), None)

@@ -20,6 +20,7 @@ from jax.extend.core.primitives import dot_general_p
 from jax.interpreters import ad, batching, mlir
 
 from jaxmp._jaxpr.execution import result_avals
+from jaxmp._jaxpr.primitives import MATMUL_OF_TANGENT
 from jaxmp._jaxpr.types import Array
 from jaxmp.quantization._batching import DimensionNumbers, all_at_front, batched
 from jaxmp.quantization.recipe import COTANGENT, Recipe, Role
@@ -141,7 +142,7 @@ def _times_tangent(
     )
 
 
-_tangent = Primitive("quantized_matmul_of_tangent")
+_tangent = Primitive(MATMUL_OF_TANGENT)
 """Multiplies `(*kept, tangent)`: the tangent of one operand, cast to half, by the other
 one, which is kept in half, or as values and inverse scales. Linear in the tangent."""
 

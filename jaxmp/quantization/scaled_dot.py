@@ -19,6 +19,7 @@ from jax.interpreters import batching, mlir
 
 from jaxmp._jaxpr.checkpoint_policies import save_as
 from jaxmp._jaxpr.execution import result_avals
+from jaxmp._jaxpr.primitives import SCALED_DOT
 from jaxmp._jaxpr.types import Array
 from jaxmp.quantization._batching import DimensionNumbers, all_at_front, batched
 from jaxmp.quantization.scales import Quantized
@@ -153,7 +154,7 @@ def _batch(
     return out, axis
 
 
-_scaled_dot = Primitive("scaled_dot")
+_scaled_dot = Primitive(SCALED_DOT)
 
 
 @functools.lru_cache(maxsize=1024)

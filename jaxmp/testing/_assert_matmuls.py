@@ -18,6 +18,8 @@ def assert_matmuls_in(
 ) -> None:
     """Checks that every floating matmul and convolution of a program is in one dtype.
 
+    Integer matmuls are left out, unless it is a policy that multiplies in int8.
+
     Args:
       dtype: the dtype of both operands; they may accumulate in any other.
       fn: a loss, a training step, or any other function that can be jitted.
@@ -39,7 +41,7 @@ def assert_matmuls_in(
     matmuls = [
         m
         for m in audit(fn, *args, **kwargs).matmuls
-        if all(jnp.issubdtype(d, jnp.floating) for d in m.operands)
+        if m.is_quantized or all(jnp.issubdtype(d, jnp.floating) for d in m.operands)
     ]
     if not matmuls:
         fail("assert_matmuls_in", "the program has no floating matmul.")
@@ -60,11 +62,12 @@ def assert_matmuls_in_half(
 ) -> Callable[..., None]:
     """Checks that most of a program's matmul FLOPs are computed in half.
 
-    A matmul is in half if both its operands are float16, bfloat16 or narrower.
-    Convolutions count as matmuls. So do the matmuls in jitted and rematerialised
-    functions, in functions with their own derivative rules, in loops (as often as they
-    run; a `while` counts once) and in every branch of a `cond`. Pallas kernels and
-    integer matmuls do not count.
+    A matmul is in half if both its operands are float16, bfloat16 or narrower, such as
+    what a policy with `quantize` multiplies in float8 or int8. Convolutions count as
+    matmuls. So do the matmuls in jitted and rematerialised functions, in functions with
+    their own derivative rules, in loops (as often as they run; a `while` counts once)
+    and in every branch of a `cond`. Pallas kernels and integer matmuls of the program's
+    own do not count.
 
     Args:
       fn: a function that can be jitted: a loss, a whole training step, a function under
@@ -113,7 +116,7 @@ def _check_share(
     matmuls = [
         m
         for m in audit(fn, *args, **kwargs).matmuls
-        if any(jnp.issubdtype(d, jnp.inexact) for d in m.operands)
+        if m.is_quantized or any(jnp.issubdtype(d, jnp.inexact) for d in m.operands)
     ]
     total = sum(m.flops for m in matmuls)
     if not total:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmp._jaxpr.calls import held
-from jaxmp._jaxpr.primitives import MATMULS
+from jaxmp._jaxpr.matmuls import operands
+from jaxmp._jaxpr.primitives import ALL_MATMULS
 from jaxmp._jaxpr.types import Eqn, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 
@@ -71,10 +72,10 @@ def matmuls(jaxpr: Jaxpr) -> list[Matmul]:
     return [
         Matmul(
             equation.primitive.name,
-            tuple(v.aval.dtype for v in equation.invars[:2]),
+            tuple(aval.dtype for aval in operands(equation)),
             equation.outvars[0].aval.dtype,
             scope,
         )
         for scope, equation in equations(jaxpr)
-        if equation.primitive.name in MATMULS
+        if equation.primitive.name in ALL_MATMULS
     ]

@@ -1085,3 +1085,106 @@ def test_what_is_in_use_already_is_not_advised(case):
     assert any(all(word in repair for word in words) for repair in repairs), repairs
     if fn is under_a_policy:
         assert not any("or use jaxmp.apply_policy" in repair for repair in repairs)
+
+
+def network(params, x):
+    with jax.named_scope("up"):
+        hidden = jax.nn.gelu(x @ params["up"])
+    with jax.named_scope("down"):
+        hidden = hidden @ params["down"]
+    return jnp.mean((hidden @ params["head"]) ** 2)
+
+
+NETWORK = (
+    {
+        "up": jax.ShapeDtypeStruct((64, 256), jnp.float32),
+        "down": jax.ShapeDtypeStruct((256, 64), jnp.float32),
+        "head": jax.ShapeDtypeStruct((64, 16), jnp.float32),
+    },
+    jax.ShapeDtypeStruct((32, 64), jnp.float32),
+)
+QUANTIZED = 2 * 32 * 64 * 256 * 5  # no gradient of the input
+IN_HALF = 2 * 32 * 64 * 16 * 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "operands"),
+    [
+        ("mixed_fp8", {("float8_e4m3fn", "float8_e4m3fn")}),
+        (
+            "mixed_fp8:hybrid",
+            {
+                ("float8_e4m3fn", "float8_e4m3fn"),
+                ("float8_e4m3fn", "float8_e5m2"),
+                ("float8_e5m2", "float8_e4m3fn"),
+            },
+        ),
+        ("mixed_int8", {("int8", "int8")}),
+    ],
+)
+def test_quantised_matmuls_are_counted_in_their_format(policy, operands):
+    step = jax.value_and_grad(jaxmp.autocast(network, policy))
+    found = audit(step, *NETWORK)
+    assert found.flops == audit(jax.value_and_grad(network), *NETWORK).flops
+    assert found.flops == QUANTIZED + IN_HALF
+    assert found.half_flops == 1
+    assert found.quantized_flops == QUANTIZED / found.flops
+    quantized = [m for m in found.matmuls if m.is_quantized]
+    assert {m.operands for m in quantized} <= operands
+    assert {d for m in quantized for d in m.operands} == {
+        d for m in operands for d in m
+    }
+    assert {(m.path, m.is_backward) for m in quantized} == {
+        ("up", False),
+        ("up", True),
+        ("down", False),
+        ("down", True),
+    }
+    assert all(m.source.function == "network" for m in found.matmuls)
+    assert "96.4% in a smaller format" in str(found)
+    # Neither the scales nor the casts to and from the format are anything to mend.
+    assert found.kinds <= {"alignment"}
+    assert not found.widenings
+    assert not found.accumulations
+    assert json.loads(json.dumps(found.to_rows()))
+
+
+def test_a_gradient_of_a_weight_in_half_is_counted_as_such():
+    policy = "mixed_fp8:rowwise_wgrad_half"
+    found = audit(jax.grad(jaxmp.autocast(network, policy)), *NETWORK)
+    shares = {
+        (m.path, m.is_backward): m.is_quantized for m in found.matmuls if m.path == "up"
+    }
+    assert shares == {("up", False): True, ("up", True): False}
+    assert found.half_flops == 1
+
+
+def test_tangents_of_quantised_matmuls_are_matmuls_in_half():
+    fn = jaxmp.autocast(network, "mixed_fp8")
+
+    def push(params, x):
+        return jax.jvp(lambda p: fn(p, x), (params,), (params,))
+
+    found = audit(push, *NETWORK)
+    of_tangents = [m for m in found.matmuls if "tangent" in m.operation]
+    assert {m.operands for m in of_tangents} == {("bfloat16", "bfloat16")}
+    # Each forward matmul once, and once for each operand that has a tangent.
+    forward = 2 * 32 * 64 * 256
+    assert sum(m.flops for m in of_tangents) == 3 * forward
+    assert found.quantized_flops == 2 * forward / found.flops
+    assert found.half_flops == 1
+
+
+def test_a_float8_step_has_no_findings():
+    def step(params, opt_state, x):
+        loss_fn = jaxmp.autocast(network, "mixed_fp8")
+        loss, grads = jaxmp.value_and_grad(loss_fn)(params, x, loss_scale=opt_state)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    optimizer = jaxmp.loss_scaling(optax.adamw(1e-3), "mixed_fp8")
+    params, x = NETWORK
+    opt_state = jax.eval_shape(optimizer.init, params)
+    found = audit(step, params, opt_state, x)
+    assert found.kinds <= {"alignment"}
+    assert found.quantized_flops == QUANTIZED / found.flops

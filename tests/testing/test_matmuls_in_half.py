@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 import jaxmp
 from jaxmp import errors
-from jaxmp.testing import assert_matmuls_in_half
+from jaxmp.testing import assert_matmuls_in, assert_matmuls_in_half, matmuls
 
 F32 = jax.ShapeDtypeStruct((16, 16), jnp.float32)
 HALF = jax.ShapeDtypeStruct((16, 16), jnp.bfloat16)
@@ -283,3 +283,23 @@ def test_the_arguments_go_into_the_second_call():
         assert_matmuls_in_half(jnp.ones(3))
     with pytest.raises(errors.StepDoesNotTrace):
         assert_matmuls_in_half(dot)(F32, F32)
+
+
+@pytest.mark.parametrize("policy", ["mixed_fp8", "mixed_int8"])
+def test_what_is_multiplied_in_a_smaller_format_counts_as_half(policy):
+    def loss(w, x):
+        return jnp.sum(jnp.sin(jnp.sin(x @ w["w"]) @ w["head"]))
+
+    step = jax.grad(jaxmp.autocast(loss, policy))
+    w = {"w": F32, "head": F32}
+    assert_matmuls_in_half(step, share=1.0)(w, F32)
+    with pytest.raises(AssertionError, match=r"0% of the matmul FLOPs"):
+        assert_matmuls_in_half(jax.grad(loss))(w, F32)
+    # Where all that is left in half would pass, what is not must still be seen.
+    quantized = {"mixed_fp8": "float8_e4m3fn", "mixed_int8": "int8"}[policy]
+    with pytest.raises(
+        AssertionError, match=rf"(?s)2 of 5 matmuls.*scaled_dot of {quantized}"
+    ):
+        assert_matmuls_in("bfloat16", step, w, F32)
+    found = matmuls(jax.make_jaxpr(step)(w, F32))
+    assert [str(m.operands[1]) for m in found].count(quantized) == 2

@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxmp._jaxpr.atoms import is_half, is_integer
 from jaxmp._jaxpr.flops import matmul_shape
-from jaxmp._jaxpr.primitives import CAST, COLLECTIVES, LAYOUT, MATMULS
+from jaxmp._jaxpr.matmuls import operands
+from jaxmp._jaxpr.primitives import ALL_MATMULS, CAST, COLLECTIVES, LAYOUT, MATMULS
 from jaxmp._jaxpr.types import Atom, Eqn
 from jaxmp.report.audit._accumulations import Accumulations
 from jaxmp.report.audit._dataflow import Context
@@ -84,7 +85,7 @@ class Recorder:
         if name in _MOVES:
             return [values[0]._replace(is_gradient=is_gradient, is_data=False)]
         groups = self._meeting(eqn, values, context, is_gradient)
-        if name in MATMULS:
+        if name in ALL_MATMULS:
             groups = self._matmul(eqn, groups, context)
         if name in COLLECTIVES and context.is_settled:
             self.collectives += _collectives(eqn, context)
@@ -176,7 +177,7 @@ class Recorder:
         if not context.is_settled:
             return groups
         shape = matmul_shape(eqn)
-        lhs, rhs = (str(v.aval.dtype) for v in eqn.invars[:2])
+        lhs, rhs = (str(aval.dtype) for aval in operands(eqn))
         matmul = Matmul(
             operation=eqn.primitive.name,
             operands=(lhs, rhs),

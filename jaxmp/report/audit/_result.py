@@ -22,7 +22,14 @@ from jaxmp.report.audit.records import (
     at,
 )
 
-_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+_SHORT = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "float64": "f64",
+    "float8_e4m3fn": "e4m3",
+    "float8_e5m2": "e5m2",
+}
 _STYLES = {
     "upcast": "bad",
     "matmul": "bad",
@@ -70,9 +77,18 @@ class Audit(Result):
 
     @property
     def half_flops(self) -> float:
-        """Share of the matmul FLOPs that run in half, between 0 and 1."""
-        half = sum(matmul.flops for matmul in self.matmuls if matmul.is_half)
+        """Share of the matmul FLOPs that run in half, between 0 and 1.
+
+        Those that run in a smaller format, under scales, count too.
+        """
+        half = sum(m.flops for m in self.matmuls if m.is_half or m.is_quantized)
         return half / max(self.flops, 1)
+
+    @property
+    def quantized_flops(self) -> float:
+        """Share of the matmul FLOPs that run in float8 or int8, under scales."""
+        quantized = sum(matmul.flops for matmul in self.matmuls if matmul.is_quantized)
+        return quantized / max(self.flops, 1)
 
     @property
     def residual_bytes(self) -> dict[str, int]:
@@ -111,10 +127,13 @@ class Audit(Result):
         kept = ", ".join(
             f"{mib(size)} {dtype}" for dtype, size in self.residual_bytes.items()
         )
+        smaller = ""
+        if self.quantized_flops:
+            smaller = f", {self.quantized_flops:.1%} in a smaller format"
         return (
             f"meant for {self.half or 'float32'} | {self.flops / 1e9:.4g} GFLOPs in "
-            f"matmuls, {self.half_flops:.1%} in half | kept for the backward pass: "
-            f"{kept or 'nothing'} | findings: {kinds or 'none'}"
+            f"matmuls, {self.half_flops:.1%} in half{smaller} | kept for the backward "
+            f"pass: {kept or 'nothing'} | findings: {kinds or 'none'}"
         )
 
     def __str__(self) -> str:
@@ -150,6 +169,7 @@ class Audit(Result):
             "half": self.half,
             "flops": self.flops,
             "half_flops": self.half_flops,
+            "quantized_flops": self.quantized_flops,
             "residual_bytes": self.residual_bytes,
             "kinds": sorted(self.kinds),
             "rows": self.to_rows(),

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from jaxmp._jaxpr.calls import LOOPS
 from jaxmp._jaxpr.flops import MatmulShape
+from jaxmp._jaxpr.primitives import SCALED_DOT
 from jaxmp._jaxpr.sources import Source
 from jaxmp._jaxpr.sums import SCATTER
 
@@ -80,7 +81,8 @@ class Matmul(NamedTuple):
     """A matmul or convolution.
 
     Attributes:
-      operation: name of the primitive.
+      operation: name of the primitive; `"scaled_dot"` is a matmul of operands that
+        were rounded to float8 or int8 under scales.
       operands: the dtypes of its two operands.
       output: the dtype in which it accumulates and returns.
       shape: its `m`, `n` and `k`, with `batch` and `taps`.
@@ -117,6 +119,11 @@ class Matmul(NamedTuple):
     def is_half(self) -> bool:
         """Whether both operands are float16 or bfloat16."""
         return all(dtype in ("float16", "bfloat16") for dtype in self.operands)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether both operands were rounded to float8 or int8, under scales."""
+        return self.operation == SCALED_DOT
 
 
 class Collective(NamedTuple):
