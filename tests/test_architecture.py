@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "sharding": GROUND | {"policy", "loss_scale"},
     "modules": GROUND | {"policy", "casting"},
     "report": GROUND | {"policy", "casting"},
-    "numerics": GROUND | {"policy", "casting", "loss_scale"},
+    "numerics": GROUND | {"policy", "quantization", "casting", "loss_scale"},
     "training": GROUND | {"policy", "loss_scale", "optimizers"},
     "testing": GROUND | {"policy", "report"},
     "cli": GROUND | {"policy", "loss_scale", "numerics", "report"},

@@ -30,7 +30,6 @@ from jaxmp.numerics import (
 from jaxmp.numerics.compare.rows import GradientRow, PolicyRow
 
 KINDS = ("nonfinite", "underflow", "inaccurate")
-_INACCURATE = 0.1
 _LOST = 0.001
 # The default max_scale of jaxmp.dynamic_loss_scaling.
 _LARGEST_SCALE = 2.0**24
@@ -120,7 +119,7 @@ def _kinds(found: NonfiniteReport, compared: Comparison) -> frozenset[str]:
         "nonfinite": bool(found) or any(r.nonfinite for r in compared.gradients),
         "underflow": row.largest_scale is not None
         and any(r.zeroed > _LOST for r in compared.gradients),
-        "inaccurate": any(_INACCURATE < error < math.inf for error in errors),
+        "inaccurate": any(row.limit < error < math.inf for error in errors),
     }
     return frozenset(kind for kind, holds in conditions.items() if holds)
 
@@ -154,8 +153,9 @@ def _advise(
         )
     if kinds:
         advice.append(
-            "jaxmp.numerics.search_policy finds what has to stay in float32, and "
-            "returns rules for autocast and apply_policy."
+            "jaxmp.numerics.search_policy finds what has to stay in "
+            f"{'float32, or in half' if compared.matmuls else 'float32'}, and returns "
+            "rules for autocast and apply_policy."
         )
     else:
         advice.append(

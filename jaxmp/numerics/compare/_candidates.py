@@ -24,7 +24,6 @@ class Candidate:
     Attributes:
       policy: as it was given, or as `str` writes it.
       dtype: its compute dtype.
-      emulated: the format that bfloat16 stands in for; None if JAX computes in it.
       forward: the function.
       backward: the function with its gradient, if it returns a loss.
       range: the same in bfloat16, to find loss scales; None if it needs no scale.
@@ -32,7 +31,6 @@ class Candidate:
 
     policy: str
     dtype: np.dtype
-    emulated: np.dtype | None
     forward: Program
     backward: Program
     range: Program | None
@@ -67,18 +65,14 @@ def _candidate(
     name: str, policy: Policy, rules: Sequence[Any], read: Read
 ) -> Candidate:
     dtype = jnp.dtype(policy.compute_dtype)
-    is_emulated = dtype.itemsize == 1
-    in_bfloat16 = stand_in(policy)
-    run_as = in_bfloat16 if is_emulated else policy
-    backward = read(policy=run_as, rules=rules)
+    backward = read(policy=policy, rules=rules)
     range_ = None
     if backward.loss_scale is not None and not format_range(dtype).has_range_of_float32:
-        range_ = read(policy=in_bfloat16, rules=stand_in_rules(rules))
+        range_ = read(policy=stand_in(policy), rules=stand_in_rules(rules))
     return Candidate(
         policy=name,
         dtype=dtype,
-        emulated=dtype if is_emulated else None,
-        forward=read(policy=run_as, rules=rules, backward=False),
+        forward=read(policy=policy, rules=rules, backward=False),
         backward=backward,
         range=range_,
     )

@@ -7,7 +7,8 @@
 
 Sharp edges
 - All activations of the reference stay in memory until the last policy is compared.
-- Of a policy, `compute_dtype` and `matmul_precision` count, as in `autocast`.
+- Of a policy, `compute_dtype`, `matmul_precision` and `quantize` count, as in
+  `autocast`.
 - Operations run one at a time, and every result is rounded: XLA may round less.
 """
 
@@ -21,10 +22,17 @@ from jaxmp.numerics.compare._gradients import Gradients, compare_gradients
 from jaxmp.numerics.compare._reference import run_reference, widened
 from jaxmp.numerics.compare._result import Comparison
 from jaxmp.numerics.compare._scales import Scales, find_scales
-from jaxmp.numerics.compare.rows import ActivationRow, GradientRow, PolicyRow
+from jaxmp.numerics.compare.rows import (
+    ActivationRow,
+    GradientRow,
+    MatmulRow,
+    PolicyRow,
+    matmul_rows,
+    tolerable,
+)
 from jaxmp.numerics.replay._program import read_program
 
-Row = TypeVar("Row", ActivationRow, GradientRow)
+Row = TypeVar("Row", ActivationRow, GradientRow, MatmulRow)
 
 
 def compare(
@@ -40,8 +48,8 @@ def compare(
     """Compares a function with itself under policies, layer by layer.
 
     Check before a long run what each policy does to activations and gradients, and
-    which loss scales its backward pass needs. Formats without arithmetic, such as
-    float8, are emulated: what autocast would compute in half is rounded to them.
+    which loss scales its backward pass needs. Under a policy with `quantize`, what each
+    matmul in float8 or int8 adds by itself is measured as well.
 
     Args:
       fn: function that can be jitted. If it returns a floating scalar, alone or first
@@ -86,19 +94,21 @@ def compare(
     wide = widened((args, kwargs), reference)
     candidates = read_candidates(policies, rules, functools.partial(read, args, kwargs))
     exact = run_reference(functools.partial(read, *wide))
-    policy_rows, activations, gradient_rows = [], [], []
+    policy_rows, activations, matmuls, gradient_rows = [], [], [], []
     for candidate in candidates:
         forward = compare_forward(candidate, exact)
         scales = find_scales(candidate, loss_scale)
         gradients = compare_gradients(candidate, exact, scales)
         policy_rows.append(_policy_row(candidate, forward, scales, gradients))
         activations += forward.rows
+        matmuls += matmul_rows(candidate.policy, gradients.matmuls or forward.matmuls)
         gradient_rows += gradients.rows
     return Comparison(
         reference=reference,
         policies=tuple(policy_rows),
         activations=_worst_first(activations),
         gradients=_worst_first(gradient_rows),
+        matmuls=_worst_first(matmuls),
     )
 
 
@@ -109,8 +119,8 @@ def _policy_row(
     return PolicyRow(
         policy=candidate.policy,
         dtype=str(candidate.dtype),
-        is_emulated=candidate.emulated is not None,
         output_error=forward.output_error,
+        limit=tolerable(gradients.matmuls or forward.matmuls),
         gradient_error=max(errors, default=None),
         loss_scale=gradients.loss_scale,
         largest_scale=fits and fits.largest,

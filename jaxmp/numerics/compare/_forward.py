@@ -2,7 +2,8 @@
 
 Autocast keeps names and source lines, so the primitive, path, line and iteration of an
 operation identify it, with its number among those that share all four. Where their
-count differs, autocast has rewritten the place, and nothing is compared.
+count differs, autocast has rewritten the place, and nothing is compared. A quantised
+matmul is compared with the matmul in its place.
 """
 
 import collections
@@ -10,17 +11,14 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
-
 from jaxmp import _tree
 from jaxmp._jaxpr.primitives import CAST
 from jaxmp._jaxpr.types import Array, Arrays
 from jaxmp.numerics.compare._candidates import Candidate
 from jaxmp.numerics.compare._distance import Distance
+from jaxmp.numerics.compare._quantized import Measuring, QuantizedMatmuls
 from jaxmp.numerics.compare._reference import Key, Reference, is_activation, key_of
-from jaxmp.numerics.compare._stand_in import Rounding
-from jaxmp.numerics.compare.rows import ActivationRow
+from jaxmp.numerics.compare.rows import ActivationRow, tolerable
 from jaxmp.numerics.replay._site import ReplaySite
 
 
@@ -30,23 +28,27 @@ class Forward(NamedTuple):
     Attributes:
       rows: one for each activation.
       output_error: relative error of the outputs, all of them together.
+      matmuls: the quantised matmuls, measured.
     """
 
     rows: list[ActivationRow]
     output_error: float
+    matmuls: QuantizedMatmuls
 
 
 def compare_forward(candidate: Candidate, exact: Reference) -> Forward:
     """Runs the function under a policy, and compares what it computes."""
-    run = _Comparing(exact, candidate.emulated)
+    run = _Comparing(exact)
     outs = run.run_program(candidate.forward)
     outputs = Distance()
     for wanted, given in zip(exact.outputs, outs, strict=True):
         if _tree.is_inexact(wanted):
             outputs.add(wanted, given)
+    limit = tolerable(run.matmuls)
     rows = [
         ActivationRow(
             policy=candidate.policy,
+            limit=limit,
             **site.described(),
             order=order,
             dtype=found.dtype,
@@ -54,7 +56,7 @@ def compare_forward(candidate: Candidate, exact: Reference) -> Forward:
         )
         for order, (site, found) in enumerate(run.totals().items())
     ]
-    return Forward(rows, outputs.relative_error)
+    return Forward(rows, outputs.relative_error, run.matmuls)
 
 
 class _Measured(NamedTuple):
@@ -64,16 +66,17 @@ class _Measured(NamedTuple):
     dtype: str
 
 
-class _Comparing(Rounding):
+class _Comparing(Measuring):
     """Measures how far every activation is from the reference."""
 
-    def __init__(self, exact: Reference, emulated: np.dtype | None):
-        super().__init__(emulated)
+    def __init__(self, exact: Reference):
+        super().__init__()
         self.wanted = exact.activations
         self._met: dict[Key, list[_Measured]] = collections.defaultdict(list)
         self._handed: dict[int, tuple[Any, Key, int]] = {}
 
     def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
+        super().observe(site, operands, results)
         if site.primitive == CAST:
             self._hand_back(operands[0], results[0])
         elif is_activation(site, results):
@@ -94,8 +97,7 @@ class _Comparing(Rounding):
         wanted = self.wanted.get(key, ())
         if number < len(wanted) and wanted[number][1].shape == value.shape:
             distance.add(wanted[number][1], value)
-        format_ = self.emulated if value.dtype == jnp.bfloat16 else None
-        return _Measured(distance, str(jnp.dtype(format_ or value.dtype)))
+        return _Measured(distance, str(value.dtype))
 
     def totals(self) -> dict[ReplaySite, _Measured]:
         """What each operation of the reference amounts to, over all iterations."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp import _tree
-from jaxmp._jaxpr.primitives import CAST, LAYOUT
+from jaxmp._jaxpr.primitives import CAST, LAYOUT, SCALED_DOT
 from jaxmp._jaxpr.types import Array, Arrays
 from jaxmp.errors import NumericsError
 from jaxmp.numerics.compare._candidates import Read
@@ -45,7 +45,8 @@ def run_reference(read: Read) -> Reference:
 
 def key_of(site: ReplaySite, iterations: tuple[int, ...]) -> Key:
     """Identifies an operation, here and under a policy."""
-    return site.primitive, site.path, site.line, iterations
+    name = "dot_general" if site.primitive == SCALED_DOT else site.primitive
+    return name, site.path, site.line, iterations
 
 
 def is_activation(site: ReplaySite, results: Arrays) -> bool:

@@ -10,7 +10,12 @@ from jaxmp._views.numbers import percent
 from jaxmp._views.result import Result
 from jaxmp._views.tables import shortened_table
 from jaxmp.errors import NumericsError
-from jaxmp.numerics.compare.rows import ActivationRow, GradientRow, PolicyRow
+from jaxmp.numerics.compare.rows import (
+    ActivationRow,
+    GradientRow,
+    MatmulRow,
+    PolicyRow,
+)
 
 _SHOWN = 15
 _POLICY_COLUMNS = (
@@ -20,6 +25,9 @@ _POLICY_COLUMNS = (
 _FIGURES = ("error", "cosine", "SNR dB", "zeroed", "not finite")
 _LAYER_COLUMNS = ("policy", "layer", "source", "dtype", *_FIGURES)
 _OPERATION_COLUMNS = ("policy", "operation", "source", "path", "dtype", *_FIGURES)
+_MATMUL_COLUMNS = (
+    *("policy", "path", "source", "pass", "formats", "usual error", *_FIGURES),
+)
 _GRADIENT_COLUMNS = ("policy", "parameter", *_FIGURES, "zeroed at scale 1")
 _STYLES = {
     "nonfinite": "bad",
@@ -47,12 +55,15 @@ class Comparison(Result):
       policies: one `PolicyRow` for each policy, in the order that they were given.
       activations: one `ActivationRow` for each operation and policy.
       gradients: one `GradientRow` for each parameter and policy; empty without a loss.
+      matmuls: one `MatmulRow` for each matmul in float8 or int8, backward included;
+        empty unless a policy or a rule quantises.
     """
 
     reference: str
     policies: tuple[PolicyRow, ...]
     activations: tuple[ActivationRow, ...]
     gradients: tuple[GradientRow, ...]
+    matmuls: tuple[MatmulRow, ...] = ()
 
     def policy(self, name: str) -> PolicyRow:
         """Returns the row of a policy.
@@ -90,19 +101,22 @@ class Comparison(Result):
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds of all rows: see `ActivationRow.kind`."""
-        return frozenset(row.kind for row in (*self.activations, *self.gradients))
+        rows = (*self.activations, *self.gradients, *self.matmuls)
+        return frozenset(row.kind for row in rows)
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Gives everything as one list of flat dictionaries.
 
         Returns:
-          Rows whose `"table"` is `"policy"`, `"activation"` or `"gradient"`.
+          Rows whose `"table"` is `"policy"`, `"activation"`, `"matmul"` or
+          `"gradient"`.
         """
         return [
             {"table": table, **dataclasses.asdict(row)}
             for table, rows in (
                 ("policy", self.policies),
                 ("activation", self.activations),
+                ("matmul", self.matmuls),
                 ("gradient", self.gradients),
             )
             for row in rows
@@ -143,10 +157,24 @@ class Comparison(Result):
             (r.policy, r.parameter, *r.figures(), percent(r.zeroed_unscaled))
             for r in self.gradients
         ]
+        matmuls = [
+            (
+                *(r.policy, r.path, r.source),
+                "backward" if r.is_backward else "forward",
+                *(r.formats, f"{r.usual:.2e}", *r.figures()),
+            )
+            for r in self.matmuls
+        ]
         policies = [r.cells() for r in self.policies]
         tables = [
             _Table(self._title, _POLICY_COLUMNS, policies, ["fine"] * len(policies)),
             _Table("Gradients", _GRADIENT_COLUMNS, gradients, _kinds(self.gradients)),
+            _Table(
+                "What matmuls in a smaller format add by themselves",
+                _MATMUL_COLUMNS,
+                matmuls,
+                _kinds(self.matmuls),
+            ),
             _Table("What layers return", _LAYER_COLUMNS, layers, _kinds(self.layers)),
             _Table(
                 "Operations", _OPERATION_COLUMNS, operations, _kinds(self.activations)
@@ -155,5 +183,7 @@ class Comparison(Result):
         return [table for table in tables if table.cells]
 
 
-def _kinds(rows: Sequence[ActivationRow] | Sequence[GradientRow]) -> list[str]:
+def _kinds(
+    rows: Sequence[ActivationRow] | Sequence[GradientRow] | Sequence[MatmulRow],
+) -> list[str]:
     return [row.kind for row in rows]

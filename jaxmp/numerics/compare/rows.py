@@ -1,12 +1,17 @@
-"""The rows of a `Comparison`: activations, gradients and policies."""
+"""The rows of a `Comparison`: activations, matmuls, gradients and policies."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from jaxmp._jaxpr.sources import Source
 from jaxmp._views.numbers import percent, power
+from jaxmp.numerics.compare._quantized import QuantizedMatmuls, formats, usual_error
 
 _INACCURATE = 0.1
 _LOST = 0.001
+# Errors that know nothing of each other grow with the root of their number.
+_MATMULS_IN_A_ROW = 36
+_UNUSUAL = 3.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,8 @@ class _Row:
       zeroed: which fraction of what is not zero came out as zero.
       nonfinite: how many numbers came out infinite or NaN, where the reference is not.
       size: how many numbers were compared.
+      limit: the relative error above which it is called inaccurate: 10 %, or what 36
+        matmuls in a row add in the format that they are multiplied in.
     """
 
     policy: str
@@ -31,6 +38,7 @@ class _Row:
     zeroed: float
     nonfinite: int
     size: int
+    limit: float
 
     def figures(self) -> tuple[str, ...]:
         """Its figures as text."""
@@ -49,10 +57,10 @@ class _Row:
 
     @property
     def kind(self) -> str:
-        """`"nonfinite"`, `"inaccurate"` (error above 10 %), `"underflow"`, `"fine"`."""
+        """`"nonfinite"`, `"inaccurate"` (above `limit`), `"underflow"` or `"fine"`."""
         if self.nonfinite:
             return "nonfinite"
-        if self.relative_error > _INACCURATE:
+        if self.relative_error > self.limit:
             return "inaccurate"
         return "underflow" if self.zeroed > _LOST else "fine"
 
@@ -86,6 +94,62 @@ class ActivationRow(_Row):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MatmulRow(_Row):
+    """What a matmul in float8 or int8 adds to the error by itself, over all iterations.
+
+    The reference is the product of its operands before they were rounded. Three times
+    the usual error of its format is inaccurate: a few outliers have taken the range.
+
+    Attributes:
+      path: name scopes and modules around it.
+      file, line, function: the user's source line.
+      is_backward: whether it makes a gradient.
+      formats: of its operands, such as `"float8_e4m3fn"`.
+      usual: the relative error for normally distributed operands.
+    """
+
+    path: str
+    file: str
+    line: int
+    function: str
+    is_backward: bool
+    formats: str
+    usual: float
+
+    @property
+    def source(self) -> str:
+        """The line, for people."""
+        return Source(self.file, self.line, self.function).short * bool(self.file)
+
+
+def matmul_rows(policy: str, matmuls: QuantizedMatmuls) -> Iterator[MatmulRow]:
+    """A row for each quantised matmul that was measured under a policy."""
+    for site, distance in matmuls.found.items():
+        described = site.described()
+        del described["operation"]
+        usual = usual_error(site.eqn)
+        yield MatmulRow(
+            policy=policy,
+            **described,
+            is_backward=site.is_backward,
+            formats=formats(site.eqn),
+            usual=usual,
+            limit=_UNUSUAL * usual,
+            **distance.figures(),
+        )
+
+
+def tolerable(matmuls: QuantizedMatmuls) -> float:
+    """The relative error above which activations or gradients are inaccurate.
+
+    Args:
+      matmuls: the quantised ones that they are computed with.
+    """
+    usual = max((usual_error(site.eqn) for site in matmuls.found), default=0.0)
+    return max(_INACCURATE, _MATMULS_IN_A_ROW**0.5 * usual)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientRow(_Row):
     """The gradient of one parameter, after it was divided by the loss scale.
 
@@ -115,8 +179,8 @@ class PolicyRow:
     Attributes:
       policy: as it was given, or as `str` writes it.
       dtype: its compute dtype.
-      is_emulated: whether JAX has no arithmetic in it, so that results were rounded.
       output_error: relative error of the outputs, all of them together.
+      limit: the relative error above which these are called inaccurate.
       gradient_error: the worst relative error of a parameter's gradient; None without
         gradients, and so are the following.
       loss_scale: the scale that the gradients were computed at.
@@ -130,8 +194,8 @@ class PolicyRow:
 
     policy: str
     dtype: str
-    is_emulated: bool
     output_error: float
+    limit: float
     gradient_error: float | None
     loss_scale: float | None
     largest_scale: float | None
@@ -143,7 +207,7 @@ class PolicyRow:
         """The row as text."""
         wanted, given = self.gradient_error, self.lost_at_largest
         return (
-            self.policy + " (emulated)" * self.is_emulated,
+            self.policy,
             f"{self.output_error:.2e}",
             "-" if wanted is None else f"{wanted:.2e}",
             *map(_scale, (self.loss_scale, self.smallest_scale, self.largest_scale)),

@@ -34,7 +34,7 @@ from jaxmp.numerics.nonfinite._look import Found, look
 from jaxmp.numerics.nonfinite._report import NonfiniteReport
 from jaxmp.numerics.nonfinite._sum_causes import is_mask
 from jaxmp.numerics.replay._float32_lines import Line
-from jaxmp.numerics.replay._program import Program, read_program
+from jaxmp.numerics.replay._program import Program, read_program, trying_rules
 from jaxmp.policy import PolicyLike
 
 
@@ -131,7 +131,8 @@ def _retry(
     """The line that is not finite with more in float32; True if there is none."""
     is_handled = found.report.kind == "handled overflow"
     try:
-        program = read(rules=[*more, *rules], in_float32=lines)
+        with trying_rules():
+            program = read(rules=[*more, *rules], in_float32=lines)
     except JaxmpError:
         # A rule of the user's that now matches nothing.
         return False

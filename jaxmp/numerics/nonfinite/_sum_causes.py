@@ -6,7 +6,7 @@ One function for each kind of operation reads what it was given, and gave.
 import math
 from collections.abc import Callable
 
-from jaxmp._jaxpr.primitives import CAST
+from jaxmp._jaxpr.primitives import CAST, SCALED_DOT
 from jaxmp._jaxpr.types import Eqn
 from jaxmp.numerics.nonfinite._cause import Cause, at, number, overflows
 from jaxmp.numerics.nonfinite._origin import Operand, Origin
@@ -43,7 +43,7 @@ def _psum(made: Origin) -> Cause:
 def _matmul(made: Origin) -> Cause:
     x, y = made.operands[:2]
     params = made.params
-    if made.primitive == "dot_general":
+    if made.primitive in ("dot_general", SCALED_DOT):
         (contracted, _), _ = params["dimension_numbers"]
         count = math.prod(x.shape[i] for i in contracted)
     else:
@@ -120,7 +120,7 @@ CAUSES: dict[str, Callable[[Origin], Cause]] = {
         ("reduce_sum", "cumsum", "reduce_window_sum", "cumlogsumexp"), _sum
     ),
     **dict.fromkeys(("psum", "psum_invariant", "reduce_scatter"), _psum),
-    **dict.fromkeys(("dot_general", "conv_general_dilated"), _matmul),
+    **dict.fromkeys(("dot_general", SCALED_DOT, "conv_general_dilated"), _matmul),
     **dict.fromkeys(("scatter-add", "scatter_add"), _scatter),
     CAST: _cast,
 }

@@ -20,8 +20,11 @@ import numpy as np
 
 from jaxmp._jaxpr.calls import LOOPS
 from jaxmp._jaxpr.execution import as_function, bind, jit_exactly
+from jaxmp._jaxpr.matmuls import QUANTIZE
+from jaxmp._jaxpr.primitives import SCALED_DOT
 from jaxmp._jaxpr.types import Array, Arrays, Jaxpr
 from jaxmp.numerics.nonfinite._origin import (
+    Operand,
     Origin,
     Stacked,
     describe,
@@ -33,6 +36,7 @@ from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._shards import Record
 from jaxmp.numerics.replay._site import ReplaySite
+from jaxmp.quantization.scales import Quantized
 
 
 class Tracked(NamedTuple):
@@ -85,6 +89,8 @@ class Tracker(Interpreter):
         kind = "passed"
         if is_made:
             kind = "made"
+        elif site.primitive == QUANTIZE:
+            pass  # small formats have no infinity: it is NaN there
         elif what == "NaN" and all(parent.what == "Inf" for parent in parents):
             kind = "undefined"
         origin = Origin(kind, what, tuple(parents), self._count, site, self.iterations)
@@ -93,7 +99,7 @@ class Tracker(Interpreter):
         at = _first_nonfinite(result)
         made = dataclasses.replace(
             origin,
-            operands=tuple(describe(x, index_in(x.shape, at)) for x in values),
+            operands=_described(site, values, at),
             result=describe(result, at),
         )
         # Only the first time, for the iterations of a loop would keep too much.
@@ -175,6 +181,19 @@ class Tracker(Interpreter):
             self._compiled[key] = jit_exactly(run)
         outs = self._compiled[key](*(x.value for x in operands))
         return None if any(nonfinite(outs)) else list(map(Tracked, outs))
+
+
+def _described(
+    site: ReplaySite, values: Arrays, at: tuple[int, ...]
+) -> tuple[Operand, ...]:
+    """The ranges of operands; those of a quantised matmul with their scales."""
+    if site.primitive != SCALED_DOT:
+        return tuple(describe(x, index_in(x.shape, at)) for x in values)
+    pairs = (Quantized(*values[i : i + 2]) for i in (0, 2))
+    return tuple(
+        describe(x.in_dtype(jnp.float32))._replace(dtype=str(x.values.dtype))
+        for x in pairs
+    )
 
 
 def _whole(site: ReplaySite) -> Callable[..., list[Array]]:

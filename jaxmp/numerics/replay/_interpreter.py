@@ -8,7 +8,8 @@
     outputs = Names().run_program(program)
 
 `observe` sees each operation, in order, with the arrays that it took and gave. Calls
-(`jit`, `checkpoint`, custom rules) and loops are entered and never seen themselves. A
+(`jit`, `checkpoint`, custom rules) and loops are entered and never seen themselves, but
+for a `quantize`, which is one operation: from an array to small values and scales. A
 subclass that overrides `equation` may round, replace or wrap the results. One that
 wraps them overrides `constant`, `take` and `stack` as well, `concrete` to unwrap the
 numbers that decide on branches, and `shards`.

@@ -8,8 +8,10 @@ differentiation makes of custom rules, `jax.checkpoint` and loops, equation by e
 under the user's source lines and name scopes.
 """
 
+import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ from jaxmp._jaxpr.rewrite import with_lines_of_custom_rules
 from jaxmp._jaxpr.types import Array, Arrays, Jaxpr
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.casting import autocast
-from jaxmp.errors import NonScalarLoss
+from jaxmp.errors import NonScalarLoss, NothingQuantizedWarning
 from jaxmp.loss_scale import get_loss_scale
 from jaxmp.loss_scale.unscale import LARGEST_FLOAT16_SCALE, scale_tree
 from jaxmp.numerics.replay._float32_lines import Line, keep_lines
@@ -124,7 +126,9 @@ def read_program(
     program, leaves = _trace(fn, args, kwargs)
     if policy is not None:
         jaxpr = keep_lines(program.jaxpr, in_float32) if in_float32 else program.jaxpr
-        half = autocast(_function(jaxpr), policy, rules=rules)
+        plain = _function(jaxpr)
+        plain.__name__ = getattr(fn, "__name__", type(fn).__name__)
+        half = autocast(plain, policy, rules=rules)
         jaxpr = jax.make_jaxpr(half)(*program.inputs)
         program = dataclasses.replace(program, jaxpr=jaxpr)
     argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
@@ -141,6 +145,14 @@ def read_program(
             "with respect to. Name the argument that holds the parameters."
         )
     return program
+
+
+@contextlib.contextmanager
+def trying_rules() -> Iterator[None]:
+    """Rules that are only tried may well leave nothing to quantise: no warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingQuantizedWarning)
+        yield
 
 
 def _trace(

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from jaxmp._jaxpr.matmuls import QUANTIZE, is_quantize
 from jaxmp._jaxpr.site import Site
 from jaxmp._jaxpr.types import Eqn
 
@@ -26,6 +27,15 @@ class ReplaySite(Site):
         self.needed = needed
         inherited = isinstance(parent, ReplaySite) and parent.is_later
         self.is_later = is_later or inherited
+
+    @property
+    def primitive(self) -> str:
+        """Name of the primitive; `"quantize"` for all that rounds to a small format."""
+        return QUANTIZE if self._is_quantize else super().primitive
+
+    @functools.cached_property
+    def _is_quantize(self) -> bool:
+        return self.eqn is not None and is_quantize(self.eqn)
 
     @functools.cached_property
     def is_backward(self) -> bool:

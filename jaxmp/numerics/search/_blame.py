@@ -1,13 +1,14 @@
-"""`rank_by_blame`: which units lose how much under a policy, from one run in float32.
+"""Which units lose how much under a policy, from one run of each batch.
 
 Each operation that the policy has in half runs twice on the same float32 operands: as
 it is, and with operands and result rounded to half. The relative distance of the two is
 the error that the operation adds by itself: infinite for an overflow, large for a
-difference of nearly equal numbers.
+difference of nearly equal numbers. Quantised matmuls are measured where they are
+carried out, in a run under the policy.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,30 +18,38 @@ from jaxmp._jaxpr.primitives import CAST
 from jaxmp._jaxpr.types import Array, Arrays, Eqn
 from jaxmp.casting import OpRule
 from jaxmp.numerics.compare._distance import Distance
+from jaxmp.numerics.compare._quantized import (
+    Measuring,
+    QuantizedMatmuls,
+    formats,
+)
 from jaxmp.numerics.ranges._formats import format_range
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._program import Program
 from jaxmp.numerics.replay._site import ReplaySite
 from jaxmp.numerics.search._half_operations import Key, key_of
-from jaxmp.numerics.search._units import Unit
+from jaxmp.numerics.search._units import Unit, matmul_units_of
 from jaxmp.policy import PolicyRule
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What stays in float32, or is a candidate for it, and why.
+    """What stays in float32, or in half, or is a candidate for it, and why.
 
     Attributes:
       name: path of a layer, or an operation and where it is.
       rule: a `PolicyRule` for a layer, an `OpRule` for an operation.
-      error: relative error that it adds by itself in half; infinite for an overflow.
+      error: relative error that it adds by itself if it does not stay; infinite for an
+        overflow.
       reason: the operation that does, its line and what happens to it.
+      stays_in: `"float32"`; `"half"` for matmuls that are not to be quantised.
     """
 
     name: str
     rule: PolicyRule | OpRule
     error: float
     reason: str
+    stays_in: str = "float32"
 
 
 def rank_by_blame(
@@ -68,6 +77,50 @@ def rank_by_blame(
                 worst[unit] = Kept(unit.name, unit.rule, error, found.reason(dtype))
     # Sorting is stable: equals stay in the order of execution.
     return dict(sorted(worst.items(), key=lambda item: -item[1].error))
+
+
+def measure_quantized(programs: Sequence[Program]) -> list[QuantizedMatmuls]:
+    """Measures the quantised matmuls of programs, one for each batch."""
+    runs = [Measuring() for _ in programs]
+    for run, program in zip(runs, programs, strict=True):
+        run.run_program(program)
+    return [run.matmuls for run in runs]
+
+
+def rank_quantized(batches: Iterable[QuantizedMatmuls]) -> dict[Unit, Kept]:
+    """Ranks units that keep quantised matmuls in half, the worst first.
+
+    Args:
+      batches: the quantised matmuls, backward included, as they were measured.
+    """
+    found: dict[Key, tuple[ReplaySite, Distance]] = {}
+    for matmuls in batches:
+        for site, distance in matmuls.found.items():
+            key = key_of(site)._replace(primitive="dot_general")
+            if key not in found or _is_worse(distance, found[key][1]):
+                found[key] = site, distance
+    units = matmul_units_of(found)
+    worst = {
+        unit: Kept(unit.name, unit.rule, 0.0, "", "half") for unit in units.values()
+    }
+    for key, unit in units.items():
+        site, distance = found[key]
+        error = distance.relative_error
+        if error > worst[unit].error or not worst[unit].reason:
+            reason = f"{_name(site)} in {formats(site.eqn)} is off by {error:.2%}"
+            worst[unit] = dataclasses.replace(worst[unit], error=error, reason=reason)
+    return dict(sorted(worst.items(), key=lambda item: -item[1].error))
+
+
+def _is_worse(distance: Distance, other: Distance) -> bool:
+    return distance.relative_error > other.relative_error
+
+
+def _name(site: ReplaySite) -> str:
+    """An operation, its line, and whether it is part of the backward pass."""
+    way = " in the backward pass" if site.is_backward else ""
+    where = f" at {site.line}" if site.line is not None else ""
+    return f"{site.primitive}{where}{way}"
 
 
 class _Twice(Interpreter):
@@ -109,9 +162,7 @@ class _Found:
     amax: float = 0.0
 
     def reason(self, dtype: np.dtype) -> str:
-        way = " in the backward pass" if self.site.is_backward else ""
-        where = f" at {self.site.line}" if self.site.line is not None else ""
-        name = f"{self.site.primitive}{where}{way}"
+        name = _name(self.site)
         limits = format_range(dtype)
         if self.distance.nonfinite and self.amax > limits.overflows:
             return (

@@ -5,12 +5,14 @@ kept units  ->  rules  ->  autocast(loss_fn, policy, rules)  ->  loss, gradients
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxmp._jaxpr.atoms import is_half
+from jaxmp import _tree
 from jaxmp._jaxpr.flops import matmul_shape
-from jaxmp._jaxpr.primitives import MATMULS
+from jaxmp._jaxpr.matmuls import operands
+from jaxmp._jaxpr.primitives import ALL_MATMULS, SCALED_DOT
 from jaxmp._jaxpr.types import Jaxpr
 from jaxmp._jaxpr.walk import counted
 from jaxmp.numerics.compare._distance import Distance, distances
@@ -26,13 +28,16 @@ class Evaluation:
       kept: names of the units that compute in float32.
       loss_error: relative error of the loss, of the worst batch.
       gradient_error: relative error of the gradient of the worst parameter.
-      half_flops: share of the matmul FLOPs, backward included, that run in half.
+      half_flops: share of the matmul FLOPs, backward included, that run in half or in
+        a smaller format.
+      quantized_flops: share of those that run in float8 or int8.
     """
 
     kept: tuple[str, ...]
     loss_error: float
     gradient_error: float
     half_flops: float
+    quantized_flops: float = 0.0
 
     @property
     def error(self) -> float:
@@ -71,12 +76,26 @@ class Measured:
         return loss.relative_error, worst
 
 
-def half_flops(jaxpr: Jaxpr) -> float:
-    """Share of the matmul FLOPs of a program that run in half."""
-    half = total = 0
+class FlopShares(NamedTuple):
+    """Shares of the matmul FLOPs of a program.
+
+    Attributes:
+      half: that run in half, or in a smaller format.
+      quantized: that run in float8 or int8.
+    """
+
+    half: float
+    quantized: float
+
+
+def flop_shares(jaxpr: Jaxpr) -> FlopShares:
+    """In which formats the matmul FLOPs of a program run."""
+    half = quantized = total = 0
     for eqn, times in counted(jaxpr):
-        if eqn.primitive.name in MATMULS:
+        if eqn.primitive.name in ALL_MATMULS:
             flops = times * matmul_shape(eqn).flops
+            is_quantized = eqn.primitive.name == SCALED_DOT
             total += flops
-            half += flops * is_half(eqn.invars[0])
-    return half / total if total else 0.0
+            half += flops * (is_quantized or operands(eqn)[0].dtype in _tree.HALF)
+            quantized += flops * is_quantized
+    return FlopShares(half / max(total, 1), quantized / max(total, 1))

@@ -1,4 +1,4 @@
-"""The smallest set of float32 units that is good enough, in few evaluations."""
+"""The smallest set of kept units that is good enough, in few evaluations."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeAlias

@@ -1,16 +1,15 @@
-"""`Problem`: evaluates sets of float32 units, within a budget."""
+"""`Problem`: evaluates sets of units that are kept, within a budget."""
 
 import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from jaxmp.errors import MissingPackage, NumericsError
 from jaxmp.numerics.replay._program import Program
-from jaxmp.numerics.search._evaluation import Evaluation, Measured, half_flops
+from jaxmp.numerics.search._evaluation import Evaluation, Measured, flop_shares
 from jaxmp.numerics.search._saved import Saved
-from jaxmp.numerics.search._units import Unit, rules_of
+from jaxmp.numerics.search._units import Unit
 
 
 class BudgetSpent(Exception):
@@ -21,7 +20,7 @@ class Problem:
     """Evaluates sets of units, each of them once.
 
     Args:
-      programs: a function of rules that returns the program of each batch.
+      programs: a function of the kept units that returns the program of each batch.
       exact: the same programs in float32.
       saved: what was evaluated so far.
       budget: how many evaluations there may be, with those that are saved.
@@ -33,7 +32,7 @@ class Problem:
 
     def __init__(
         self,
-        programs: Callable[[Sequence[Any]], list[Program]],
+        programs: Callable[[tuple[Unit, ...]], list[Program]],
         exact: Sequence[Program],
         saved: Saved,
         budget: int,
@@ -54,7 +53,7 @@ class Problem:
         self._met: set[frozenset[str]] = set()
 
     def evaluate(self, kept: Sequence[Unit]) -> Evaluation:
-        """What loss and gradients are with these units in float32.
+        """What loss and gradients are with these units kept in float32, or in half.
 
         Raises:
           BudgetSpent: if that would be one evaluation too many.
@@ -70,17 +69,19 @@ class Problem:
         return self.saved.evaluations[names]
 
     def _measure(self, kept: Sequence[Unit]) -> Evaluation:
-        programs = self.programs(rules_of(kept))
+        programs = self.programs(tuple(kept))
         errors = [
             Measured(program).errors(reference)
             for program, reference in zip(programs, self.references, strict=True)
         ]
         losses, gradients = zip(*errors, strict=True)
+        shares = flop_shares(programs[0].jaxpr)
         return Evaluation(
             kept=tuple(unit.name for unit in kept),
             loss_error=max(losses),
             gradient_error=max(gradients),
-            half_flops=half_flops(programs[0].jaxpr),
+            half_flops=shares.half,
+            quantized_flops=shares.quantized,
         )
 
 

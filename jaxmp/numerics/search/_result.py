@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 from jaxmp._views import html
 from jaxmp._views.figures import GOOD, LOST, new_axes
@@ -15,22 +15,23 @@ from jaxmp.numerics.search._blame import Kept
 from jaxmp.numerics.search._evaluation import Evaluation
 from jaxmp.policy import PolicyRule
 
-_KEPT_COLUMNS = ("float32", "error it adds", "why")
-_CURVE_COLUMNS = (
-    *("kept", "matmul FLOPs in half", "loss error", "gradient error", "float32"),
-)
+_KEPT_COLUMNS = ("error it adds", "why")
+_CURVE_COLUMNS = ("kept", "matmul FLOPs in half", "loss error", "gradient error")
+_SMALLER = "in a smaller format"
 _SHOWN = 20
+_Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicySearch(Result):
-    """The smallest set of layers and operations that have to stay in float32.
+    """The smallest set of layers and operations that have to stay in float32, or half.
 
     Attributes:
       policy: what was searched from, as `str` writes it.
       tolerance: the error that loss and gradients may have.
       loss_scale: the scale that the gradients were computed at.
-      kept: what stays in float32, the worst first: `name`, `rule`, `error`, `reason`.
+      kept: what stays in float32, or has its matmuls in half, as `stays_in` says, the
+        worst first: `name`, `rule`, `error`, `reason`, `stays_in`.
       rules: for `autocast(fn, policy, rules=...)`: the rules of `kept`, then the ones
         given to the search. The `PolicyRule`s among them fit `apply_policy` as well.
       result: the evaluation of `kept`.
@@ -52,13 +53,19 @@ class PolicySearch(Result):
     @property
     def summary(self) -> str:
         """What was found, in a sentence or two."""
-        kept = len(self.kept)
+        kept = len(self._staying("float32"))
         stays = "layer or operation stays" if kept == 1 else "layers or operations stay"
+        quantized = self._quantized
+        if (in_half := len(self._staying("half"))) or quantized:
+            matmuls = "layer stay" if in_half == 1 else "layers stay"
+            stays += f" in float32, the matmuls of {in_half or 'no'} {matmuls} in half;"
+        else:
+            stays += " in float32,"
         found = (
-            f"{kept or 'No'} {stays} in float32, {self.result.half_flops:.1%} of the "
-            "matmul FLOPs run in half. Loss and gradients are off by "
+            f"{kept or 'No'} {stays} {self.result.half_flops:.1%} of the "
+            f"matmul FLOPs run in half{quantized}. Loss and gradients are off by "
             f"{self.result.error:.2g}, {'within' if self.is_within else 'NOT within'} "
-            f"{self.tolerance:g}, at loss scale {power(self.loss_scale)} "
+            f"{self.tolerance:.3g}, at loss scale {power(self.loss_scale)} "
             f"({len(self.evaluations)} evaluations)."
         )
         if not self.is_within and self.is_minimal:
@@ -69,12 +76,21 @@ class PolicySearch(Result):
             found += " The budget ended before a smaller set could be ruled out."
         return found
 
+    @property
+    def _quantized(self) -> str:
+        """The share of the FLOPs in a smaller format, in words, if there is any."""
+        share = self.result.quantized_flops
+        return f", {share:.1%} {_SMALLER}" if share else ""
+
+    def _staying(self, dtype: str) -> list[Kept]:
+        return [kept for kept in self.kept if kept.stays_in == dtype]
+
     def to_rows(self) -> list[dict[str, Any]]:
         """Gives the cost curve: what was evaluated, the most FLOPs in half first.
 
         Returns:
-          Dictionaries with `kept`, `half_flops`, `loss_error`, `gradient_error`,
-          `error` and `is_within`.
+          Dictionaries with `kept`, `half_flops`, `quantized_flops`, `loss_error`,
+          `gradient_error`, `error` and `is_within`.
         """
         return [
             {
@@ -94,7 +110,10 @@ class PolicySearch(Result):
             "is_within": self.is_within,
             "is_minimal": self.is_minimal,
             "kept": [
-                {"name": k.name, "error": k.error, "reason": k.reason}
+                {
+                    **{"name": k.name, "error": k.error, "reason": k.reason},
+                    "stays_in": k.stays_in,
+                }
                 for k in self.kept
             ],
             "curve": self.to_rows(),
@@ -105,9 +124,9 @@ class PolicySearch(Result):
         return html.page(
             "What has to stay in float32",
             html.paragraph(self.summary),
-            html.table(_KEPT_COLUMNS, self._kept_cells()),
+            *(html.table(*table) for table in self._kept_tables()),
             html.heading("What was tried"),
-            html.table(_CURVE_COLUMNS, self._curve_cells(), styles=styles),
+            html.table(*self._curve(), styles=styles),
         )
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -144,25 +163,39 @@ class PolicySearch(Result):
         axes.figure.savefig(path)
 
     def __str__(self) -> str:
-        kept = self._kept_cells()
-        parts = [text_table(_KEPT_COLUMNS, kept)] if kept else []
-        curve = shortened_table(_CURVE_COLUMNS, self._curve_cells(), _SHOWN)
+        parts = [text_table(*table) for table in self._kept_tables()]
+        curve = shortened_table(*self._curve(), _SHOWN)
         return "\n\n".join([self.summary, *parts, curve])
 
-    def _kept_cells(self) -> list[tuple[str, ...]]:
-        return [(k.name, _error(k.error), k.reason) for k in self.kept]
+    def _kept_tables(self) -> list[_Table]:
+        """What stays in float32, and what in half."""
+        tables = []
+        for dtype in ("float32", "half"):
+            cells = [(k.name, _error(k.error), k.reason) for k in self._staying(dtype)]
+            if cells:
+                tables.append(((dtype, *_KEPT_COLUMNS), cells))
+        return tables
 
-    def _curve_cells(self) -> list[tuple[str, ...]]:
-        return [
-            (
+    def _curve(self) -> _Table:
+        """What was tried; a column more if something was quantised."""
+        has_quantized = any(x.quantized_flops for x in self.evaluations)
+        kept = "kept" if has_quantized else "float32"
+        columns = [*_CURVE_COLUMNS, kept]
+        rows = [
+            [
                 str(len(x.kept)),
                 f"{x.half_flops:.1%}",
                 _error(x.loss_error),
                 _error(x.gradient_error),
                 ", ".join(x.kept) if len(x.kept) <= 5 else f"{x.kept[0]}, ...",
-            )
+            ]
             for x in self.evaluations
         ]
+        if has_quantized:
+            columns.insert(2, _SMALLER)
+            for row, x in zip(rows, self.evaluations, strict=True):
+                row.insert(2, f"{x.quantized_flops:.1%}")
+        return tuple(columns), [tuple(row) for row in rows]
 
 
 def _error(error: float) -> str:

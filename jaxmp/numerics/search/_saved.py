@@ -48,7 +48,7 @@ class Saved:
         """Everything that was evaluated, by share of FLOPs in half."""
 
         def order(x: Evaluation) -> tuple[Any, ...]:
-            return -x.half_flops, len(x.kept), x.kept
+            return -x.half_flops, -x.quantized_flops, len(x.kept), x.kept
 
         return tuple(sorted(self.evaluations.values(), key=order))
 

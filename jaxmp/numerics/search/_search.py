@@ -4,13 +4,18 @@
     bisection on the ranks   ->  the shortest prefix that is within the tolerance
     leaving out by halves    ->  a set from which no single member can be left out
 
+Under a policy with `quantize` there are two searches. The first has all matmuls in
+half, and finds what has to stay in float32. The second keeps that, and finds of which
+layers the matmuls have to stay in half.
+
 The blame decides how fast the search is, never what it returns: every set is evaluated
 as it will be used, by `autocast` with its rules.
 
 Sharp edges
 - The search assumes that more in float32 is never worse. Where errors cancel, a smaller
   set may exist; the returned one is within the tolerance all the same.
-- Of the policy, `compute_dtype` and `matmul_precision` count, as in `autocast`.
+- Of the policy, `compute_dtype`, `matmul_precision` and `quantize` count, as in
+  `autocast`.
 - The rule of a layer holds for everything inside it, and so does the rule of a
   primitive under a path.
 """
@@ -27,9 +32,14 @@ from jaxmp import _tree
 from jaxmp.errors import NumericsError
 from jaxmp.numerics.compare._scales import scale_range
 from jaxmp.numerics.compare._stand_in import stand_in, stand_in_rules
+from jaxmp.numerics.compare.rows import tolerable
 from jaxmp.numerics.ranges._formats import format_range
-from jaxmp.numerics.replay._program import Program, read_program
-from jaxmp.numerics.search._blame import rank_by_blame
+from jaxmp.numerics.replay._program import Program, read_program, trying_rules
+from jaxmp.numerics.search._blame import (
+    measure_quantized,
+    rank_by_blame,
+    rank_quantized,
+)
 from jaxmp.numerics.search._half_operations import find_half_operations
 from jaxmp.numerics.search._minimise import Units, minimise
 from jaxmp.numerics.search._problem import BudgetSpent, Problem, progress_bar
@@ -38,13 +48,15 @@ from jaxmp.numerics.search._saved import Saved, digest
 from jaxmp.numerics.search._units import rules_of, units_of
 from jaxmp.policy import PolicyLike, get_policy
 
+_TOLERANCE = 0.05
+
 
 def search_policy(
     loss_fn: Callable[..., Any],
     policy: PolicyLike,
     *batches: Any,
     budget: int = 40,
-    tolerance: float = 0.05,
+    tolerance: float | None = None,
     rules: Sequence[Any] = (),
     loss_scale: Any = None,
     argnums: int | Sequence[int] = 0,
@@ -54,7 +66,8 @@ def search_policy(
     """Finds the fewest layers and operations that have to stay in float32.
 
     Layers are the innermost name scopes, which Flax modules open by themselves. An
-    operation outside all layers is named by its primitive and its function.
+    operation outside all layers is named by its primitive and its function. Under a
+    policy with `quantize`, the fewest layers are found whose matmuls stay in half, too.
 
     Args:
       loss_fn: returns a floating scalar, alone or first in a tuple. nnx modules may be
@@ -67,7 +80,8 @@ def search_policy(
         one loss with its gradients for every batch.
       tolerance: the relative error that the loss, and the gradient of every parameter,
         may have. Healthy networks have about 0.002 in float16 and 0.015 in bfloat16,
-        far below the noise of a batch.
+        far below the noise of a batch; None is 0.05. For a policy that quantises, None
+        is what `compare` tolerates: 0.23 in float8_e4m3fn, 0.1 in int8.
       rules: of `autocast`, for what is not kept. `[OpRule(function=".*",
         compute="float16")]` starts with everything in half.
       loss_scale: what losses are multiplied by before the backward pass: a number, an
@@ -121,10 +135,24 @@ def search_policy(
             loss_scale = scale_range(in_bfloat16, dtype).central
     # The rules of kept units come first, and may leave nothing for one of these.
     rules = tuple(dataclasses.replace(rule, allow_unused=True) for rule in rules)
+
+    def under(kept: Units) -> list[Program]:
+        with trying_rules():
+            kept_rules = (*rules_of(kept), *rules)
+            return read(policy, rules=kept_rules, loss_scale=loss_scale)
+
     plain = read(policy, rules=rules, loss_scale=loss_scale)
     exact = read(loss_scale=loss_scale)
+    quantized = measure_quantized(plain)
+    in_half = rank_quantized(quantized)
+    if in_half:
+        # What is to stay in float32 is looked for with every matmul in half.
+        plain = under(tuple(in_half))
+    if tolerance is None:
+        tolerance = max(map(tolerable, quantized)) if in_half else _TOLERANCE
     half = find_half_operations(plain)
-    ranked = rank_by_blame(exact, half, units_of(half), dtype)
+    in_float32 = rank_by_blame(exact, half, units_of(half), dtype)
+    ranked = {**in_float32, **in_half}
     scale = plain[0].used_scale
     search = {
         "policy": str(policy),
@@ -135,12 +163,10 @@ def search_policy(
     }
     saved = Saved(resume, search)
 
-    def under(kept: Sequence[Any]) -> list[Program]:
-        return read(policy, rules=(*kept, *rules), loss_scale=loss_scale)
-
     with progress_bar(progress, budget) as advance:
         problem = Problem(under, exact, saved, budget, advance)
-        found, is_minimal = _search(tuple(ranked), problem, tolerance)
+        units = tuple(in_float32), tuple(in_half)
+        found, is_minimal = _search(*units, problem, tolerance)
     result = saved.evaluations[frozenset(unit.name for unit in found)]
     return PolicySearch(
         policy=str(policy),
@@ -155,16 +181,28 @@ def search_policy(
     )
 
 
-def _search(units: Units, problem: Problem, tolerance: float) -> tuple[Units, bool]:
+def _search(
+    in_float32: Units, in_half: Units, problem: Problem, tolerance: float
+) -> tuple[Units, bool]:
     """The smallest good set that the budget allowed, and whether it is minimal."""
-    found = None
-    good_sets = minimise(units, lambda kept: problem.evaluate(kept).error <= tolerance)
+    found: Units | None = None
+
+    def is_good(kept: Units) -> bool:
+        return problem.evaluate(kept).error <= tolerance
+
     try:
-        for smaller in good_sets:
-            found = smaller
+        if in_half and is_good(()):
+            return (), True
+        wide: Units | None = None
+        for wide in minimise(in_float32, lambda kept: is_good((*kept, *in_half))):
+            found = (*wide, *in_half)
+        if wide is None:
+            return (*in_float32, *in_half), True
+        for narrow in minimise(in_half, lambda kept: is_good((*wide, *kept))):
+            found = (*wide, *narrow)
     except BudgetSpent:
         return found or (), False
-    return units if found is None else found, True
+    return found or (), True
 
 
 def _check(dtype: np.dtype, batches: Sequence[Any], budget: int) -> None:

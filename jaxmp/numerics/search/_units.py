@@ -1,4 +1,4 @@
-"""What a search for a policy may keep in float32.
+"""What a search for a policy may keep in float32, or in half instead of smaller.
 
 A unit is what one rule can name: a layer (the operations under one innermost path), or
 one primitive under a path that holds further layers, or one primitive of a function
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from jaxmp.casting import OpRule
 from jaxmp.numerics.search._half_operations import Key
 from jaxmp.policy import PolicyRule
+from jaxmp.policy.quantize import NOT_QUANTIZED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +21,15 @@ class Unit:
 
     Attributes:
       name: for people, and for saved searches.
-      rule: keeps it in float32.
+      rule: keeps it in float32, or its matmuls in half.
       depth: how many name scopes it is in.
+      stays_in: `"float32"` or `"half"`.
     """
 
     name: str
     rule: PolicyRule | OpRule
     depth: int
+    stays_in: str = "float32"
 
 
 def units_of(keys: Iterable[Key]) -> dict[Key, Unit]:
@@ -47,6 +50,19 @@ def units_of(keys: Iterable[Key]) -> dict[Key, Unit]:
         elif key.is_backward and (key.path, key.line) in lines:
             found[key] = lines[key.path, key.line]
     return found
+
+
+def matmul_units_of(keys: Iterable[Key]) -> dict[Key, Unit]:
+    """The units that keep quantised matmuls in half; gradients go with their matmul."""
+    keys = [key._replace(primitive="dot_general") for key in keys]
+    return {key: _in_half(unit) for key, unit in units_of(keys).items()}
+
+
+def _in_half(unit: Unit) -> Unit:
+    rule = dataclasses.replace(
+        unit.rule, compute=None, quantize=NOT_QUANTIZED, allow_unused=True
+    )
+    return Unit(f"{unit.name} in half", rule, unit.depth, "half")
 
 
 def rules_of(units: Iterable[Unit]) -> tuple[PolicyRule | OpRule, ...]:

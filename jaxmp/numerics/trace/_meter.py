@@ -3,6 +3,10 @@
 The question is a "what if": which numbers would be zero, subnormal or infinite in
 another dtype. Operations that only move numbers (`reshape`, `broadcast_in_dim`, ...)
 are left out, and so are those whose results are not floating numbers.
+
+What is rounded to float8 or int8 for a matmul is no "what if": of a `quantize`, the
+array before it is measured, and counted is what became zero, or subnormal, under its
+scale.
 """
 
 import dataclasses
@@ -15,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
+from jaxmp._jaxpr.matmuls import QUANTIZE
 from jaxmp._jaxpr.primitives import CAST, LAYOUT
 from jaxmp._jaxpr.types import Array, Arrays
+from jaxmp.numerics.compare._distance import Distance
 from jaxmp.numerics.ranges._finiteness import nonfinite
 from jaxmp.numerics.ranges._statistics import statistics
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._site import ReplaySite
 from jaxmp.numerics.trace._result import TraceRow
+from jaxmp.quantization.scales import Quantized
 
 _COUNTS = ("size", "zeros", "underflows", "subnormals", "overflows", "nonfinite")
 _LARGE = 2**20
@@ -40,6 +47,9 @@ class Meter(Interpreter):
         self._totals: dict[ReplaySite, _Total] = {}
 
     def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
+        if site.primitive == QUANTIZE:
+            self._add_quantized(site, operands[0], Quantized(*results))
+            return
         results = [x for x in results if _tree.is_inexact(x)]
         if site.primitive in LAYOUT or not results:
             return
@@ -52,6 +62,18 @@ class Meter(Interpreter):
             total.add(*_measure(x, self.dtype))
         if any(nonfinite(results)) and not any(nonfinite(operands)):
             total.made_nonfinite += 1
+
+    def _add_quantized(
+        self, site: ReplaySite, array: Array, quantized: Quantized
+    ) -> None:
+        if site not in self._totals:
+            dtype = quantized.values.dtype
+            self._totals[site] = _Total(len(self._totals), dtype, 0.0)
+        total = self._totals[site]
+        total.times += 1
+        total.add(*_measure_quantized(array, quantized))
+        total.rounding = total.rounding or Distance()
+        total.rounding.add(array, quantized.in_dtype(jnp.float32))
 
     def rows(self) -> Iterator[TraceRow]:
         """What was measured, in the order of execution."""
@@ -71,6 +93,7 @@ class _Total:
     smallest: float = float("inf")
     sum: float = 0.0
     counts: Any = 0
+    rounding: Distance | None = None
 
     def add(self, ranges: np.ndarray, counts: np.ndarray) -> None:
         amax, smallest, total = map(float, ranges)
@@ -99,6 +122,7 @@ class _Total:
             nonfinite=nonfinite,
             made_nonfinite=self.made_nonfinite,
             lost_integers=self.lost_integers,
+            rounding=self.rounding and self.rounding.relative_error,
         )
 
 
@@ -111,6 +135,22 @@ def _measure(x: Array, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     counts = np.asarray(counts[:-1], np.int64)
     counts[[_COUNTS.index("size"), _COUNTS.index("zeros")]] -= removed
     return np.asarray(ranges, np.float64), counts
+
+
+def _measure_quantized(
+    array: Array, quantized: Quantized
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranges of an array, and counts of what became of it in a small format."""
+    values, dtype = quantized.values, quantized.values.dtype
+    ranges, counts = _measure(array, array.dtype.name)
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    small = float(jnp.finfo(dtype).smallest_normal) if is_float else 0.0
+    magnitudes = jnp.abs(values.astype(jnp.float32))
+    became_zero = jnp.sum((magnitudes == 0) & (array != 0))
+    subnormal = jnp.sum((magnitudes > 0) & (magnitudes < small))
+    counts[_COUNTS.index("underflows")] = became_zero
+    counts[_COUNTS.index("subnormals")] = subnormal
+    return ranges, counts
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -6,15 +6,18 @@ from typing import Any
 
 from jaxmp._jaxpr.sources import Source
 from jaxmp._views import html
-from jaxmp._views.numbers import percent
+from jaxmp._views.numbers import counted, percent
 from jaxmp._views.result import Result
 from jaxmp._views.tables import shortened_table
+from jaxmp.numerics.ranges._formats import usual_rounding
 
 _COLUMNS = (
     *("operation", "source", "path", "way", "times", "dtype", "largest", "smallest"),
     *("mean", "zero", "underflow", "subnormal", "overflow", "other"),
 )
 _SHOWN = 40
+_MANY_ZEROS = 0.01
+_LOSSY = 2.0
 _STYLES = {"overflow": "bad", "underflow": "note", "fine": "quiet"}
 
 
@@ -23,13 +26,15 @@ class TraceRow:
     """The results of one operation, over all iterations of the loops around it.
 
     Attributes:
-      operation: name of the primitive.
+      operation: name of the primitive; `"quantize"` is what rounds an operand of a
+        matmul to float8 or int8 under a scale, and `"scaled_dot"` the matmul itself.
       file, line, function: the user's source line.
       path: name scopes and modules around it.
       is_backward: whether it is part of a backward pass.
       order: place in the order of execution.
       times: how often it was carried out.
-      dtype: dtype of the result, as it was run.
+      dtype: dtype of the result, as it was run. The figures of a `quantize` are those
+        of the array before it was rounded.
       amax: the largest finite magnitude.
       smallest: the smallest finite magnitude that is not zero, 0 if there is none.
       mean: the mean magnitude of the finite numbers.
@@ -37,11 +42,14 @@ class TraceRow:
         masks are made of, is not counted anywhere.
       zeros: which fraction is zero.
       underflows, subnormals, overflows: which fraction would become zero, subnormal or
-        infinite in the dtype that was asked about.
+        infinite in the dtype that was asked about; of a `quantize`, which fraction
+        became zero or subnormal in its own format, under its scale.
       nonfinite: how many are infinite or NaN.
       made_nonfinite: how often it made such a number out of finite ones.
       lost_integers: of the integers that it turned into floating numbers, the fraction
         that this dtype cannot hold, such as positions above 256 in bfloat16.
+      rounding: of a `quantize`, by how much it is off: norm of the difference over norm
+        of the array. None for all others.
     """
 
     operation: str
@@ -64,23 +72,43 @@ class TraceRow:
     nonfinite: int
     made_nonfinite: int
     lost_integers: float
+    rounding: float | None = None
 
     @property
     def badness(self) -> tuple[float, ...]:
         """What rows are sorted by: the larger, the worse."""
         lost = max(self.overflows, self.lost_integers)
-        return (float(self.made_nonfinite > 0), lost, self.underflows, self.subnormals)
+        small = (self.underflows, self.subnormals)
+        if self.rounding is not None and not self._is_lossy:
+            small = (0.0, 0.0)
+        return (float(self.made_nonfinite > 0), lost, *small)
 
     @property
     def kind(self) -> str:
-        """`"overflow"`, `"underflow"` or `"fine"`."""
+        """`"overflow"`, `"underflow"` or `"fine"`.
+
+        A `quantize` is fine as long as it loses about what its format loses of normally
+        distributed numbers.
+        """
         if self.made_nonfinite or self.overflows or self.lost_integers:
             return "overflow"
+        if self.rounding is not None:
+            return "underflow" if self._is_lossy else "fine"
         return "underflow" if self.underflows or self.subnormals else "fine"
+
+    @property
+    def _is_lossy(self) -> bool:
+        """Whether a `quantize` loses more than its format does of normal numbers."""
+        assert self.rounding is not None
+        # int8 has equal steps: there, small numbers become zero in any row.
+        is_zeroing = self.dtype != "int8" and self.underflows > _MANY_ZEROS
+        return is_zeroing or self.rounding > _LOSSY * usual_rounding(self.dtype)
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
         other = []
+        if self.rounding is not None:
+            other.append(f"off by {self.rounding:.1%}")
         if self.nonfinite:
             other.append(f"{self.nonfinite} not finite")
         if self.lost_integers:
@@ -121,7 +149,20 @@ class Trace(Result):
         return (
             f"{len(self.rows)} operations{scale}; in {self.dtype}, "
             f"{kinds['overflow']} would overflow and {kinds['underflow']} lose small "
-            "numbers"
+            f"numbers{self._rounded}"
+        )
+
+    @property
+    def _rounded(self) -> str:
+        """What was rounded for quantised matmuls, in words."""
+        found: dict[str, list[float]] = collections.defaultdict(list)
+        for row in self.rows:
+            if row.rounding is not None:
+                found[row.dtype].append(row.rounding)
+        return "".join(
+            f"; {counted(len(errors), 'operand')} of matmuls rounded to {dtype}, off "
+            f"by {max(errors):.1%} at most"
+            for dtype, errors in found.items()
         )
 
     def to_rows(self) -> list[dict[str, Any]]:
