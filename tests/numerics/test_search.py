@@ -371,3 +371,14 @@ def test_text_page_json_and_chart(overflowing, tmp_path):
 def test_results_are_frozen(overflowing):
     with pytest.raises(dataclasses.FrozenInstanceError):
         overflowing[2].tolerance = 1.0
+
+
+def test_batched_matmuls_in_any_layout_can_be_tried_in_half():
+    # CPUs do not multiply half to float32 with batch axes that are not the first.
+    def loss(w, x):
+        q = (x @ w).reshape(2, 16, 2, 4)
+        return jnp.mean(jnp.einsum("bqhd,bkhd->bhqk", q, q) ** 2)
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 8)), jnp.float32)
+    found = search_policy(loss, "mixed_bfloat16", (jnp.eye(8), x))
+    assert found.kept == ()

@@ -10,6 +10,7 @@ carried out, in a run under the policy.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmp import _tree
@@ -182,6 +183,10 @@ _MANY = 0.01
 def _in_half(eqn: Eqn, operands: Arrays, dtype: np.dtype) -> list[Array]:
     """An operation on operands that are rounded to half."""
     half = [x.astype(dtype) if _tree.is_castable(x) else x for x in operands]
+    if eqn.params.get("preferred_element_type") == jnp.float32:
+        # CPUs multiply half to half, but not all of it to float32.
+        params = {**eqn.params, "preferred_element_type": dtype}
+        eqn = eqn.replace(params=params)
     try:
         return bind(eqn, half)
     except (TypeError, ValueError):
