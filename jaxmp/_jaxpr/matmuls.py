@@ -44,7 +44,10 @@ def dimension_numbers(eqn: Eqn) -> Any:
 
 
 def is_quantize(eqn: Eqn) -> bool:
-    """Whether a call rounds an array to a small format: to values and their scales."""
+    """Whether a call rounds an array to a small format: to values and their scales.
+
+    The array is its last operand. In a loop, JAX may pass constants before it.
+    """
     name = eqn.primitive.name
     if name not in CUSTOM_JVPS or len(eqn.outvars) != 2:
         return False

@@ -37,7 +37,7 @@ class QuantizedMatmuls:
     def look(self, site: ReplaySite, given: Arrays, results: Arrays) -> None:
         """Looks at an operation of the program; it wants to see them all."""
         if site.primitive == QUANTIZE:
-            self._remember(given[0], results[0])
+            self._remember(given[-1], results[0])
         elif site.primitive == SCALED_DOT:
             lhs, rhs = (self._read(*given[i : i + 2]) for i in (0, 2))
             numbers = dimension_numbers(site.eqn)

@@ -48,7 +48,7 @@ class Meter(Interpreter):
 
     def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
         if site.primitive == QUANTIZE:
-            self._add_quantized(site, operands[0], Quantized(*results))
+            self._add_quantized(site, operands[-1], Quantized(*results))
             return
         results = [x for x in results if _tree.is_inexact(x)]
         if site.primitive in LAYOUT or not results:
