@@ -4,6 +4,7 @@ import ast
 import inspect
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -109,6 +110,10 @@ def collapse(loss):
     for _ in range(3):
         _, state = tx.update({"w": jnp.full(2, jnp.nan)}, state, params, value=loss)
     jaxmp.raise_if_collapsed(state, max_consecutive_skips=3)
+
+
+def two_layers(w):
+    return jnp.sum(jnp.tanh(jnp.ones((16, 16)) @ w) @ w)
 
 
 BAD_INPUT = {
@@ -228,6 +233,23 @@ BAD_INPUT = {
         lambda: jaxmp.sharding.reduce_gradients(params, "data", dtype="float16"),
         errors.ReduceDtypeError,
         ("float16 without a loss scale", "loss_scale=opt_state", "dtype='bfloat16'"),
+    ),
+    "policy in float8": (
+        lambda: jaxmp.get_policy("float8_e4m3fn"),
+        errors.PolicyError,
+        ("compute_dtype=float8_e4m3fn", "without a scale", "'mixed_fp8'"),
+    ),
+    "reserved format": (
+        lambda: jaxmp.get_policy("mixed_fp8:mx"),
+        errors.PolicyError,
+        ("'fp8:mx'", "MXFP8", "fp8:rowwise"),
+    ),
+    "second derivative of a float8 matmul": (
+        lambda: jax.hessian(jaxmp.autocast(two_layers, "mixed_fp8"))(
+            jnp.ones((16, 16))
+        ),
+        errors.NoSecondDerivative,
+        ("float8_e4m3fn", "twice", "'mixed_bfloat16'", "OpRule(path=..., quantize="),
     ),
     "compile target": (
         lambda: has_target("h200"),

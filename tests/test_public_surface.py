@@ -18,12 +18,16 @@ SOURCE = Path(jaxmp.__file__).parent
 ROOT = Path(__file__).parent.parent
 API_PAGE = ROOT / "docs" / "api.md"
 
+# Policies choose from it by name, and nobody calls it.
+NOT_PUBLIC = ("jaxmp.quantization",)
+
 
 def public_modules():
     """The package, its subpackages, and what in them lists names of its own."""
     yield "jaxmp"
     for module in pkgutil.walk_packages(jaxmp.__path__, "jaxmp."):
         is_private = any(part.startswith("_") for part in module.name.split("."))
+        is_private = is_private or module.name in NOT_PUBLIC
         is_nested = module.name.count(".") > 1
         if not is_private and (not is_nested or names_of(module.name)):
             yield module.name

@@ -12,7 +12,7 @@ from jaxmp.policy._matmul_precision import precision_names, read_precision
 from jaxmp.policy._policy import Policy, PolicyLike
 from jaxmp.policy._suggestions import near_policy, near_value
 from jaxmp.policy.dtypes import name_to_dtype, policy_name_for, read_dtype
-from jaxmp.policy.quantize import RECIPES, read_quantize
+from jaxmp.policy.quantize import NOT_QUANTIZED, RECIPES, read_quantize
 
 PRESETS = MappingProxyType(
     {
@@ -45,7 +45,7 @@ _VALUES: Mapping[str, tuple[Callable[[str], Any], str, Callable[[], Any]]] = (
     MappingProxyType(
         {
             "matmul_precision": (read_precision, "matmul precision", precision_names),
-            "quantize": (read_quantize, "format", lambda: RECIPES),
+            "quantize": (read_quantize, "format", lambda: (*RECIPES, NOT_QUANTIZED)),
         }
     )
 )
@@ -191,8 +191,7 @@ def _error(
         lines.append(f"Allowed here: {', '.join(allowed)}.")
     if keys:
         lines.append(
-            "Keys: params (p), compute (c), output (o), matmul, reduce, "
-            "quantize; "
+            "Keys: params (p), compute (c), output (o), matmul, reduce, quantize; "
             "for example 'p=f32,c=bf16,o=f32'."
         )
     return PolicyError("\n".join(lines))

@@ -12,6 +12,10 @@ _OF_DTYPE = {
     "float32": ("32", "f32", "fp32", "float32", "single"),
     "float64": ("64", "f64", "fp64", "float64", "double"),
 }
+_QUANTIZED = {
+    "mixed_fp8": ("f8", "fp8", "float8", "e4m3", "e4m3fn"),
+    "mixed_int8": ("i8", "int8"),
+}
 _ELSEWHERE = {
     "amp": "mixed_float16",
     "o1": "mixed_float16",
@@ -42,6 +46,11 @@ def near_policy(text: str, names: Iterable[str]) -> str:
     words = re.findall(r"[a-z0-9]+", text.lower())
     if "_".join(words) in _ELSEWHERE:
         return f"Did you mean {_ELSEWHERE['_'.join(words)]!r}?"
+    for name, spellings in _QUANTIZED.items():
+        if any(word in spellings for word in words):
+            variants = [variant for variant in names if variant.startswith(name)]
+            near = difflib.get_close_matches(text.lower(), variants, n=1)
+            return f"Did you mean {(near or [name])[0]!r}?"
     dtype = _dtype(words)
     if dtype in _MIXED_NAME and any(word in _MIXED for word in words):
         return f"Did you mean {_MIXED_NAME[dtype]!r}?"

@@ -36,19 +36,20 @@ def check_quantize(name: Any, compute: np.dtype) -> str | None:
     Raises:
       PolicyError: for another name, or a compute dtype that is not half.
     """
-    if name in (None, NOT_QUANTIZED):
-        return None
-    if read_quantize(name) is None:
+    read = None if name is None else read_quantize(name)
+    if name is not None and read is None:
         raise PolicyError(
             f"Unknown quantize {name!r} in a policy. Write one of: "
-            f"{', '.join(RECIPES)}."
+            f"{', '.join((*RECIPES, NOT_QUANTIZED))}."
         )
+    if read in (None, NOT_QUANTIZED):
+        return None
     if compute not in _tree.HALF:
         raise PolicyError(
             f"quantize={name!r} does not fit compute_dtype={compute}: only matmuls in "
             "half are multiplied in a smaller format. Write compute=bfloat16 beside it."
         )
-    return name
+    return read
 
 
 def check_compute_dtype(dtype: np.dtype) -> None:
@@ -68,7 +69,9 @@ def read_quantize(name: Any) -> str | None:
     Raises:
       PolicyError: for a name that is reserved.
     """
-    if isinstance(name, str) and name in _RESERVED:
+    if not isinstance(name, str):
+        return None
+    if name in _RESERVED:
         raise PolicyError(
             f"quantize={name!r} is reserved for scales by {_RESERVED[name]}, which no "
             "compiler of JAX multiplies natively yet. Write one of: "

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmp.errors import PolicyError
 from jaxmp.policy import Policy, get_policy, half_dtype
 from jaxmp.policy._matmul_precision import precision_names
 from jaxmp.policy.dtypes import dtype_to_names, name_to_dtype, policy_name_for
@@ -103,8 +104,22 @@ def test_the_name_of_numpy_is_among_those_of_a_dtype(dtype):
 @pytest.mark.parametrize("name", name_to_dtype)
 def test_every_name_is_read_wherever_a_dtype_is(name):
     dtype = name_to_dtype[name]
-    assert get_policy(name) == Policy(dtype, dtype, dtype) == Policy(name, name, name)
+    assert get_policy(f"p={name},c=f32").param_dtype == dtype
     assert get_policy(f"o={name}").output_dtype == dtype
+    if jnp.dtype(dtype).itemsize > 1:
+        every = Policy(dtype, dtype, dtype)
+        assert get_policy(name) == every == Policy(name, name, name)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("spec", ["{}", "c={}", "p={}", "mixed_bfloat16,compute={}"])
+def test_nothing_is_computed_in_float8_without_a_scale(spec, name):
+    with pytest.raises(PolicyError, match=f"compute_dtype={name} .*'mixed_fp8'"):
+        get_policy(spec.format(name))
+    with pytest.raises(PolicyError, match="'mixed_fp8'"):
+        Policy("float32", name, "float32")
+    with pytest.raises(PolicyError, match="'mixed_fp8'"):
+        get_policy(name_to_dtype[name])
 
 
 # Matmul precision

@@ -17,12 +17,26 @@ from jaxmp.policy import Policy, get_policy
 from jaxmp.policy._grammar import PRESETS
 from jaxmp.policy._matmul_precision import precision_names
 from jaxmp.policy.dtypes import dtype_to_names
+from jaxmp.policy.quantize import RECIPES
 
 # Policies, and the strings that name them
 
+HALF = (jnp.bfloat16, jnp.float16)
+FLOAT8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 dtypes = st.sampled_from(list(dtype_to_names))
+wide = st.sampled_from([d for d in dtype_to_names if d not in FLOAT8])
 precisions = st.none() | st.sampled_from(precision_names())
-policies = st.builds(Policy, dtypes, dtypes, dtypes, matmul_precision=precisions)
+
+
+@st.composite
+def made_of_fields(draw):
+    compute = draw(wide)
+    formats = st.none() | st.sampled_from(RECIPES) if compute in HALF else st.none()
+    options = {"matmul_precision": draw(precisions), "quantize": draw(formats)}
+    return Policy(draw(dtypes), compute, draw(dtypes), **options)
+
+
+policies = made_of_fields()
 
 spaces = st.text(" \t", max_size=2)
 KEYS = {
@@ -40,8 +54,11 @@ def specs(draw):
     output as compute.
     """
     parts, named = [], {}
-    for field in draw(st.lists(st.sampled_from(list(KEYS)), unique=True)):
-        named[field] = draw(dtypes)
+    fields = draw(st.lists(st.sampled_from(list(KEYS)), unique=True))
+    # Nothing is computed in float8, which params would hand on to compute.
+    computes = "compute_dtype" if "compute_dtype" in fields else "param_dtype"
+    for field in fields:
+        named[field] = draw(wide if field == computes else dtypes)
         name = draw(st.sampled_from(dtype_to_names[named[field]]))
         parts.append((draw(st.sampled_from(KEYS[field])), name))
     precision = draw(precisions if parts else st.sampled_from(precision_names()))
@@ -101,6 +118,8 @@ READ = {
     # a name, and what is different from it
     "mixed_bfloat16,o=bf16": (f32, bf16, bf16),
     "32-true, o=float8_e4m3fn": (f32, f32, f8),
+    # multiplied in a smaller format
+    **{f"mixed_{name}": (f32, bf16, f32) for name in RECIPES},
 }
 
 
@@ -117,7 +136,7 @@ def test_every_preset_has_a_case_above(name):
     assert name in READ
 
 
-@pytest.mark.parametrize("dtype", [bf16, np.float32, np.dtype("float16"), f8])
+@pytest.mark.parametrize("dtype", [bf16, np.float32, np.dtype("float16"), f64])
 def test_a_dtype_stands_for_all_three(dtype):
     assert get_policy(dtype) == Policy(dtype, dtype, dtype)
 
@@ -206,6 +225,9 @@ WRONG = [
     ("c=f16,matmul=tf33", "tf33", "Unknown matmul precision", "TF32_TF32_F32"),
     ("c=f16,matmul=tf33", "tf33", "Did you mean 'tf32'?", "highest"),
     ("mixed_bfloat16,c=f16,=", "=", "Unknown key ''", "output (o)"),
+    ("c=bf16,quantize=fp9", "fp9", "Unknown format 'fp9'", "int8:wgrad_half, none"),
+    ("c=bf16,quantize=FP8", "FP8", "Did you mean 'fp8'?", "fp8:rowwise"),
+    ("c=bf16,quantise=fp8", "quantise", "Did you mean 'quantize'?", "matmul"),
 ]
 
 
@@ -264,6 +286,7 @@ def test_with_output_dtype_changes_the_output_only(policy, dtype):
     assert type(changed) is Policy
     assert changed.output_dtype == dtype
     assert changed.matmul_precision == policy.matmul_precision
+    assert changed.quantize == policy.quantize
     assert changed.with_output_dtype(policy.output_dtype) == policy
 
 
@@ -292,6 +315,13 @@ SUGGESTED = {
     "16-true": "pure_fp16 16_true float16_true fp16_only",
     "float32,matmul=tf32": "tf32 TF32",
     "auto": "AUTO Auto",
+    "mixed_fp8": (
+        "fp8 FP8 float8 f8 mixed_float8 MIXED_FP8 mixed-fp8 fp8_mixed fp8-mixed "
+        "mixed_f8 mixed_e4m3 float8_mixed"
+    ),
+    "mixed_fp8:hybrid": "fp8:hybrid mixed_fp8_hybrid",
+    "mixed_fp8:rowwise": "mixed_fp8:row fp8_rowwise",
+    "mixed_int8": "int8 INT8 mixed_i8 int8_mixed mixed-int8",
 }
 
 
