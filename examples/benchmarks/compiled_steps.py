@@ -67,6 +67,7 @@ SAVING_MORE = {
         BFLOAT16_AUTOCAST, optimizer=all_state_in_half, param_dtype=jnp.bfloat16
     ),
 }
+QUANTIZED = {"float8 autocast": functools.partial(BFLOAT16_AUTOCAST, quantize="fp8")}
 WITHOUT_LOSS_SCALING = {
     "bfloat16 apply_policy, unscaled": functools.partial(UNSCALED, autocast=False),
     "bfloat16 autocast, unscaled": functools.partial(UNSCALED, autocast=True),
@@ -92,6 +93,7 @@ WAYS: dict[str, Callable[[Job], ways.Training]] = {
     FLOAT32: ways.plain,
     **IN_HALF,
     **SAVING_MORE,
+    **QUANTIZED,
     **WITHOUT_LOSS_SCALING,
     **OWN_CODE_IN_HALF,
     **NOT_PADDED,

@@ -234,6 +234,7 @@ def with_jaxmp(
     param_dtype: Any = jnp.float32,
     init_scale: float = INIT_SCALE,
     reduce_dtype: Any = None,
+    quantize: str | None = None,
     **options: Any,
 ) -> Training:
     """jaxmp's `autocast` or `apply_policy`, and its loss scale.
@@ -246,9 +247,16 @@ def with_jaxmp(
       param_dtype: what parameters are stored in.
       init_scale: the first loss scale, for float16.
       reduce_dtype: dtype in which gradients of weights leave their matmuls.
+      quantize: how matmuls with a weight are quantised, as in `Policy.quantize`.
       **options: of `autocast` or `apply_policy`.
     """
-    policy = jaxmp.Policy(param_dtype, dtype, jnp.float32, reduce_dtype=reduce_dtype)
+    policy = jaxmp.Policy(
+        param_dtype,
+        dtype,
+        jnp.float32,
+        reduce_dtype=reduce_dtype,
+        quantize=quantize,
+    )
     tx = jaxmp.loss_scaling(optimizer(job.optimizer), policy, init_scale=init_scale)
     model, loss_fn = under_policy(job, policy, autocast=autocast, **options)
     differentiated = jaxmp.value_and_grad(loss_fn, has_aux=True)

@@ -23,7 +23,7 @@ from jaxmp._jaxpr.execution import result_avals
 from jaxmp._jaxpr.primitives import MATMUL_OF_TANGENT
 from jaxmp._jaxpr.types import Array
 from jaxmp.quantization._batching import DimensionNumbers, all_at_front, batched
-from jaxmp.quantization.recipe import COTANGENT, Recipe, Role
+from jaxmp.quantization.recipe import COTANGENT, WEIGHT, Recipe, Role
 from jaxmp.quantization.scaled_dot import dot_params, scaled_dot
 from jaxmp.quantization.scales import Quantized, quantize
 
@@ -60,7 +60,8 @@ class _Matmul(NamedTuple):
         contract, batch = (pair[side] for pair in self.dimension_numbers)
         free = (i for i in range(x.ndim) if i not in batch)
         axes = tuple(contract) if self.recipe.per_row else tuple(free)
-        return quantize(x, self.recipe.format_of(self.roles[side]), axes)
+        role = self.roles[side]
+        return quantize(x, self.recipe.format_of(role), axes, role == WEIGHT)
 
     def of(self, lhs: Quantized, rhs: Quantized) -> Array:
         """The result of quantised operands."""

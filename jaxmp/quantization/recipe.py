@@ -1,4 +1,4 @@
-"""`Recipe`: in which formats a matmul's operands are multiplied, and how they are scaled."""
+"""`Recipe`: in which formats a matmul's operands are multiplied, and their scales."""
 
 from types import MappingProxyType
 from typing import Any, NamedTuple

@@ -3,7 +3,7 @@
 A float8 dot in a program is no promise of float8 arithmetic. On NVIDIA's GPUs XLA
 multiplies it in float16, unless the dot names a float8 algorithm: then it calls
 cuBLASLt, which wants the scale behind the dot, in the dtype of the result, to multiply
-by it there. No TPU takes such an algorithm.
+by it there. It takes one factor. No TPU takes such an algorithm.
 """
 
 import functools
@@ -72,7 +72,7 @@ def _multiply(
         algorithm = _FAST_ALGORITHM if is_fast else _ALGORITHM
         if is_scalar and dtype == jnp.bfloat16:
             # bfloat16 holds whatever float32 does, so that it can be scaled after it is
-            # rounded, which cuBLASLt does in the same call.
+            # rounded, by cuBLASLt in the same call or where it is read.
             accumulator = dtype
     out = jax.lax.dot_general(
         lhs,
@@ -83,9 +83,12 @@ def _multiply(
     )
     if not is_float:
         out = out.astype(jnp.float32)
-    if is_scalar:
+    if is_scalar and is_fast:
+        # Forward: cuBLASLt adds the bias, too, and stores no product without it.
         scale = lhs_inverse.reshape(()) * rhs_inverse.reshape(())
         return (out * scale.astype(out.dtype)).astype(dtype)
+    # Backward: a fusion that reads the result takes two factors and needs no product.
+    out = out.astype(jnp.float32)
     for scale in _along_result(lhs_inverse, rhs_inverse, dimension_numbers):
         out = out * scale
     return out.astype(dtype)
