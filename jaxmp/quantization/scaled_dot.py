@@ -83,11 +83,11 @@ def _multiply(
     )
     if not is_float:
         out = out.astype(jnp.float32)
-    if is_scalar and is_fast:
-        # Forward: cuBLASLt adds the bias, too, and stores no product without it.
+    if is_scalar and (is_fast or not on_cuda):
+        # Forward, cuBLASLt adds the bias, too, and stores no product without it.
         scale = lhs_inverse.reshape(()) * rhs_inverse.reshape(())
         return (out * scale.astype(out.dtype)).astype(dtype)
-    # Backward: a fusion that reads the result takes two factors and needs no product.
+    # Backward, a fusion that reads the result takes two factors and needs no product.
     out = out.astype(jnp.float32)
     for scale in _along_result(lhs_inverse, rhs_inverse, dimension_numbers):
         out = out * scale

@@ -5,7 +5,6 @@ rounding, and a gradient of 2^k times a loss has the digits of the gradient of t
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,19 +14,7 @@ import numpy as np
 
 from jaxmp._jaxpr.types import Array
 from jaxmp.errors import NoSecondDerivative
-
-_SMALLEST = 2.0**-100
-"""Arrays whose largest number is smaller are scaled like this one: the inverse of a
-scale, and its product with any result of a matmul, is then no subnormal."""
-
-_LONG = 2**14
-_SHORT = 2**11
-"""Of more numbers than the one XLA finds the largest in two kernels on GPUs, of no more
-than the other in one."""
-
-_MANTISSA = 0x7FFFFF
-_ONE = 0x3F800000
-"""float32: the bits of its mantissa, and those of 1."""
+from jaxmp.quantization._rounding import round_to_format
 
 
 class Quantized(NamedTuple):
@@ -45,39 +32,6 @@ class Quantized(NamedTuple):
     def in_dtype(self, dtype: Any) -> Array:
         """The array again, as it was rounded."""
         return (self.values.astype(jnp.float32) * self.inverse).astype(dtype)
-
-
-def inverse_scale(largest: Array, dtype: np.dtype) -> Array:
-    """The smallest powers of two over which arrays are within a format.
-
-    Args:
-      largest: their largest magnitudes, float32.
-      dtype: the format.
-
-    Returns:
-      float32: `largest / inverse` is at most the largest number of the format, and more
-      than half of it, if `largest` is not smaller than 2^-100. NaN where `largest` is
-      not finite.
-    """
-    limit = int(np.float32(_largest(dtype)).view(np.int32))
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(largest, _SMALLEST), jnp.int32)
-    # A mantissa above that of the limit carries into the exponent.
-    bits = (bits + (_MANTISSA - (limit & _MANTISSA))) & (0xFF << 23)
-    return _from_bits(bits - (limit & ~_MANTISSA) + _ONE) + 0 * largest
-
-
-def _largest(dtype: np.dtype) -> float:
-    is_float = jnp.issubdtype(dtype, jnp.floating)
-    return float(jnp.finfo(dtype).max) if is_float else float(jnp.iinfo(dtype).max)
-
-
-def reciprocal(power: Array) -> Array:
-    """1 over a power of two, float32, of which neither is subnormal."""
-    return _from_bits(2 * _ONE - jax.lax.bitcast_convert_type(power, jnp.int32))
-
-
-def _from_bits(bits: Array) -> Array:
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
@@ -101,69 +55,8 @@ def quantize(
     Raises:
       NoSecondDerivative: if it is differentiated.
     """
-    return _round(x, dtype, axes, is_weight)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _round(
-    x: Array, dtype: np.dtype, axes: tuple[int, ...] | None, is_weight: bool
-) -> Quantized:
-    # Under jit, so that equal arrays are traced and lowered once. XLA forgets roundings
-    # to half in what it fuses. The barrier keeps it from that, and activations are
-    # stored in half. A weight is rounded again instead, which stores nothing.
-    is_cast_again = is_weight and x.dtype == jnp.bfloat16
-    wide = (x if is_cast_again else jax.lax.optimization_barrier(x)).astype(jnp.float32)
     axes = tuple(range(x.ndim)) if axes is None else axes
-    first = _first_step(x.shape, axes)
-    largest = _largest_magnitude(wide, first)
-    if is_cast_again:
-        wide, largest = map(_round_to_bfloat16, (wide, largest))
-    inverse = inverse_scale(largest, dtype)
-    scale = reciprocal(inverse)
-    if first != axes:
-        inverse = _largest_magnitude(inverse, axes)
-        scale = jnp.min(scale, axis=axes, keepdims=True)
-    scaled = wide * scale
-    if not jnp.issubdtype(dtype, jnp.floating):
-        scaled = jax.lax.round(scaled, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    return Quantized(scaled.astype(dtype), inverse)
-
-
-def _largest_magnitude(x: Array, axes: tuple[int, ...]) -> Array:
-    """The largest magnitude, NaN if there is one."""
-
-    def by_value(x: Array) -> Array:
-        return jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-
-    def by_bits(x: Array) -> Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-        return _from_bits(jnp.max(bits, axis=axes, keepdims=True))
-
-    # XLA's maximum of many numbers passes over NaN on CPUs. Of the bits, those of NaN
-    # are the largest.
-    return jax.lax.platform_dependent(x, cpu=by_bits, default=by_value)
-
-
-def _first_step(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Over which axes a maximum is found first: all, or a few numbers are left.
-
-    GPUs find the maximum of a long array in two steps anyway. What is made of it
-    between the two needs no kernel of its own, which would work on a single number.
-    """
-    shared = math.prod(shape[i] for i in axes)
-    scales = math.prod(shape) // max(shared, 1)
-    if shared <= _LONG:
-        return axes
-    short = [i for i in axes if scales * shape[i] <= _SHORT]
-    # Rows are read faster than columns.
-    kept = max(short, key=lambda i: (i != len(shape) - 1, shape[i]), default=None)
-    return tuple(i for i in axes if i != kept)
-
-
-def _round_to_bfloat16(x: Array) -> Array:
-    """Rounds float32, and leaves it float32."""
-    half = jnp.finfo(jnp.bfloat16)
-    return jax.lax.reduce_precision(x, half.nexp, half.nmant)
+    return Quantized(*round_to_format(x, dtype, axes, is_weight))
 
 
 @quantize.defjvp
