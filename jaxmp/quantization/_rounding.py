@@ -39,6 +39,9 @@ def round_to_format(
       axes: what shares a scale.
       is_weight: whether it is a weight, which is usually cast to half for this.
     """
+    if not x.size:
+        shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
+        return x.astype(dtype), jnp.ones(shape, jnp.float32)
     settings = {"dtype": dtype, "axes": axes}
     return jax.lax.platform_dependent(
         x,

@@ -202,6 +202,10 @@ def _transpose(
     cotangent = cotangent.astype(half)
     rank = kept[0].ndim
     backward, order = _transposed(matmul, position, rank, tangent.aval)
+    added_up = backward.dimension_numbers[0][1 - position]
+    if len(kept) > 1 and any(kept[1].shape[axis] > 1 for axis in added_up):
+        # The members of a batch, each with a scale of its own, are added up.
+        kept = [Quantized(*kept).in_dtype(half)]
     if len(kept) == 1:
         gradient = multiply(
             *_ordered(position, cotangent, kept[0]),

@@ -115,7 +115,7 @@ def test_float16_operands_are_added_up_and_scaled_in_float32(name):
     """Small numbers fill their format, and a sum of such products overflows float16."""
     x, w = jnp.full((16, 64), 1e-3, jnp.float16), jnp.full((64, 16), 2e-3, jnp.float16)
     cotangent = jnp.full((16, 16), 1e-2, jnp.float16)
-    assert 0.9 * 240 * 240 * 64 > float(jnp.finfo(jnp.float16).max)
+    assert float(jnp.finfo(jnp.float16).max) < 0.9 * 240 * 240 * 64
     found = jax.jit(with_gradients(function_of(MK_KN, name)))(x, w, cotangent)
     expected = MK_KN.and_gradients(x, w, cotangent, name)
     for actual, exact in zip(found, expected, strict=True):
