@@ -67,7 +67,10 @@ SAVING_MORE = {
         BFLOAT16_AUTOCAST, optimizer=all_state_in_half, param_dtype=jnp.bfloat16
     ),
 }
-QUANTIZED = {"float8 autocast": functools.partial(BFLOAT16_AUTOCAST, quantize="fp8")}
+QUANTIZED = {
+    "float8 autocast": functools.partial(BFLOAT16_AUTOCAST, quantize="fp8"),
+    "int8 autocast": functools.partial(BFLOAT16_AUTOCAST, quantize="int8"),
+}
 WITHOUT_LOSS_SCALING = {
     "bfloat16 apply_policy, unscaled": functools.partial(UNSCALED, autocast=False),
     "bfloat16 autocast, unscaled": functools.partial(UNSCALED, autocast=True),

@@ -31,7 +31,8 @@ def describe(found: Row) -> str:
         return f"does not fit: {found.message[:100]}"
     accessed = f", accessed {found.accessed / GIB:.2f} GiB" if found.accessed else ""
     moved = (
-        f", through memory {found.roofline.bytes / GIB:.2f} GiB"
+        f", through memory {found.roofline.bytes / GIB:.2f} GiB, "
+        f"{found.roofline.operations} operations"
         if found.roofline
         else ""
     )

@@ -26,7 +26,7 @@ COTANGENT = Role("cotangent", is_cotangent=True)
 
 
 class Recipe(NamedTuple):
-    """How matmuls are quantised.
+    """How matmuls are quantised: what `Policy.quantize` names.
 
     Attributes:
       name: as in `Policy.quantize`.
@@ -44,11 +44,6 @@ class Recipe(NamedTuple):
     cotangent: np.dtype
     per_row: bool = False
     has_half_weight_gradients: bool = False
-
-    @property
-    def is_float(self) -> bool:
-        """Whether it multiplies float8; else int8."""
-        return self.operand != INT8
 
     def __str__(self) -> str:
         scales = "a scale per row" if self.per_row else "a scale per array"
@@ -92,6 +87,6 @@ _FIELDS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
 
 
 def recipe_of(name: str) -> Recipe:
-    """The recipe that `Policy.quantize` names."""
+    """The recipe that `Policy.quantize` names, such as `"fp8"` or `"int8"`."""
     assert name in RECIPES
     return Recipe(name, **_FIELDS[name])
