@@ -1,4 +1,4 @@
-"""From which width float8 and int8 pay, by the cycles that XLA's TPU compilers estimate.
+"""From which width float8 and int8 pay, by what XLA's TPU compilers estimate.
 
     pip install 'jaxmp[test,targets]'
     python examples/benchmarks/quantized_widths.py
@@ -11,6 +11,7 @@ compiler estimates none.
 """
 
 import argparse
+import itertools
 import re
 
 import jax
@@ -37,7 +38,7 @@ def loss(weights: list[jax.Array], x: jax.Array) -> jax.Array:
 def cycles(policy: str, target: str, width: int) -> int:
     """The estimated cycles of a forward and a backward pass."""
     widths = [width] * (LAYERS + 1) + [HEAD]
-    shapes = zip(widths[:-1], widths[1:], strict=True)
+    shapes = itertools.pairwise(widths)
     weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     x = jax.ShapeDtypeStruct((ROWS, width), jnp.bfloat16)
     step = jax.value_and_grad(jaxmp.autocast(loss, policy), (0, 1))

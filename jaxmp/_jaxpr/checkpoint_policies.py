@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
+from jax.ad_checkpoint import Saveable
 from jax.extend.core import Primitive
 from jax.interpreters import partial_eval
 
@@ -48,4 +48,4 @@ def _is_saved(answer: Any) -> bool:
     """Whether a policy says to save; what it wants to offload is computed again."""
     if isinstance(answer, bool):
         return answer
-    return answer is jax.ad_checkpoint.Saveable
+    return answer is Saveable

@@ -24,18 +24,20 @@ def batched(
     Returns:
       The dimension numbers, and the position of the new axis in the result.
     """
-    contract, batch = (
-        tuple(
-            tuple(axis + has for axis in axes)
-            for axes, has in zip(pair, has_axis, strict=True)
-        )
-        for pair in numbers
-    )
-    if all(has_axis):
-        return (contract, tuple((0, *axes) for axes in batch)), 0
+    lhs_has, rhs_has = has_axis
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
+    contract = _moved(lhs_contract, lhs_has), _moved(rhs_contract, rhs_has)
+    batch = _moved(lhs_batch, lhs_has), _moved(rhs_batch, rhs_has)
+    if lhs_has and rhs_has:
+        return (contract, ((0, *batch[0]), (0, *batch[1]))), 0
     free = lhs_rank - len(contract[0]) - len(batch[0])
-    position = len(batch[0]) + (free if has_axis[1] else 0)
+    position = len(batch[0]) + (free if rhs_has else 0)
     return (contract, batch), position
+
+
+def _moved(axes: Sequence[int], has_axis: bool) -> tuple[int, ...]:
+    """Axes behind a new first one, if there is one."""
+    return tuple(axis + has_axis for axis in axes)
 
 
 def all_at_front(

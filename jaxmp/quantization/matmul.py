@@ -29,15 +29,17 @@ from jaxmp.quantization.scales import Quantized, quantize
 
 
 class Stored(Protocol):
-    """A weight where it is stored, which gets the gradient of an operand.
+    """A weight where it is stored, which gets the gradient of an operand."""
 
-    Attributes:
-      value: the array.
-      move: brings its tangent to where it is multiplied.
-    """
+    @property
+    def value(self) -> Array:
+        """The array."""
+        ...
 
-    value: Array
-    move: Callable[[Array], Array]
+    @property
+    def move(self) -> Callable[[Array], Array]:
+        """Brings its tangent to where it is multiplied."""
+        ...
 
 
 class _Matmul(NamedTuple):
