@@ -8,8 +8,8 @@ and for that of the weight.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +26,6 @@ from jaxmp.quantization._batching import DimensionNumbers, all_at_front, batched
 from jaxmp.quantization.recipe import COTANGENT, WEIGHT, Recipe, Role
 from jaxmp.quantization.scaled_dot import dot_params, scaled_dot
 from jaxmp.quantization.scales import Quantized, quantize
-
-
-class Stored(Protocol):
-    """A weight where it is stored, which gets the gradient of an operand."""
-
-    @property
-    def value(self) -> Array:
-        """The array."""
-        ...
-
-    @property
-    def move(self) -> Callable[[Array], Array]:
-        """Brings its tangent to where it is multiplied."""
-        ...
 
 
 class _Matmul(NamedTuple):
@@ -82,7 +68,7 @@ def multiply(
     dimension_numbers: DimensionNumbers,
     recipe: Recipe,
     roles: tuple[Role, Role],
-    stored: Mapping[int, Stored] | None = None,
+    stored: Mapping[int, Any] | None = None,
     dtype: np.dtype | None = None,
 ) -> Array:
     """Multiplies two arrays in the small format of a recipe.
@@ -92,8 +78,9 @@ def multiply(
       dimension_numbers: as of `jax.lax.dot_general`, without batch axes.
       recipe: the format, and how scales are shared.
       roles: what the operands are.
-      stored: operands that get their gradient where they are stored, and in that dtype,
-        by position.
+      stored: the weights where they are stored, by position: `value`, the array, gets
+        the gradient in its dtype, and `move` brings its tangent to where it is
+        multiplied.
       dtype: of the result; that of the operands by default. It is added up in float32.
 
     Returns:
