@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmp.errors import NoSecondDerivative
+from jaxmp.quantization import _rounding
 from jaxmp.quantization._rounding import inverse_scale, reciprocal
 from jaxmp.quantization.recipe import E4M3, E5M2, INT8
 from jaxmp.quantization.scales import quantize
@@ -192,3 +193,23 @@ def test_it_has_no_derivative_and_says_what_to_do(transform):
 
     with pytest.raises(NoSecondDerivative, match=r"twice.*'mixed_bfloat16'.*'none'"):
         transform(fn)(jnp.ones(4))
+
+
+# What each compiler gets
+
+
+@formats
+@pytest.mark.parametrize("dtype", HALF, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("shape", [(24, 16), (160, 128), (4, 96, 64)], ids=str)
+@pytest.mark.parametrize("is_weight", [True, False])
+def test_all_platforms_round_alike(small, dtype, shape, is_weight):
+    x = jnp.asarray(np.random.default_rng(0).standard_t(2, shape), dtype)
+    for axes in (tuple(range(len(shape))), (len(shape) - 1,), (0,)):
+        found = [
+            _rounding._on_cpu(x, small, axes),
+            _rounding._on_gpu(x, small, axes, is_weight),
+            _rounding._in_one_step(x, small, axes),
+        ]
+        for values, inverse in found[1:]:
+            assert np.array_equal(bits(values), bits(found[0][0]))
+            assert np.array_equal(inverse, found[0][1])
