@@ -10,15 +10,17 @@ rounds to float8 and int8 exactly; how fast it does says nothing of an accelerat
 """
 
 import argparse
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import quantized_models
-from quantized_models import Batch, Job
+from quantized_models import JOBS, Batch, Job, Rules, train_lm
 
 import jaxmp
 
@@ -46,48 +48,57 @@ class Run(NamedTuple):
 def train(job: Job, policy: str, steps: int) -> Run:
     """Trains a job's model from its first weights."""
     state = first_state(job, policy, steps)
-    step = jax.jit(train_step, donate_argnums=0)
     for number in range(steps):
-        state = step(state, job.batch(number))
+        state = train_step(state, job.batch(number))
     skipped = jaxmp.loss_scale_metrics(state)["skipped_steps"]
-    run = Run(held_out_loss(state, job.held_out), int(skipped))
+    run = Run(float(held_out_loss(state, job.held_out)), int(skipped))
     print(f"{policy}, seed {job.seed}: {run}", file=sys.stderr, flush=True)
     return run
 
 
 def first_state(job: Job, policy: str, steps: int) -> jaxmp.TrainState:
-    """The state before the first step; the optimizer is that of `train_lm.py`."""
-    read = jaxmp.get_policy(policy)
-    model = jaxmp.apply_policy(job.model, read, rules=job.rules(read))
-    rate = quantized_models.train_lm.LEARNING_RATE
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, rate, steps // 10, steps, rate / 10
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01)
-    )
+    """The state before the first step."""
+    model, optimizer = setup(job.model, job.rules, policy, steps)
     inputs, _ = job.batch(0)
     return jaxmp.TrainState.create(
         apply_fn=model.apply,
         params=model.init(jax.random.key(job.seed), inputs)["params"],
-        tx=jaxmp.loss_scaling(optimizer, read),
-        policy=read,
+        tx=optimizer,
+        policy=policy,
     )
+
+
+@functools.cache  # so that all seeds share what is compiled
+def setup(
+    model: nn.Module, rules: Callable[[jaxmp.Policy], Rules], policy: str, steps: int
+) -> tuple[nn.Module, Any]:
+    """The model under a policy, and the optimizer of `train_lm.py`."""
+    read = jaxmp.get_policy(policy)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, train_lm.LEARNING_RATE, steps // 10, steps, train_lm.LEARNING_RATE / 10
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01)
+    )
+    model = jaxmp.apply_policy(model, read, rules=rules(read))
+    return model, jaxmp.loss_scaling(optimizer, read)
 
 
 def loss_of(state: jaxmp.TrainState, params: Any, batch: Batch) -> jax.Array:
     """The loss that is trained on."""
     inputs, labels = batch
     logits, sown = state.apply_fn({"params": params}, inputs, mutable=["balance"])
-    loss = quantized_models.train_lm.mean_loss(logits, labels)
+    loss = train_lm.mean_loss(logits, labels)
     return loss + BALANCE * sum(jax.tree.leaves(sown), jnp.float32(0))
 
 
+@functools.partial(jax.jit, donate_argnums=0)
 def train_step(state: jaxmp.TrainState, batch: Batch) -> jaxmp.TrainState:
     loss, grads = gradient(state, batch)
     return state.apply_gradients(grads=grads, value=loss)
 
 
+@jax.jit
 def gradient(state: jaxmp.TrainState, batch: Batch) -> tuple[jax.Array, Any]:
     """The loss of a batch and its gradient, at the state's weights."""
     return state.value_and_grad(lambda params: loss_of(state, params, batch))(
@@ -95,26 +106,26 @@ def gradient(state: jaxmp.TrainState, batch: Batch) -> tuple[jax.Array, Any]:
     )
 
 
-def held_out_loss(state: jaxmp.TrainState, batches: Batch) -> float:
+@jax.jit
+def held_out_loss(state: jaxmp.TrainState, batches: Batch) -> jax.Array:
     """The mean loss of stacked batches, without the experts' balance."""
 
     def loss(batch: Batch) -> jax.Array:
         logits = state.apply_fn({"params": state.params}, batch[0])
-        return quantized_models.train_lm.mean_loss(logits, batch[1])
+        return train_lm.mean_loss(logits, batch[1])
 
-    return float(jax.jit(lambda: jax.lax.map(loss, batches).mean())())
+    return jax.lax.map(loss, batches).mean()
 
 
 def losses_table(name: str, steps: int, seeds: int) -> None:
     """Trains with every policy, and prints a row as soon as it is known."""
-    jobs = [quantized_models.JOBS[name](seed) for seed in range(seeds)]
+    jobs = [JOBS[name](seed) for seed in range(seeds)]
     columns = [f"seed {job.seed}" for job in jobs]
     print_row("policy", *columns, "mean", "against float32", "skipped")
     print("|---" * (seeds + 4) + "|")
     full = np.nan
     for policy in POLICIES:
         runs = [train(job, policy, steps) for job in jobs]
-        jax.clear_caches()
         losses = [run.loss for run in runs]
         mean = np.mean(losses)
         full = mean if policy == "float32" else full
@@ -125,12 +136,12 @@ def losses_table(name: str, steps: int, seeds: int) -> None:
 
 def gradients_table(name: str) -> None:
     """Compares the gradient of the first batch, at the first weights, to float32's."""
-    job = quantized_models.JOBS[name](0)
+    job = JOBS[name](0)
     print_row("policy", "1 - cosine", "relative error")
     print("|---" * 3 + "|")
     full = None
     for policy in POLICIES:
-        _, grads = jax.jit(gradient)(first_state(job, policy, 10), job.batch(0))
+        _, grads = gradient(first_state(job, policy, 10), job.batch(0))
         found = np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])
         found = found.astype(np.float64)
         if full is None:
@@ -147,7 +158,7 @@ def print_row(*cells: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--job", choices=quantized_models.JOBS, default="lm")
+    parser.add_argument("--job", choices=JOBS, default="lm")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--gradients", action="store_true")

@@ -44,8 +44,8 @@ class Job(NamedTuple):
 
 
 def language_model(seed: int) -> Job:
-    """The model, the batches and the held-out text of `train_lm.py`."""
-    text, held_out, vocabulary = train_lm.load_text(seed)
+    """The model of `train_lm.py` and its text, of which all seeds hold out the same."""
+    text, held_out, vocabulary = train_lm.load_text(seed=0)
     context, size = train_lm.CONTEXT, train_lm.BATCH
 
     def batch(step: int) -> Batch:
@@ -138,7 +138,7 @@ class ExpertsGPT(train_lm.GPT):
 def mixture_of_experts(seed: int) -> Job:
     """The same text and batches for a mixture of experts."""
     job = language_model(seed)
-    model = ExpertsGPT(train_lm.load_text(seed)[2])
+    model = ExpertsGPT(train_lm.load_text(seed=0)[2])
     return job._replace(model=model, rules=quantized_experts)
 
 
@@ -163,7 +163,7 @@ class PatchTransformer(nn.Module):
         shape = (-1, side, PATCH, side, PATCH)
         patches = images.reshape(shape).swapaxes(2, 3).reshape(-1, side**2, PATCH**2)
         positions = self.param(
-            "positions", nn.initializers.normal(0.02), (side**2, self.width)
+            "positions", nn.initializers.normal(0.02), (1, side**2, self.width)
         )
         x = nn.Dense(self.width)(patches) + positions
         for _ in range(self.layers):
@@ -173,7 +173,7 @@ class PatchTransformer(nn.Module):
 
 def digits(seed: int) -> Job:
     """The images and batches of `train_digits.py` for a transformer over patches."""
-    images, test_images, labels, test_labels = train_digits.load_images(seed)
+    images, test_images, labels, test_labels = train_digits.load_images(seed=0)
     size = train_digits.BATCH
 
     def batch(step: int) -> Batch:
