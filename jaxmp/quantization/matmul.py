@@ -23,7 +23,7 @@ from jaxmp._jaxpr.execution import result_avals
 from jaxmp._jaxpr.primitives import MATMUL_OF_TANGENT
 from jaxmp._jaxpr.types import Array
 from jaxmp.quantization._batching import DimensionNumbers, all_at_front, batched
-from jaxmp.quantization.recipe import COTANGENT, WEIGHT, Recipe, Role
+from jaxmp.quantization.recipe import ACTIVATION, COTANGENT, WEIGHT, Recipe, Role
 from jaxmp.quantization.scaled_dot import dot_params, scaled_dot
 from jaxmp.quantization.scales import Quantized, quantize
 
@@ -243,7 +243,10 @@ def _transposed(
     by_other = sorted(zip(contract[other], contract[own], strict=True))
     left = _ordered(position, free[own], [axis for _, axis in by_other])
     axes = [*batch[own], *left[0], *left[1]]
-    roles = _ordered(position, COTANGENT, matmul.roles[other])
+    # The gradient of a weight is told by its operands: a cotangent and an activation.
+    is_of_weight = matmul.roles[own] == WEIGHT
+    kept = ACTIVATION if is_of_weight else matmul.roles[other]
+    roles = _ordered(position, COTANGENT, kept)
     backward = matmul._replace(roles=roles, dimension_numbers=numbers, dtype=aval.dtype)
     return backward, [int(i) for i in np.argsort(axes)]
 

@@ -48,9 +48,9 @@ def test_a_recipe_says_the_format_of_each_operand(name):
 def test_a_float8_matmul_never_has_two_operands_in_e5m2(name):
     recipe = recipe_of(name)
     for roles in itertools.product((ACTIVATION, WEIGHT, COTANGENT), repeat=2):
-        if roles != (COTANGENT, COTANGENT) and recipe.is_float:
+        if roles != (COTANGENT, COTANGENT) and recipe.operand != INT8:
             assert E4M3 in map(recipe.format_of, roles)
-        assert recipe.is_float is name.startswith("fp8")
+        assert (recipe.operand != INT8) is name.startswith("fp8")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -160,7 +160,7 @@ class _Search:
             return MatmulRoles((ACTIVATION, ACTIVATION), BOTH_ACTIVATIONS)
         if lhs.role == rhs.role:
             # The input and the first weight; the gradient of either is a weight's.
-            roles = (ACTIVATION, ACTIVATION)
+            roles = (WEIGHT, WEIGHT)
         if lhs.inputs & rhs.inputs:
             return MatmulRoles(roles, SAME_INPUT)
         if lhs.is_choice or rhs.is_choice:
