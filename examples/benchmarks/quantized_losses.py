@@ -5,8 +5,9 @@
     python examples/benchmarks/quantized_losses.py --job lm --gradients
 
 A seed gives every policy the same first weights and batches, so that a difference in
-the loss is the policy's. Training and evaluation are under the same policy. The CPU
-rounds to float8 and int8 exactly; how fast it does says nothing of an accelerator.
+the loss is the policy's. Held-out losses are under the policy, too; the last but one
+column evaluates the same weights in float32, and shows what training alone lost. The
+CPU rounds to float8 and int8 exactly; how fast it does says nothing of an accelerator.
 """
 
 import argparse
@@ -39,9 +40,16 @@ BALANCE = 0.01
 
 
 class Run(NamedTuple):
-    """Where one run ended: its held-out loss, and how many steps were skipped."""
+    """Where one run ended: its held-out losses, and how many steps were skipped.
+
+    Attributes:
+      loss: under the policy.
+      in_float32: of the same weights.
+      skipped: the number of steps.
+    """
 
     loss: float
+    in_float32: float
     skipped: int
 
 
@@ -51,7 +59,9 @@ def train(job: Job, policy: str, steps: int) -> Run:
     for number in range(steps):
         state = train_step(state, job.batch(number))
     skipped = jaxmp.loss_scale_metrics(state)["skipped_steps"]
-    run = Run(float(held_out_loss(state, job.held_out)), int(skipped))
+    in_float32 = state.replace(apply_fn=job.model.apply)
+    losses = (float(held_out_loss(x, job.held_out)) for x in (state, in_float32))
+    run = Run(*losses, int(skipped))
     print(f"{policy}, seed {job.seed}: {run}", file=sys.stderr, flush=True)
     return run
 
@@ -121,17 +131,21 @@ def losses_table(name: str, steps: int, seeds: int) -> None:
     """Trains with every policy, and prints a row as soon as it is known."""
     jobs = [JOBS[name](seed) for seed in range(seeds)]
     columns = [f"seed {job.seed}" for job in jobs]
-    print_row("policy", *columns, "mean", "against float32", "skipped")
-    print("|---" * (seeds + 4) + "|")
+    print_row(
+        "policy", *columns, "mean", "against float32", "weights in float32", "skipped"
+    )
+    print("|---" * (seeds + 5) + "|")
     full = np.nan
     for policy in POLICIES:
         runs = [train(job, policy, steps) for job in jobs]
         losses = [run.loss for run in runs]
         mean = np.mean(losses)
+        trained = np.mean([run.in_float32 for run in runs])
         full = mean if policy == "float32" else full
         cells = [f"{x:.4f}" for x in (*losses, mean)]
         skipped = sum(run.skipped for run in runs)
-        print_row(f"`{policy}`", *cells, f"{100 * (mean / full - 1):+.2f} %", skipped)
+        gaps = (f"{100 * (x / full - 1):+.2f} %" for x in (mean, trained))
+        print_row(f"`{policy}`", *cells, *gaps, skipped)
 
 
 def gradients_table(name: str) -> None:
