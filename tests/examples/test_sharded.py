@@ -65,6 +65,7 @@ def test_all_policies_are_compared():
     )
 
 
+@pytest.mark.slow
 def test_a_run_uses_eight_devices_and_ends_with_the_table(start, tmp_path):
     flags = ["--policy=mixed_bfloat16,reduce=float32", "--steps=3", f"--out={tmp_path}"]
     process = start("train_lm_sharded.py", *flags, platforms="cpu")

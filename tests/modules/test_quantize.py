@@ -86,7 +86,7 @@ def count(fn, *args):
 @pytest.mark.parametrize("own_code", ["autocast", "half"])
 @pytest.mark.parametrize("policied", CALLS.values(), ids=CALLS)
 def test_all_matmuls_with_a_weight_but_the_head(policied, own_code):
-    for policy in ("mixed_fp8", "mixed_int8", "mixed_fp8,reduce=float32"):
+    for policy in ("mixed_int8", "mixed_fp8,reduce=float32"):
         model = policied(policy, own_code=own_code)
         assert count(lambda t, m=model: m(t), TOKENS) == 3 * IN_A_BLOCK
     assert count(lambda t: policied("mixed_bfloat16")(t), TOKENS) == 0
@@ -124,9 +124,8 @@ def test_gradients_are_near_those_of_float32(policied):
         return np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)])
 
     true = gradient("float32")
-    for policy, error in (("mixed_fp8", 0.25), ("mixed_int8", 0.1)):
-        found = gradient(policy)
-        assert np.linalg.norm(found - true) < error * np.linalg.norm(true)
+    found = gradient("mixed_fp8")
+    assert 0 < np.linalg.norm(found - true) < 0.25 * np.linalg.norm(true)
 
 
 def test_describe_says_how_each_layer_multiplies():

@@ -207,7 +207,7 @@ FLOATS = {
 
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_the_new_value_is_put_in_place_bit_for_bit(dtype, jit, data):
     arrays = hnp.arrays(dtype, 4, elements=FLOATS[dtype])

@@ -127,6 +127,8 @@ def test_a_backward_pass_inside_is_quantised_like_one_outside(name, policy):
     outside = jax.grad(jaxmp.autocast(fn, policy))
     inside = jaxmp.autocast(jax.grad(fn), policy)
     assert count(inside, W, X) == count(outside, W, X) >= matmuls
+    if name not in ("scan", "einsum", "attention", "shard_map"):
+        return
     true = jnp.ravel(jax.grad(fn)(W, X))
     for gradient in (inside(W, X), outside(W, X)):
         found = jnp.ravel(gradient)
