@@ -1,8 +1,11 @@
 """How Sphinx builds the site from these pages; CONTRIBUTING.md has the command."""
 
-import os
+import sys
+from pathlib import Path
 
 import jaxmp
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "jaxmp"
 author = "The jaxmp authors"
@@ -11,7 +14,7 @@ version = release = jaxmp.__version__
 
 extensions = [
     "myst_nb",
-    "sphinx.ext.autodoc",
+    "reference",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -23,6 +26,14 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
+
+# Reference: docstrings are Google's, with code as in Markdown
+
+napoleon_use_ivar = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autosummary_generate = False
+add_module_names = False
 
 # Tutorials
 

@@ -59,10 +59,11 @@ from jaxmp.policy import (
 from jaxmp.policy.dtypes import dtype_to_names as dtype_to_names  # jmp's tests read it
 
 if TYPE_CHECKING:
+    from jaxmp import modules, numerics, report, testing, training
     from jaxmp.modules import apply_policy, cast_for_eval, describe
     from jaxmp.training import TrainState
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # policies
@@ -121,6 +122,11 @@ __all__ = [
     "optimizers",
     "policy",
     "sharding",
+    "modules",
+    "numerics",
+    "report",
+    "testing",
+    "training",
 ]
 
 
@@ -131,9 +137,12 @@ _FROM_FLAX_PACKAGES = {
     "describe": "jaxmp.modules",
     "TrainState": "jaxmp.training",
 }
+_IMPORTED_ON_DEMAND = {"modules", "numerics", "report", "testing", "training"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _IMPORTED_ON_DEMAND:
+        return importlib.import_module(f"jaxmp.{name}")
     if name in _FROM_FLAX_PACKAGES:
         return getattr(importlib.import_module(_FROM_FLAX_PACKAGES[name]), name)
     raise AttributeError(f"module 'jaxmp' has no attribute {name!r}")

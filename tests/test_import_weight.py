@@ -55,6 +55,11 @@ def test_flax_is_imported_when_a_flax_thing_is_used():
     assert "flax" in loaded_by("import jaxmp; jaxmp.TrainState")
 
 
+@pytest.mark.parametrize("package", ["modules", "numerics", "report", "testing"])
+def test_a_package_is_imported_when_it_is_used(package):
+    assert run(f"import jaxmp; jaxmp.{package}.__all__").returncode == 0
+
+
 def test_listing_names_imports_nothing():
     assert "flax" not in loaded_by("import jaxmp; dir(jaxmp); jaxmp.__all__")
 

@@ -65,7 +65,7 @@ class Statistics(NamedTuple):
     nonfinite: jax.Array
     """int32: how many are infinite or NaN."""
     exponents: jax.Array
-    """int32 [277]: how many have the exponent e, that is 2^e <= |x| < 2^(e+1), for
+    """int32 [277]: how many have the exponent e, that is `2^e <= |x| < 2^(e+1)`, for
     each e from -149 to 127. float64 numbers beyond these count at the ends."""
 
     def fraction(self, count: str) -> jax.Array:
