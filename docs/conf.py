@@ -43,8 +43,29 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
 
+# Links into other libraries need a network: `sphinx-build -t online`
+
+if tags.has("online"):  # noqa: F821 (Sphinx gives this file its tags)
+    intersphinx_mapping = {
+        "flax": ("https://flax.readthedocs.io/en/latest/", None),
+        "jax": ("https://docs.jax.dev/en/latest/", None),
+        "numpy": ("https://numpy.org/doc/stable/", None),
+        "optax": ("https://optax.readthedocs.io/en/latest/", None),
+        "python": ("https://docs.python.org/3/", None),
+    }
+
 # Theme: the one of JAX, Flax and Optax
 
 html_theme = "sphinx_book_theme"
 html_title = f"jaxmp {version}"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {
+    "navigation_with_keys": False,
+    "repository_url": "https://github.com/jaxmp/jaxmp",
+    "path_to_docs": "docs",
+    "use_repository_button": True,
+    "use_issues_button": True,
+    "use_download_button": False,
+    "show_toc_level": 2,
+}

@@ -1,7 +1,7 @@
 """The API reference: a table of names, what each does, and its docstring below.
 
-The directive `reference` takes names, one in a line. Anywhere on the site, a public name
-in a code font links to its entry.
+The directive `reference` takes names, one in a line. Anywhere on the site, a public
+name in a code font links to its entry.
 """
 
 import inspect

@@ -10,7 +10,7 @@ import jaxmp
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 SET_UP = "python3 -m venv .venv && .venv/bin/pip install -q "
 
 
