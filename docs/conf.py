@@ -61,7 +61,10 @@ html_title = f"jaxmp {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {
+    "navbar_persistent": [],  # the side bar has the search
     "navigation_with_keys": False,
+    "pygments_light_style": "default",
+    "pygments_dark_style": "github-dark",
     "repository_url": "https://github.com/jaxmp/jaxmp",
     "path_to_docs": "docs",
     "use_repository_button": True,

@@ -37,7 +37,7 @@ def draw(rows: Mapping[str, Row], path: str) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "jaxmp"
-    figure, axes = pyplot.subplots(figsize=(7.2, 2.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.2, 1.9), layout="constrained")
     names = [BARS[way] for way in rows]
     given = [found.arguments / GIB for found in rows.values()]
     made = [(found.peak - found.arguments) / GIB for found in rows.values()]
