@@ -30,6 +30,7 @@ myst_heading_anchors = 4
 # Reference: docstrings are Google's, with code as in Markdown
 
 napoleon_use_ivar = True
+python_maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autosummary_generate = False

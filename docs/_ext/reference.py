@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
+from sphinx.domains.python import ObjectEntry
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
@@ -72,11 +73,10 @@ class LinkNames(SphinxPostTransform):
 
     def run(self, **kwargs: object) -> None:
         """Looks up every literal of a page that is not inside a link."""
-        objects = self.env.domains.python_domain.objects
         for literal in list(self.document.findall(nodes.literal)):
             name = literal.astext().removesuffix("()")
-            target = objects.get(name)
-            if target is None or not name.startswith("jaxmp"):
+            target = self.find(name)
+            if target is None:
                 continue
             if any(isinstance(above, nodes.reference) for above in parents(literal)):
                 continue
@@ -89,6 +89,17 @@ class LinkNames(SphinxPostTransform):
                 name,
             )
             literal.replace_self(link)
+
+    def find(self, name: str) -> ObjectEntry | None:
+        """The entry of a name, which docstrings give without its package."""
+        objects = self.env.domains.python_domain.objects
+        if name.startswith("jaxmp"):
+            return objects.get(name)
+        if not self.env.docname.startswith("reference/"):
+            return None
+        # `policy` is an argument more often than a package.
+        found = objects.get(f"jaxmp.{name}")
+        return None if found is None or found.objtype == "module" else found
 
 
 def parents(node: nodes.Node) -> Iterator[nodes.Node]:
