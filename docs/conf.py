@@ -32,7 +32,7 @@ myst_heading_anchors = 4
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 autosummary_generate = False
 add_module_names = False
 

@@ -55,15 +55,19 @@ class Reference(SphinxDirective):
         return section.children
 
 
-CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)(?=(\w?))")
 
 
 def markdown_code(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
     """Reads `code` in docstrings as Markdown does, not as reStructuredText does."""
-    # A letter may follow a code span, as in the plural of a class.
-    lines[:] = CODE.sub(r"``\1``\\ ", "\n".join(lines)).split("\n")
+
+    def literal(found: re.Match[str]) -> str:
+        # A letter may follow at once, as in the plural of a class.
+        return f"``{found[1]}``" + ("\\ " if found[2] else "")
+
+    lines[:] = CODE.sub(literal, "\n".join(lines)).split("\n")
 
 
 class LinkNames(SphinxPostTransform):
