@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "numerics": GROUND | {"policy", "quantization", "casting", "loss_scale"},
     "training": GROUND | {"policy", "loss_scale", "optimizers"},
     "testing": GROUND | {"policy", "report"},
-    "cli": GROUND | {"policy", "loss_scale", "numerics", "report"},
+    "cli": GROUND | {"policy", "casting", "loss_scale", "numerics", "report"},
     # The everyday names, and `python -m jaxmp`.
     "__init__": GROUND
     | {"policy", "casting", "loss_scale", "optimizers", "sharding"}

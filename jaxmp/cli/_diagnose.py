@@ -28,6 +28,7 @@ from jaxmp.numerics import (
     trace,
 )
 from jaxmp.numerics.compare.rows import GradientRow, PolicyRow
+from jaxmp.report.compile.progress import Progress
 
 KINDS = ("nonfinite", "underflow", "inaccurate")
 _LOST = 0.001
@@ -50,14 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> Output:
+def run(options: argparse.Namespace, progress: Progress) -> Output:
     """Diagnoses the function."""
+    progress.say(f"loading {options.step}")
     function = load_function(options.step)
     given = ("float32",) if takes_policy(function) else ()
+    progress.say("making the function and its arguments")
     loss_fn, *args = make_step(function, *given)
     _check_concrete(options.step, args)
-    compared, found = _look(loss_fn, options.policy, args)
+    compared, found = _look(loss_fn, options.policy, args, progress)
     row = compared.policies[0]
+    progress.say(f"running it operation by operation in {row.dtype}")
     traced = trace(loss_fn, dtype=row.dtype, loss_scale=row.loss_scale)(*args)
     kinds = _kinds(found, compared)
     advice = _advise(found, traced, compared, kinds)
@@ -80,19 +84,22 @@ def run(options: argparse.Namespace) -> Output:
 
 
 def _look(
-    loss_fn: Any, policy: str, args: Sequence[Any]
+    loss_fn: Any, policy: str, args: Sequence[Any], progress: Progress
 ) -> tuple[Comparison, NonfiniteReport]:
     """Compares and runs the function at a loss scale at which it does not overflow.
 
     The scale that is worked out comes from numbers that were rounded in bfloat16, and
     may be a little too high. What a lower one mends is not worth reporting.
     """
+    progress.say(f"comparing {policy} with float32")
     compared = compare(loss_fn, policy, *args)
+    progress.say("looking for what is not finite")
     scale = compared.policies[0].loss_scale
     found = find_nonfinite(loss_fn, *args, policy=policy, loss_scale=scale)
     lower = found.finite_at_scale
     if lower is None or lower < 1:
         return compared, found
+    progress.say(f"comparing again at loss scale {power(lower)}")
     compared = compare(loss_fn, policy, *args, loss_scale=lower)
     row = compared.policies[0]
     largest = min(row.largest_scale or lower, lower)

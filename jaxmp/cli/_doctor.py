@@ -18,6 +18,7 @@ from jaxmp.report import check_policy, chips, has_target, targets
 from jaxmp.report.compile.chips import SMALL_FORMATS, Chip, chip_of, format_of, units_of
 from jaxmp.report.compile.known_devices import known_device
 from jaxmp.report.compile.payoffs import payoff_sentence
+from jaxmp.report.compile.progress import Progress
 
 KINDS = ("emulated", "no-targets", "not-native")
 
@@ -64,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> Output:
+def run(options: argparse.Namespace, progress: Progress) -> Output:
     """Looks at the machine."""
+    progress.say("starting the devices")
     versions = _versions()
     devices = [_device(device) for device in _unlike_devices()]
     notes = [*_notes(devices), WHEN_HALF_DOES_NOT_HELP]

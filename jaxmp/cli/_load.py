@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +15,6 @@ import jax
 
 from jaxmp.cli._source import check_source
 from jaxmp.errors import InvalidStep
-
-HELP = (
-    "MODULE:FUNCTION or FILE.py:FUNCTION; the function takes a policy, or nothing, and "
-    "returns (step, *args): arrays or jax.ShapeDtypeStructs will do"
-)
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -33,9 +28,12 @@ def load_function(spec: str) -> Callable[..., Any]:
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
+        package, _, last = spec.rpartition(".")
+        is_path = package and not spec.endswith(".py") and ":" not in spec
+        such = f"{package}:{last}" if is_path else "train:make_step"
         raise InvalidStep(
             f"{spec!r} does not name a function. Write MODULE:FUNCTION, such as "
-            "train:make_step, or FILE.py:FUNCTION."
+            f"{such}, or FILE.py:FUNCTION."
         )
     check_source(module_name, name)
     module = _import(module_name)
@@ -50,6 +48,14 @@ def load_function(spec: str) -> Callable[..., Any]:
     if not callable(function):
         raise InvalidStep(f"{spec} is {function!r}, which cannot be called.")
     return function
+
+
+def names_of(spec: str) -> Mapping[str, Any]:
+    """The names that an imported module has."""
+    module_name = spec.partition(":")[0]
+    if module_name.endswith(".py"):
+        module_name = _name_of_file(module_name)
+    return vars(sys.modules[module_name])
 
 
 def takes_policy(function: Callable[..., Any]) -> bool:
@@ -70,7 +76,7 @@ def make_step(function: Callable[..., Any], *policy: Any) -> tuple[Any, ...]:
     name = getattr(function, "__name__", function)
     try:
         made = function(*policy)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidStep(
             f"{name}({', '.join(map(repr, policy))}) raised "
             f"{type(error).__name__}: {error}"
@@ -96,6 +102,11 @@ def _import(name: str) -> ModuleType:
         if name.endswith(".py"):
             return _import_file(name)
         return importlib.import_module(name)
+    except SystemExit as error:
+        raise InvalidStep(
+            f"{name!r} ends the program while it is imported: sys.exit({error}). Put "
+            'what it runs under: if __name__ == "__main__":'
+        ) from error
     except Exception as error:
         raise InvalidStep(
             f"{name!r} cannot be imported: {type(error).__name__}: {error}. The folder "
@@ -107,7 +118,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _import_file(path: str) -> ModuleType:
-    name = os.path.splitext(os.path.basename(path))[0]
+    name = _name_of_file(path)
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -116,3 +127,7 @@ def _import_file(path: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _name_of_file(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]

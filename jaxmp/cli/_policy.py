@@ -11,6 +11,7 @@ from jaxmp._views import tables as _table
 from jaxmp.cli._output import Output
 from jaxmp.policy import Policy, get_policy
 from jaxmp.report.compile.chips import format_of, where_native
+from jaxmp.report.compile.progress import Progress
 
 KINDS = ("loss-scaling", "half-params")
 
@@ -23,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> Output:
+def run(options: argparse.Namespace, progress: Progress) -> Output:
     """Explains the policy."""
+    progress.say(f"reading {options.policy}")
     policy = get_policy(options.policy)
     data = describe(policy)
     rows = [(name, str(value)) for name, value in data.items()]

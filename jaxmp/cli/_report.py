@@ -6,7 +6,8 @@ with: pip install 'jaxmp[targets]'.
 
 import argparse
 
-from jaxmp.cli._load import HELP, load_function, make_step, stay_on_cpu, takes_policy
+from jaxmp.cli import _target
+from jaxmp.cli._load import stay_on_cpu
 from jaxmp.cli._output import Output
 from jaxmp.report import StepReport, compile_step, compile_step_of
 from jaxmp.report.compile.progress import Progress
@@ -20,7 +21,7 @@ _LOCAL = ("gpu", "tpu")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("step", help=HELP)
+    _target.add_arguments(parser)
     parser.add_argument(
         "--target",
         action="append",
@@ -39,18 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--png", metavar="FILE", help="write a bar chart, too")
     parser.add_argument("--no-cache", action="store_true", help="compile everything")
-    parser.add_argument("--quiet", action="store_true", help="do not report progress")
 
 
-def run(options: argparse.Namespace) -> Output:
+def run(options: argparse.Namespace, progress: Progress) -> Output:
     """Compiles the step."""
-    progress = not options.quiet
     chosen = options.target or ["h100", "tpu-v5e"]
     for target in chosen:
         read_target(target)
     if not any(target.partition(":")[0] in _LOCAL for target in chosen):
         stay_on_cpu()
-    Progress(progress).say(f"loading {options.step}")
+    progress.hurry()
     report = _compile(options, chosen, progress)
     if options.png:
         report.to_png(options.png)
@@ -69,16 +68,16 @@ def run(options: argparse.Namespace) -> Output:
 
 
 def _compile(
-    options: argparse.Namespace, chosen: list[str], progress: bool
+    options: argparse.Namespace, chosen: list[str], progress: Progress
 ) -> StepReport:
-    function = load_function(options.step)
+    target = _target.load_target(options, progress)
     settings = {
         "policies": options.policy or ["float32", "mixed_bfloat16", "mixed_float16"],
         "targets": chosen,
         "donate_argnums": options.donate,
         "cache": not options.no_cache,
-        "progress": progress,
+        "progress": progress.shown,
     }
-    if takes_policy(function):
-        return compile_step_of(lambda policy: make_step(function, policy), **settings)
-    return compile_step(*make_step(function), **settings)
+    if target.takes_policy:
+        return compile_step_of(target.make, **settings)
+    return compile_step(*target.make(), **settings)
