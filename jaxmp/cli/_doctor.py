@@ -11,6 +11,12 @@ import jax
 
 from jaxmp._views import html as _html
 from jaxmp._views import tables as _table
+from jaxmp.cli._next_steps import (
+    Machine,
+    find_hardware,
+    find_outdated,
+    next_steps,
+)
 from jaxmp.cli._output import Output
 from jaxmp.policy import get_policy
 from jaxmp.policy.dtypes import policy_name_for
@@ -75,11 +81,15 @@ def run(options: argparse.Namespace, progress: Progress) -> Output:
     if answers:
         notes += [*map(str, answers), WHEN_SMALL_FORMATS_DO_NOT_HELP]
     installed = {name: has_target(name) for name in targets() if name in chips}
+    machine = Machine(
+        devices, versions, installed, os.environ, find_hardware(), find_outdated()
+    )
     data = {
         "versions": versions,
         "devices": devices,
         "targets": installed,
         "notes": notes,
+        "what to do": next_steps(machine),
     }
     kinds = {"emulated"} if all(device["emulated"] for device in devices) else set()
     if not all(installed.values()):
@@ -193,7 +203,9 @@ def _text(data: dict[str, Any]) -> str:
     if missing:
         repair = "(pip install 'jaxmp[targets]')"
         lines.append(f"Compile targets not installed: {', '.join(missing)} {repair}")
-    return "\n".join([*lines, *(f"\n{note}" for note in data["notes"])])
+    lines += [f"\n{note}" for note in data["notes"]]
+    steps = [f"{i}. {step}" for i, step in enumerate(data["what to do"], start=1)]
+    return "\n".join([*lines, "\nWhat to do:", *steps])
 
 
 def _page(data: dict[str, Any]) -> Callable[[str], None]:
@@ -203,6 +215,8 @@ def _page(data: dict[str, Any]) -> Callable[[str], None]:
         _html.table(*_device_table(data)),
         _html.table(("compile target", "installed"), data["targets"].items()),
         *map(_html.paragraph, data["notes"]),
+        _html.paragraph("What to do:"),
+        *map(_html.paragraph, data["what to do"]),
     )
 
 

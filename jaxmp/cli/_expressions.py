@@ -26,6 +26,8 @@ _SHORT = {
     "u32": "uint32",
     "u64": "uint64",
     "bool": "bool",
+    "int": "int32",
+    "float": "float32",
 }
 _USUAL = {
     "jax": "jax",

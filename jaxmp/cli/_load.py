@@ -40,7 +40,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     function: Any = module
     for part in name.split("."):
         if not hasattr(function, part):
-            names = [n for n in vars(module) if callable(getattr(module, n))]
+            names = [name for name in dir(module) if not name.startswith("_")]
             near = difflib.get_close_matches(part, names, n=3)
             meant = f" Did you mean {', '.join(near)}?" if near else ""
             raise InvalidStep(f"{module_name} has no {part!r}.{meant}")

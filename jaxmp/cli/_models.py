@@ -185,9 +185,10 @@ def _construct(make: Callable[[], Any], target: Any, name: str, given: Call) -> 
     try:
         return make()
     except Exception as error:
+        raised = f"{name}({given}) raised {type(error).__name__}: {error}"
+        is_call = isinstance(error, TypeError) and "__init__" in str(error)
         raise InvalidStep(
-            f"{name}({given}) raised {type(error).__name__}: {error}\n"
-            f"{_takes(target, name)}"
+            f"{raised}\n{_takes(target, name)}" if is_call else raised
         ) from error
 
 
@@ -204,10 +205,6 @@ def _takes(target: Any, name: str) -> str:
         for p in _parameters(target).values()
         if p.name not in hidden and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
-    if _kind(target) == "hugging face":
-        config_class = target.config_class
-        shown = [f"{key}=..." for key in sorted(config_class().to_dict())]
-        name = config_class.__name__
     return f"{name} takes: {', '.join(shown) or 'nothing'}. Write it in --config."
 
 
@@ -248,7 +245,7 @@ def _nnx(target: Any, name: str, given: Call, inputs: Inputs) -> Model:
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
 
     def call(params: Any, state: Any, call: Call) -> tuple[Any, Any]:
-        module = nnx.merge(graphdef, params, state)
+        module = nnx.merge(graphdef, params, state, copy=True)
         open_scopes([module])
         outputs = module(*call.args, **call.kwargs)
         return outputs, nnx.state(module, nnx.Not(nnx.Param))
@@ -293,7 +290,12 @@ def _of_config(cls: Any, name: str, given: Call) -> Any:
         if setting not in known:
             near = difflib.get_close_matches(setting, known, n=3)
             meant = f" Did you mean {', '.join(near)}?" if near else ""
-            raise TypeError(f"{config_class.__name__} has no {setting!r}.{meant}")
+            parent = config_class.__mro__[1]
+            own = config_class().to_dict().keys() - parent().to_dict().keys()
+            raise TypeError(
+                f"{config_class.__name__} has no {setting!r}.{meant} Its own settings: "
+                f"{', '.join(sorted(own))}."
+            )
     return cls(config_class(**settings), **options, _do_init=False)
 
 

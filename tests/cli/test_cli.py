@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -307,6 +308,82 @@ def test_the_time_that_is_left_is_that_of_the_programs_before(capsys):
         "c: compiled in 30 s; about 90 s left",
         "d: compiled in 30 s",
     ]
+
+
+def test_a_short_command_says_nothing_and_a_long_one_what_it_is_doing(capsys):
+    with Progress(shown=True, patience=60) as progress:
+        progress.say("reading")
+    assert not capsys.readouterr().err
+    with Progress(shown=True, patience=0.05) as progress:
+        progress.say("loading")
+        time.sleep(0.3)
+        progress.say("tracing")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("] ")[2] for line in lines] == ["loading", "tracing"]
+    with Progress(shown=True, patience=60) as progress:
+        progress.say("loading")
+        progress.hurry()
+        progress.say("compiling")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("] ")[2] for line in lines] == ["loading", "compiling"]
+
+
+@pytest.mark.parametrize("command", ["audit", "diagnose"])
+def test_a_slow_import_is_reported_unless_asked_not_to(
+    command, folder, capsys, monkeypatch
+):
+    monkeypatch.setattr("jaxmp.cli._main._PATIENCE", 0.05)
+    (folder / "slow.py").write_text("import time\ntime.sleep(0.5)\nmake_step = 3\n")
+    assert main([command, "slow.py:make_step"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\[ +0 s\] loading slow.py:make_step", told[0])
+    assert main([command, "slow.py:make_step", "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is 3, which cannot be called" in line
+
+
+# Exit status
+
+
+def test_the_exit_codes_are_in_the_help_of_every_command(capsys):
+    for command in ([], *([name] for name in COMMANDS), ["diagnose"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code == 0
+        printed = capsys.readouterr().out
+        assert "exit status:\n  0  the command ran" in printed
+        assert re.search(r"^  1 .*\n  2 ", printed, re.M)
+
+
+def test_a_command_that_does_not_exist_ends_with_status_2(capsys):
+    for arguments in (
+        [],
+        ["audti"],
+        ["audit"],
+        ["policy", "float32", "--fail-on", "x"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+    assert "usage: jaxmp" in capsys.readouterr().err
+
+
+def test_a_failure_inside_is_no_finding(capsys, monkeypatch):
+    monkeypatch.setattr("jaxmp.cli._policy.get_policy", lambda policy: 1 / 0)
+    assert main(["policy", "float32", "--fail-on", "loss-scaling"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert told.splitlines()[-1].startswith("jaxmp policy: failed with ZeroDivision")
+
+
+@pytest.mark.parametrize("status", ["", "0", "'no data'"])
+def test_a_script_that_exits_while_it_is_imported_is_a_mistake(status, folder, capsys):
+    source = f"import sys\ndef make_step():\n    pass\nsys.exit({status})\n"
+    (folder / "exits.py").write_text(source)
+    assert main(["audit", "exits.py:make_step", "--fail-on", "upcast"]) == 2
+    assert 'Put what it runs under: if __name__ == "__main__":' in (
+        capsys.readouterr().err
+    )
 
 
 def test_nothing_is_said_where_nobody_looks(capsys):
