@@ -15,6 +15,7 @@ EXPORT_SCOPE = "jit(call)/call_exported/"
 QUANTIZE_PREFIX = "jaxmp.quantize."
 """What the mark of a layer whose matmuls have a recipe of their own begins with."""
 _OWN = ("jaxmp/", QUANTIZE_PREFIX)
+_ISLANDS = ("jaxmp/island", "jaxmp/softmax")
 
 _CLASS = re.compile(r"[A-Z]\w*?(?<!_\d)(?<!_\d\d)")
 
@@ -31,8 +32,23 @@ def name_scopes(eqn: Eqn, without: Iterable[str] = ()) -> tuple[str, ...]:
       eqn: the equation.
       without: names to leave out.
     """
-    names = (part.name for part in stack_parts(eqn) if type(part).__name__ == "Scope")
-    return normalise(tuple(name for name in names if name not in without))
+    without = frozenset(without)
+    found: tuple[str, ...] = ()
+    for run in _runs(stack_parts(eqn)):
+        own = normalise(tuple(name for name in run if name not in without))
+        found = own if own[: len(found)] == found else found + own
+    return found
+
+
+def _runs(parts: Iterable[Any]) -> list[list[str]]:
+    """The name scopes, cut where the backward pass of an island repeats them."""
+    runs: list[list[str]] = [[]]
+    for part in parts:
+        if type(part).__name__ == "Scope":
+            runs[-1].append(part.name)
+        elif runs[-1] and runs[-1][-1].startswith(_ISLANDS):
+            runs.append([])
+    return runs
 
 
 def is_backward(eqn: Eqn) -> bool:

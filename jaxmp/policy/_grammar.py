@@ -100,6 +100,12 @@ def get_policy(spec: PolicyLike, *, device: Any = None) -> Policy:
     if isinstance(spec, str):
         return _parse(spec, device)
     dtype = read_dtype(spec)
+    if dtype is None and hasattr(spec, "loss_scale") and hasattr(spec, "unscale"):
+        raise PolicyError(
+            f"{type(spec).__name__}(...) is a loss scale, and not a policy: it says "
+            "nothing about dtypes. Name the policy here, such as 'mixed_float16', and "
+            "give the scale to the optimizer: jaxmp.loss_scaling(optimizer, scale)."
+        )
     if dtype is None:
         raise PolicyError(
             f"A policy is a string, a dtype or a Policy, not {spec!r}. "

@@ -106,7 +106,7 @@ MODELS = {
         "vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, "
         "intermediate_size=32, max_position_embeddings=16",
         "i32[2,8]",
-        9,
+        10,
     ),
 }
 
@@ -117,7 +117,8 @@ def test_a_training_step_is_made_of_every_kind_of_model(model, capsys):
     flags = ["--inputs", inputs, *(["--config", config] if config else [])]
     for written, dtype in (([], "bfloat16"), (["--as-written"], "float32")):
         matmuls = audited(capsys, target, *flags, *written)
-        assert {d for m in matmuls for d in m["operands"]} == {dtype}
+        dtypes = {d for m in matmuls for d in m["operands"]}
+        assert dtypes - {"int32"} == {dtype}  # BERT has a mask of integers.
         there = sum(m["times"] for m in matmuls if not m["is_backward"])
         assert there == forward
         assert sum(m["times"] for m in matmuls) > there

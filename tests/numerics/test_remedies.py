@@ -122,6 +122,24 @@ def test_in_a_layer_of_flax_under_apply_policy_a_rule_is_advised():
     assert "of apply_policy" in found.repair
 
 
+class Summed(nn.Module):
+    """Its island overflows in the backward pass only."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(4, name="up")(x) * 3e4
+        return jnp.sum(h * h)
+
+
+def test_in_a_backward_pass_the_rule_names_the_layer_as_describe_does():
+    model = Summed()
+    params = model.init(jax.random.key(0), X)
+    applied = jaxmp.apply_policy(model, F16)
+    found = find_nonfinite(applied.apply, params, X, loss_scale=1.0)
+    assert found.path == "Summed/up"
+    assert "rules=[jaxmp.PolicyRule(path='up', compute='float32')]" in found.repair
+
+
 def test_a_layer_of_flax_without_a_policy_takes_a_dtype():
     layer = nn.Dense(1, dtype=jnp.float16, kernel_init=nn.initializers.constant(1e4))
     params = layer.init(jax.random.key(0), X)

@@ -340,3 +340,19 @@ def test_values_are_suggested_in_any_case():
     for spec, meant in (("p=F32", "f32"), ("c=BFloat16", "bfloat16"), ("P=f32", "p")):
         with pytest.raises(PolicyError, match=f"Did you mean '{meant}'"):
             get_policy(spec)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        jmp.DynamicLossScale(jnp.float32(2.0**15)),
+        jmp.StaticLossScale(8.0),
+        jaxmp.NoOpLossScale(),
+    ],
+)
+def test_a_loss_scale_in_place_of_a_policy_is_told_where_it_belongs(scale):
+    with pytest.raises(
+        PolicyError, match=r"LossScale\(\.\.\.\) is a loss scale"
+    ) as told:
+        get_policy(scale)
+    assert "jaxmp.loss_scaling(optimizer, scale)" in str(told.value)
