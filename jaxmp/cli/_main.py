@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -62,11 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print(f"jaxmp {options.command}: failed with {error!r}", file=sys.stderr)
         return _FAILED
-    print(json.dumps(output.data, indent=2) if options.json else output.text)
+    _print(json.dumps(output.data, indent=2) if options.json else output.text)
     found = sorted(output.kinds.intersection(options.fail_on))
     if found:
         print(f"jaxmp {options.command}: found {', '.join(found)}", file=sys.stderr)
     return _FOUND if found else 0
+
+
+def _print(text: str) -> None:
+    """Prints a result, also where nobody reads it to its end, as in `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

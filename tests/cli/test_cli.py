@@ -399,3 +399,13 @@ def test_the_module_runs_as_a_program():
         check=True,
     )
     assert json.loads(told.stdout)["compute"] == "bfloat16"
+
+
+def test_a_reader_that_leaves_early_changes_nothing():
+    command = f"{sys.executable} -m jaxmp policy float32 --fail-on loss-scaling"
+    told = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+    )
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
