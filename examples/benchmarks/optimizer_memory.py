@@ -149,7 +149,7 @@ def main() -> None:
             if "accumulate" not in setup.name:
                 accessed, least = traffic(setup)
                 ratio = accessed / least
-                print(f"{setup.name:54} | {accessed:5.1f} | {least:5.1f} | {ratio:.3f}")
+                print(f"{setup.name:54} | {accessed:5.2f} | {least:5.1f} | {ratio:.3f}")
 
 
 if __name__ == "__main__":

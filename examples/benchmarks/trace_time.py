@@ -31,6 +31,7 @@ WAYS: dict[str, Callable[[Job], ways.Training]] = {
     "apply_policy, own_code=half": functools.partial(APPLY_POLICY, own_code="half"),
     "autocast": AUTOCAST,
     "autocast, named_scopes=False": functools.partial(AUTOCAST, named_scopes=False),
+    "autocast, quantize=fp8": functools.partial(AUTOCAST, quantize="fp8"),
 }
 
 

@@ -281,9 +281,14 @@ def with_jaxmp(
 
 
 def with_jaxmp_unscaled(
-    job: Job, dtype: Any, *, autocast: bool, **options: Any
+    job: Job,
+    dtype: Any,
+    *,
+    autocast: bool,
+    quantize: str | None = None,
+    **options: Any,
 ) -> Training:
     """`autocast` or `apply_policy` in a step that scales no loss and skips nothing."""
-    policy = jaxmp.Policy(jnp.float32, dtype, jnp.float32)
+    policy = jaxmp.Policy(jnp.float32, dtype, jnp.float32, quantize=quantize)
     model, loss_fn = under_policy(job, policy, autocast=autocast, **options)
     return without_scale(job, model, loss_fn)
