@@ -8,8 +8,6 @@ traced on abstract arrays.
 
 import argparse
 
-import jax
-import jax.numpy as jnp
 import ways
 from compiled_steps import abstract_arguments
 from models import JOBS
