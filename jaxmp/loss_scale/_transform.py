@@ -64,6 +64,7 @@ from jaxmp.loss_scale.state import (
     LOSS_UNKNOWN,
     LossScaleState,
     find_all,
+    first_state,
     multiple_loss_scales,
 )
 from jaxmp.loss_scale.state_machines import (
@@ -259,7 +260,7 @@ def _transformation(
         refuse_averaged_scales(inner_state)
         if not composition.lands_on_half(inner_state):
             warn_about_half_params(params)
-        return _first_state(inner_state, machine.init())
+        return first_state(inner_state, machine.init())
 
     def update_fn(
         updates: optax.Updates,
@@ -307,18 +308,6 @@ def _or_nothing(finite: jax.Array, updates: optax.Updates) -> optax.Updates:
     """Returns the updates, or ones that change no bit of a parameter."""
     nothing = jax.tree.map(_tree.negative_zero, updates)
     return _tree.select(finite, updates, nothing)
-
-
-def _first_state(inner_state: optax.OptState, scale: Scale) -> LossScaleState:
-    return LossScaleState(
-        inner_state=inner_state,
-        **scale._asdict(),
-        grads_finite=jnp.ones((), jnp.bool_),
-        loss_finite=jnp.full((), LOSS_UNKNOWN, jnp.int32),
-        applied_steps=jnp.zeros((), jnp.int32),
-        skipped_steps=jnp.zeros((), jnp.int32),
-        consecutive_skips=jnp.zeros((), jnp.int32),
-    )
 
 
 def _next_state(

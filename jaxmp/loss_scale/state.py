@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import jmp
 import optax
 
@@ -14,6 +15,7 @@ from jaxmp.loss_scale.jmp_classes import (
     StaticLossScale,
     of_jmp,
 )
+from jaxmp.loss_scale.state_machines import Scale
 
 LOSS_UNKNOWN, LOSS_NONFINITE, LOSS_FINITE = -1, 0, 1
 
@@ -44,6 +46,19 @@ class LossScaleState(NamedTuple):
     """int32: skipped steps since the last applied one."""
 
     transformation = "loss_scaling"
+
+
+def first_state(inner_state: optax.OptState, scale: Scale) -> LossScaleState:
+    """Puts a first scale and counts of zero beside the state of an optimizer."""
+    return LossScaleState(
+        inner_state=inner_state,
+        **scale._asdict(),
+        grads_finite=jnp.ones((), jnp.bool_),
+        loss_finite=jnp.full((), LOSS_UNKNOWN, jnp.int32),
+        applied_steps=jnp.zeros((), jnp.int32),
+        skipped_steps=jnp.zeros((), jnp.int32),
+        consecutive_skips=jnp.zeros((), jnp.int32),
+    )
 
 
 _KINDS = (

@@ -1,7 +1,7 @@
 """States from elsewhere: restored by other libraries, or trained without a scale."""
 
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ from jaxmp.errors import (
 )
 from jaxmp.loss_scale import loss_scaling
 from jaxmp.loss_scale.made_with import notes
-from jaxmp.loss_scale.state import LossScaleState, find
+from jaxmp.loss_scale.state import LossScaleState, find, first_state
 from jaxmp.loss_scale.state_machines import DynamicMachine, Machine
 from jaxmp.optimizers import check_dtypes, check_master_weights
-from jaxmp.policy import PolicyLike
+from jaxmp.policy import Policy, PolicyLike
 from jaxmp.training._create import read_policy, split_options, trained_part
 from jaxmp.training._train_state import TrainState
 
@@ -119,25 +119,35 @@ def _may_be_dynamic(state: LossScaleState, machine: DynamicMachine) -> bool:
     return down <= skipped
 
 
+@overload
+def adopt(state: Any, policy: optax.GradientTransformation) -> LossScaleState: ...
+
+
+@overload
 def adopt(
     state: Any, policy: PolicyLike, *, cls: type[T] = TrainState, **kwargs: Any
-) -> T:
-    """Continues a run of Flax's own `TrainState` under a policy.
+) -> T: ...
+
+
+def adopt(state: Any, policy: Any, *, cls: type = TrainState, **kwargs: Any) -> Any:
+    """Continues a run that had no loss scale, bit for bit.
 
     Args:
       state: a `flax.training.train_state.TrainState`, or anything with its `step`,
-        `apply_fn`, `params`, `tx` and `opt_state`.
-      policy: what `get_policy` takes.
-      cls: the class of the result.
+        `apply_fn`, `params`, `tx` and `opt_state`; or the state of an Optax optimizer.
+      policy: what `get_policy` takes; for the state of an optimizer, what is to update
+        it from now on: `loss_scaling(optimizer, policy)`.
+      cls: the class of the result for a train state.
       **kwargs: as for `TrainState.create`: fields of `cls`, options of `loss_scaling`.
 
     Returns:
-      A state with the parameters, moments and step of the old one, bit for bit, and a
-      fresh loss scale.
+      A `TrainState` with the parameters, moments and step of the old one, and a fresh
+      loss scale; or a state of `loss_scaling`, whose counts of steps start at zero.
 
     Raises:
       TrainStateOptionError: if the optimizer already has a loss scale, or for a keyword
         that is neither a field nor an option.
+      MissingLossScale: if the state of an optimizer comes without `loss_scaling`.
 
     Example:
       >>> import jax.numpy as jnp, jaxmp, optax
@@ -150,24 +160,45 @@ def adopt(
       >>> new = adopt(old, "mixed_float16")
       >>> int(new.step), float(jaxmp.get_loss_scale(new))
       (1, 65536.0)
+      >>> tx = jaxmp.loss_scaling(optax.adam(0.1), "mixed_float16")
+      >>> opt_state = adopt(old.opt_state, tx)
+      >>> int(opt_state.inner_state[0].count)
+      1
     """
-    policy = read_policy(policy)
-    fields, options = split_options(cls, kwargs)
-    if "loss_scaling" in composition.names(state.opt_state):
+    old = getattr(state, "opt_state", state)
+    if "loss_scaling" in composition.names(old):
         raise TrainStateOptionError(
             "The optimizer of this state already has a loss scale. Create a new state "
             "with it, TrainState.create(tx=state.tx, ...), and restore into that."
         )
-    # The scalars alone: two optimizer states at once may not fit into memory.
-    scalars: Any = loss_scaling(optax.identity(), policy, **options).init(())
+    inner_state = jax.tree.map(_tree.strong, old)
+    if not hasattr(state, "opt_state"):
+        return first_state(inner_state, _machine_of(policy).init())
+    policy = read_policy(policy)
+    fields, options = split_options(cls, kwargs)
+    tx = loss_scaling(state.tx, policy, **options)
     step = jnp.asarray(state.step, jnp.int32)
-    inner_state = jax.tree.map(_tree.strong, state.opt_state)
+    # Not tx.init: two optimizer states at once may not fit into memory.
+    opt_state = first_state(inner_state, _machine_of(tx).init())
     return cls(
         step=step,
         apply_fn=state.apply_fn,
         params=state.params,
-        tx=loss_scaling(state.tx, policy, **options),
-        opt_state=scalars._replace(inner_state=inner_state, applied_steps=step),
+        tx=tx,
+        opt_state=opt_state._replace(applied_steps=step),
         policy=policy,
         **fields,
     )
+
+
+def _machine_of(tx: Any) -> Machine:
+    """How the scale moves of a transformation that has it outermost."""
+    made_with = getattr(getattr(tx, "init", None), "made_with", None)
+    if made_with is None:
+        given = repr(tx) if isinstance(tx, (str, Policy)) else type(tx).__name__
+        raise MissingLossScale(
+            f"The state of an optimizer was given with {given}. Pass the optimizer "
+            "that goes on with it, its loss scale outermost: "
+            "adopt(opt_state, loss_scaling(optimizer, policy))."
+        )
+    return made_with.machine

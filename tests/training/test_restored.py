@@ -157,3 +157,46 @@ def test_float32_masters_take_an_old_run_into_half_precision():
     np.testing.assert_array_equal(
         adopted.master["w"], optax.apply_updates(params, updates)["w"]
     )
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_an_adopted_optimizer_state_goes_on_as_it_would_have(policy):
+    optimizer = optax.adamw(optax.linear_schedule(0.1, 0.0, 5))
+    params, old = PARAMS, optimizer.init(PARAMS)
+    for _ in range(3):
+        updates, old = optimizer.update(GOOD, old, params)
+        params = optax.apply_updates(params, updates)
+    tx = jaxmp.loss_scaling(optimizer, policy)
+    new = adopt(old, tx)
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, tx.init(params))
+    check_restored(new, tx=tx, params=params)
+    ours, _ = tx.update(GOOD, new, params)
+    theirs, _ = optimizer.update(GOOD, old, params)
+    np.testing.assert_array_equal(ours["w"], theirs["w"])
+
+
+def test_an_optimizer_state_is_adopted_by_its_optimizer_alone():
+    old = optax.adam(0.1).init(PARAMS)
+    behind = optax.chain(optax.clip(1.0), jaxmp.loss_scaling(optax.sgd(1), "float32"))
+    for wrong in ("mixed_float16", optax.adam(0.1), behind):
+        with pytest.raises(MissingLossScale, match="adopt\\(opt_state, loss_scaling"):
+            adopt(old, wrong)
+    tx = jaxmp.loss_scaling(optax.adam(0.1), "float32")
+    with pytest.raises(TrainStateOptionError, match="already has a loss scale"):
+        adopt(tx.init(PARAMS), tx)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_what_was_adopted_goes_back_bit_for_bit(policy):
+    old = train_state.TrainState.create(
+        apply_fn=max, params=PARAMS, tx=optax.adam(0.1)
+    ).apply_gradients(grads=GOOD)
+    new = adopt(old, policy)
+    back = old.replace(
+        step=new.step,
+        params=new.params,
+        opt_state=jaxmp.loss_scale.inner_state(new),
+    )
+    assert jax.tree.structure(back) == jax.tree.structure(old)
+    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(old), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
