@@ -1,6 +1,8 @@
 """Refuses functions whose nnx modules would lose their state under autocast."""
 
+import dis
 import sys
+import types
 from typing import Any
 
 from jaxmp.errors import AutocastError
@@ -39,5 +41,11 @@ def _closed_over(fn: Any) -> list[tuple[str, Any]]:
             found.append((name, cell.cell_contents))
         except ValueError:  # not filled yet
             continue
-    scope = fn.__globals__
-    return found + [(name, scope[name]) for name in code.co_names if name in scope]
+    scope, names = fn.__globals__, _global_names(code)
+    return found + [(name, scope[name]) for name in names if name in scope]
+
+
+def _global_names(code: types.CodeType) -> list[str]:
+    """The globals that a function reads; `co_names` has attributes, too."""
+    read = {x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"}
+    return sorted(read)

@@ -76,3 +76,11 @@ def show_result(carry: Any, output: Any, dtype: np.dtype) -> Any:
 
 def _is_pair(output: Any) -> bool:
     return isinstance(output, tuple) and len(output) == 2
+
+
+def as_table(x: jax.Array) -> jax.Array:
+    """A table to look rows up in: float32, so that a row's gradients add up in it.
+
+    In half, the gradient of a frequent row stops growing at 256 or 2048.
+    """
+    return x.astype(jnp.float32) if x.dtype in _tree.HALF else x

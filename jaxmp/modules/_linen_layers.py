@@ -12,7 +12,13 @@ from jaxmp import _tree
 from jaxmp._jaxpr.flax_internals import is_flax_layer, is_lifted
 from jaxmp.casting.kernels.border import shown
 from jaxmp.modules._attention import dot_product_attention
-from jaxmp.modules._casts import carry_of, cast_carry, cast_inputs, show_result
+from jaxmp.modules._casts import (
+    as_table,
+    carry_of,
+    cast_carry,
+    cast_inputs,
+    show_result,
+)
 from jaxmp.modules._handed_down import was_handed_down
 from jaxmp.modules._layers import (
     LayerDtypes,
@@ -194,7 +200,7 @@ def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, 
         return settings
     if kind == "embed" and method == "__call__":
         # With a dtype, Flax would cast the whole table and sum its gradient in half.
-        return {"dtype": None}
+        return {"dtype": None, "promote_dtype": _read_table}
     if kind == "attention" and dtypes.compute.itemsize < 4:
         settings = {"dtype": dtypes.compute, "force_fp32_for_softmax": True}
         if module.attention_fn is nn.dot_product_attention and not (
@@ -203,6 +209,10 @@ def _dtype_settings(module: Any, method: str, dtypes: LayerDtypes) -> dict[str, 
             settings["attention_fn"] = dot_product_attention
         return settings
     return {"dtype": dtypes.compute}
+
+
+def _read_table(table: Any, *, dtype: Any, inexact: bool) -> tuple[Any]:
+    return (as_table(table),)
 
 
 def origin_in(call: LayerCall) -> Origin:

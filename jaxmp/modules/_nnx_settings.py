@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxmp._jaxpr.flax_internals import is_flax_layer, promotion_of
 from jaxmp.modules._attention import dot_product_attention
+from jaxmp.modules._casts import as_table
 from jaxmp.modules._layers import LayerDtypes, is_of_flax, kind_of
 
 # Their `dtype` is the dtype of the parameters that they normalise.
@@ -104,5 +105,5 @@ class _Promotion:
         if self.promotes == "float32":
             dtype = jnp.promote_types(dtype, jnp.float32)
         if self.promotes == "table" and len(args) == 1:
-            return args
+            return tuple(map(as_table, args))
         return self.author(args, dtype=dtype, **kwargs)
