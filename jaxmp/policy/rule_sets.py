@@ -165,7 +165,14 @@ def check_rules(rules: Any) -> tuple[PolicyRule, ...]:
     The default rules are appended unless the user's contain them. To get norms in half,
     write a rule for them, or pass no rules at all.
     """
-    rules = (rules,) if isinstance(rules, PolicyRule) else tuple(rules)
+    if isinstance(rules, PolicyRule):
+        rules = (rules,)
+    elif not isinstance(rules, Iterable):
+        raise InvalidRule(
+            f"rules= takes a sequence of PolicyRule, not {rules!r}. Leave it out for the "
+            "default rules, or write rules=() for none."
+        )
+    rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, PolicyRule):
             raise InvalidRule(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jax.extend import core as jex_core
 from jax.interpreters import mlir
@@ -110,6 +111,18 @@ def test_what_is_no_function_or_no_dtype_for_it():
         jaxmp.autocast(3)
     with pytest.raises(AutocastError, match="float64"):
         jaxmp.autocast(network, "64-true")
+
+
+norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+
+def test_an_nnx_module_that_is_no_argument_is_refused():
+    with pytest.raises(AutocastError, match="closes over 'norm'"):
+        jaxmp.autocast(lambda x: norm(x))
+
+
+def test_an_attribute_may_have_the_name_of_a_module():
+    jaxmp.autocast(lambda x: x / jnp.linalg.norm(x))(W)
 
 
 def test_registering_a_primitive():

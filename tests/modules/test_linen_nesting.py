@@ -380,3 +380,10 @@ def test_share_scope(around):
     reference = module.init(KEY, X)
     assert jax.tree.structure(variables) == jax.tree.structure(reference)
     assert dtypes(apply_policy(module, HALF).apply(reference, X)) == BF16
+
+
+@pytest.mark.parametrize("inner", [nn.Dense(8), nn.Sequential([nn.Dense(8)])])
+def test_a_model_under_a_policy_shares_a_scope(inner):
+    plain = LoRA(inner).init(KEY, X)
+    variables = LoRA(apply_policy(inner, "mixed_bfloat16")).init(KEY, X)
+    assert jax.tree.structure(variables) == jax.tree.structure(plain)
