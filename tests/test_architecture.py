@@ -41,7 +41,7 @@ MAY_IMPORT = {
     # The everyday names, and `python -m jaxmp`.
     "__init__": GROUND
     | {"policy", "casting", "loss_scale", "optimizers", "sharding"}
-    | {"modules", "training"},
+    | {"modules", "numerics", "report", "testing", "training"},
     "__main__": {"cli"},
 }
 """What a part of the package may import besides itself, each after those it may."""

@@ -115,17 +115,23 @@ def _rows_of_linen(
         )
     policied = apply_to_linen(module, application)
     visits: list[Visit] = []
+    returned: list[str] = []
+    key = jax.random.key(0)
+    rngs = {"params": key, "dropout": key}
+
+    def init(args: tuple[Any, ...]) -> Any:
+        output, variables = policied.init_with_output(rngs, *args)
+        returned.append(_dtypes_in(output))
+        return variables
+
     with watch(visits.append):
-        key = jax.random.key(0)
-        rngs = {"params": key, "dropout": key}
-        variables = jax.eval_shape(
-            lambda args: policied.init(rngs, *args), example_args
-        )
+        variables = jax.eval_shape(init, example_args)
     stored = _stored(variables.get("params", {}))
     rows: dict[tuple[str, str], Row] = {}
     for visit in visits:
         name = _class_name(type(visit.module))
-        returns = _dtypes_in(visit.output)
+        # The model's result is cast where it leaves the plan, after the visit.
+        returns = _dtypes_in(visit.output) if visit.path else returned[-1]
         if visit.path and _is_planned(visit.module, visit.dtypes, application):
             returns = "as planned"
         if (visit.path, name) in rows:

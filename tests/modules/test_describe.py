@@ -183,3 +183,10 @@ def test_a_description_is_shown_as_it_is_printed(capsys):
     description = jaxmp.describe(Net(), "mixed_bfloat16", X)
     description.show()
     assert capsys.readouterr().out == f"{description}\n"
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bf16-true", "16-true"])
+def test_the_model_returns_what_the_table_says(policy):
+    model, x = nn.Sequential([nn.Dense(4), nn.Dense(4)]), jnp.ones((3, 4))
+    output, _ = jaxmp.apply_policy(model, policy).init_with_output(jax.random.key(0), x)
+    assert jaxmp.describe(model, policy, x).rows[0].returns == str(output.dtype)
