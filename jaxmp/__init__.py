@@ -9,15 +9,8 @@ scale. Everything is a pure function of pytrees.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxmp import casting, errors, loss_scale, optimizers, policy, sharding
+from jaxmp import errors, loss_scale, optimizers, policy, sharding
 from jaxmp._jaxpr import versions as versions  # checks the version of JAX
-from jaxmp.casting import (
-    autocast,
-    explain,
-    full_precision,
-    half_operands,
-    register_rule,
-)
 from jaxmp.loss_scale import (
     DynamicLossScale,
     LossScale,
@@ -59,7 +52,14 @@ from jaxmp.policy import (
 from jaxmp.policy.dtypes import dtype_to_names as dtype_to_names  # jmp's tests read it
 
 if TYPE_CHECKING:
-    from jaxmp import modules, numerics, report, testing, training
+    from jaxmp import casting, modules, numerics, report, testing, training
+    from jaxmp.casting import (
+        autocast,
+        explain,
+        full_precision,
+        half_operands,
+        register_rule,
+    )
     from jaxmp.modules import apply_policy, cast_for_eval, describe
     from jaxmp.training import TrainState
 
@@ -130,19 +130,32 @@ __all__ = [
 ]
 
 
-# Flax takes longer to import than everything else here, and optimizers do without.
-_FROM_FLAX_PACKAGES = {
+# Autocast and Flax take longer to import than everything else here, and optimizers do
+# without.
+_IMPORTED_ON_DEMAND = {
+    "casting",
+    "modules",
+    "numerics",
+    "report",
+    "testing",
+    "training",
+}
+_PACKAGE_OF = {
+    "autocast": "jaxmp.casting",
+    "explain": "jaxmp.casting",
+    "full_precision": "jaxmp.casting",
+    "half_operands": "jaxmp.casting",
+    "register_rule": "jaxmp.casting",
     "apply_policy": "jaxmp.modules",
     "cast_for_eval": "jaxmp.modules",
     "describe": "jaxmp.modules",
     "TrainState": "jaxmp.training",
 }
-_IMPORTED_ON_DEMAND = {"modules", "numerics", "report", "testing", "training"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _IMPORTED_ON_DEMAND:
         return importlib.import_module(f"jaxmp.{name}")
-    if name in _FROM_FLAX_PACKAGES:
-        return getattr(importlib.import_module(_FROM_FLAX_PACKAGES[name]), name)
+    if name in _PACKAGE_OF:
+        return getattr(importlib.import_module(_PACKAGE_OF[name]), name)
     raise AttributeError(f"module 'jaxmp' has no attribute {name!r}")

@@ -169,8 +169,8 @@ def check_rules(rules: Any) -> tuple[PolicyRule, ...]:
         rules = (rules,)
     elif not isinstance(rules, Iterable):
         raise InvalidRule(
-            f"rules= takes a sequence of PolicyRule, not {rules!r}. Leave it out for the "
-            "default rules, or write rules=() for none."
+            f"rules= takes a sequence of PolicyRule, not {rules!r}. Leave it out for "
+            "the default rules, or write rules=() for none."
         )
     rules = tuple(rules)
     for rule in rules:
