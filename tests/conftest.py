@@ -19,6 +19,8 @@ import pytest
 
 PLATFORM = platform(os.environ)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# What modules compute while tests are collected; see `pytest_runtest_setup`.
+jax.config.update("jax_disable_most_optimizations", PLATFORM == "cpu")
 # A busy machine is no failure.
 hypothesis.settings.register_profile("jaxmp", deadline=None)
 hypothesis.settings.load_profile("jaxmp")

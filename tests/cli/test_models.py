@@ -76,11 +76,11 @@ class Other:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "models.py").write_text(MODULE)
+    (tmp_path / "nets.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXMP_CACHE_DIR", str(tmp_path / "cache"))
     yield tmp_path
-    sys.modules.pop("models", None)
+    sys.modules.pop("nets", None)
 
 
 def audited(capsys, target, *flags):
@@ -91,16 +91,16 @@ def audited(capsys, target, *flags):
 
 # Two flags are enough for every kind of model, and each takes a step forward and back.
 MODELS = {
-    "linen class": ("models:Linen", "Config(layers=2)", "i32[2,4]", 3),
-    "linen file": ("models.py:Linen", "config=Config(2)", "tokens=i32[2,4]", 3),
-    "linen in evaluation": ("models:Linen", "", "i32[2,4], train=False", 2),
-    "linen partial": ("models:Small", "", "i32[2,4]", 2),
-    "linen made": ("models:MADE", "", "i32[2,4]", 2),
-    "linen factory": ("models:make_linen", "layers=3", "i32[2,4]", 4),
-    "nnx class": ("models:Nnx", "width=8", "f32[2,16]", 1),
+    "linen class": ("nets:Linen", "Config(layers=2)", "i32[2,4]", 3),
+    "linen file": ("nets.py:Linen", "config=Config(2)", "tokens=i32[2,4]", 3),
+    "linen in evaluation": ("nets:Linen", "", "i32[2,4], train=False", 2),
+    "linen partial": ("nets:Small", "", "i32[2,4]", 2),
+    "linen made": ("nets:MADE", "", "i32[2,4]", 2),
+    "linen factory": ("nets:make_linen", "layers=3", "i32[2,4]", 4),
+    "nnx class": ("nets:Nnx", "width=8", "f32[2,16]", 1),
     "nnx of Flax": ("flax.nnx:Linear", "16, 8", "f32[2,16]", 1),
-    "function": ("models:loss", "temperature=2.0", "{'w': f32[16,8]}, f32[2,16]", 1),
-    "by name": ("models:loss", "", "params={'w': f32[16,8]}, x=f32[2,16]", 1),
+    "function": ("nets:loss", "temperature=2.0", "{'w': f32[16,8]}, f32[2,16]", 1),
+    "by name": ("nets:loss", "", "params={'w': f32[16,8]}, x=f32[2,16]", 1),
     "hugging face": (
         "transformers:FlaxBertModel",
         "vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, "
@@ -125,7 +125,7 @@ def test_a_training_step_is_made_of_every_kind_of_model(model, capsys):
 
 
 def test_a_report_compiles_a_model_under_each_policy(capsys):
-    command = ["report", "models:Nnx", "--config", "width=8", "--inputs", "f32[2,16]"]
+    command = ["report", "nets:Nnx", "--config", "width=8", "--inputs", "f32[2,16]"]
     policies = ["--policy", "float32", "--policy", "mixed_bfloat16"]
     assert main([*command, *policies, "--target", "cpu", "--json", "--quiet"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -134,7 +134,7 @@ def test_a_report_compiles_a_model_under_each_policy(capsys):
 
 
 def test_a_model_is_failed_on_as_its_author_wrote_it(capsys):
-    command = ["audit", "models:leaking", "--inputs", "f32[16,8], bf16[2,16]"]
+    command = ["audit", "nets:leaking", "--inputs", "f32[16,8], bf16[2,16]"]
     failing = [*command, "--fail-on", "upcast"]
     assert main(failing) == 0
     assert main([*failing, "--as-written"]) == 1
@@ -144,65 +144,65 @@ def test_a_model_is_failed_on_as_its_author_wrote_it(capsys):
 @pytest.mark.parametrize(
     ("target", "flags", "words"),
     [
-        ("models:Linen", {}, "models:Linen is a model: say what it is called with"),
-        ("models:loss", {"config": "x=1"}, "is to be made of --config: say what it"),
+        ("nets:Linen", {}, "nets:Linen is a model: say what it is called with"),
+        ("nets:loss", {"config": "x=1"}, "is to be made of --config: say what it"),
         (
-            "models.Linen",
+            "nets.Linen",
             {"inputs": "i32[2]"},
-            "Write MODULE:FUNCTION, such as mod",
+            "Write MODULE:FUNCTION, such as nets:Linen",
         ),
-        ("models:Linnen", {"inputs": "i32[2]"}, "Did you mean Linen"),
-        ("models:Linen", {"inputs": "2, 4"}, "holds no array. Write a dtype and a"),
+        ("nets:Linnen", {"inputs": "i32[2]"}, "Did you mean Linen"),
+        ("nets:Linen", {"inputs": "2, 4"}, "holds no array. Write a dtype and a"),
         (
-            "models:Linen",
+            "nets:Linen",
             {"inputs": "i32"},
             "has int32 without a shape. Write int32",
         ),
-        ("models:Linen", {"inputs": "i32[2,4"}, "cannot be read"),
-        ("models:Linen", {"inputs": "i32[2,4])("}, "cannot be read"),
-        ("models:Linen", {"inputs": "j32[2,4]"}, "no 'j32'. Did you mean"),
+        ("nets:Linen", {"inputs": "i32[2,4"}, "cannot be read"),
+        ("nets:Linen", {"inputs": "i32[2,4])("}, "cannot be read"),
+        ("nets:Linen", {"inputs": "j32[2,4]"}, "no 'j32'. Did you mean"),
         (
-            "models:Linen",
+            "nets:Linen",
             {"inputs": "i32[2,'b']"},
             "sizes of an array are",
         ),
         (
-            "models:Linen",
+            "nets:Linen",
             {"inputs": "i32[2], 3, 4"},
             "Linen cannot be called",
         ),
         (
-            "models:Linen",
+            "nets:Linen",
             {"config": "Config(layer=2)"},
             "unexpected keyword arg",
         ),
-        ("models:Linen", {"config": "Confg()"}, "no 'Confg'. Did you mean 'Config'"),
+        ("nets:Linen", {"config": "Confg()"}, "no 'Confg'. Did you mean 'Config'"),
         (
-            "models:Linen",
+            "nets:Linen",
             {"config": "layers=2"},
             "Linen takes: config=.... Write",
         ),
-        ("models:Nnx", {}, "models:Nnx is a model"),
-        ("models:Nnx", {"config": ""}, "Nnx takes: width. Write it in --config"),
-        ("models:Nnx", {"config": "8", "inputs": "f32[2,3]"}, "cannot be called with"),
-        ("models:MADE", {"config": "Config()"}, "made already, so --config has no use"),
+        ("nets:Nnx", {}, "nets:Nnx is a model"),
+        ("nets:Nnx", {"config": ""}, "Nnx takes: width. Write it in --config"),
+        ("nets:Nnx", {"config": "8", "inputs": "f32[2,3]"}, "cannot be called with"),
+        ("nets:MADE", {"config": "Config()"}, "made already, so --config has no use"),
         (
-            "models:Other",
+            "nets:Other",
             {"inputs": "f32[2]"},
             "Other is a class, but not a",
         ),
         (
-            "models:loss",
+            "nets:loss",
             {"inputs": "i32[2], f32[2]"},
             "differentiated by, and",
         ),
         (
-            "models:loss",
+            "nets:loss",
             {"inputs": "f32[2], f32[2]"},
             "loss cannot be called",
         ),
         (
-            "models:counting",
+            "nets:counting",
             {"inputs": "f32[4,4], f32[2,4]"},
             "counting returns no floating-point array",
         ),
@@ -225,7 +225,7 @@ def test_a_model_is_failed_on_as_its_author_wrote_it(capsys):
     ],
 )
 def test_a_mistake_is_told_and_ends_with_status_2(target, flags, words, capsys):
-    if "config" in flags and target not in ("models:loss",):
+    if "config" in flags and target not in ("nets:loss",):
         flags = {"inputs": "i32[2,4]", **flags}
     given = [part for name, x in flags.items() for part in (f"--{name}", x)]
     assert main(["audit", target, *given]) == 2

@@ -16,7 +16,7 @@ def test_the_four_scalers_train_alike():
     assert seconds.shape == (4, 3)
     assert np.all(seconds > 0)
     # jaxmp computes GELU in float32 inside, the others in half.
-    np.testing.assert_allclose(losses, losses[0], rtol=3e-5)
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

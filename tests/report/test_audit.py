@@ -567,12 +567,14 @@ def test_the_leak_of_gpt2_is_named_by_line():
     assert widening.matmuls == 36
 
 
-def test_gpt2_small_is_audited_in_five_seconds():
+def test_auditing_gpt2_small_costs_little_beside_tracing_it():
     step, *args = abstract_step("GPT-2 small", "bfloat16 by hand")
-    start = time.process_time()
+    started = time.process_time()
+    jax.make_jaxpr(step)(*args)
+    traced = time.process_time()
     found = audit(step, *args, policy="mixed_bfloat16")
-    # About 1 s of CPU time on the machine this was written on.
-    assert time.process_time() - start < 5
+    # 2.5 s and 3.4 s where this was written: audit traces the step as well.
+    assert time.process_time() - traced < 3 * (traced - started)
     tokens, width, length = 8 * 1024, 768, 1024
     block = tokens * (12 * width**2 + 2 * length * width)
     head = tokens * width * 50257
