@@ -332,3 +332,7 @@ class UnscaledGradientsWarning(UserWarning):
 
 class Fp8MetadataWarning(UserWarning):
     """Scales of float8 layers meet an optimizer that trains them like parameters."""
+
+
+class HalfReferenceWarning(UserWarning):
+    """The function that policies are compared with multiplies in half by itself."""

@@ -48,6 +48,13 @@ class Site:
         return None if self.parent is None else self.parent.line
 
     @property
+    def call(self) -> tuple[Source | None, int]:
+        """The call of JAX that made it, down to the instruction within a line."""
+        if self.written.nearest is not None or self.parent is None:
+            return self.written.nearest, self.written.instruction
+        return self.parent.call
+
+    @property
     def library(self) -> str | None:
         """The library that called JAX here, None for the user's own code."""
         if self.written.caller or self.parent is None:

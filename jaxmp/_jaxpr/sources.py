@@ -42,6 +42,7 @@ class Written(NamedTuple):
     Attributes:
       source: the user's line, or None if the traceback holds none.
       nearest: the innermost line outside JAX, the user's or a library's.
+      instruction: number of the bytecode there, which tells apart what one line calls.
       library: the package whose code called JAX, None for the user's own.
       caller: name of the function that called JAX.
       inside_jax: names of JAX's own functions below it, innermost first.
@@ -50,6 +51,7 @@ class Written(NamedTuple):
 
     source: Source | None
     nearest: Source | None
+    instruction: int
     library: str | None
     caller: str
     inside_jax: tuple[str, ...]
@@ -61,15 +63,16 @@ def written(traceback: Any) -> Written:
     return _UNKNOWN if traceback is None else _written(traceback)
 
 
-_UNKNOWN = Written(None, None, None, "", (), frozenset())
+_UNKNOWN = Written(None, None, 0, None, "", (), frozenset())
 
 
 @functools.lru_cache(maxsize=16384)
 def _written(traceback: Any) -> Written:
     inside, nearest, source = [], None, None
+    at = 0
     library: str | None = None
     packages = set()
-    for file, frame in _frames(traceback):
+    for file, frame, instruction in _frames(traceback):
         package = _package(file)
         packages.add(package)
         if package == "jax":
@@ -78,12 +81,14 @@ def _written(traceback: Any) -> Written:
             continue
         line = Source(file, frame.line_num, frame.function_name)
         if nearest is None:
-            nearest, library = line, package
+            nearest, at, library = line, instruction, package
         if source is None and package is None:
             source = line
     packages.discard(None)
     caller = "" if nearest is None else nearest.function
-    return Written(source, nearest, library, caller, tuple(inside), frozenset(packages))
+    return Written(
+        source, nearest, at, library, caller, tuple(inside), frozenset(packages)
+    )
 
 
 def is_users(file: str) -> bool:
@@ -91,11 +96,12 @@ def is_users(file: str) -> bool:
     return not file.startswith("<") and not _is_standard(file) and not _package(file)
 
 
-def _frames(traceback: Any) -> Iterator[tuple[str, Any]]:
-    for frame in traceback.frames:
+def _frames(traceback: Any) -> Iterator[tuple[str, Any, int]]:
+    _, instructions = traceback.raw_frames()
+    for frame, instruction in zip(traceback.frames, instructions, strict=True):
         file = frame.file_name
         if not file.startswith("<frozen ") and not _is_standard(file):
-            yield file, frame
+            yield file, frame, instruction
 
 
 def _is_standard(file: str) -> bool:

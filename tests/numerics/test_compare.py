@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from jaxmp.errors import NumericsError, PolicyError
+import jaxmp
+from jaxmp.errors import HalfReferenceWarning, NumericsError, PolicyError
 from jaxmp.numerics import compare
 from jaxmp.numerics.compare._distance import Distance
 from jaxmp.testing import zoo
@@ -210,6 +211,41 @@ def test_operations_of_real_networks_are_found_again(name):
     assert all(row.relative_error < 0.1 for row in half.activations)
 
 
+def one_line(p, x, mean):
+    h = x @ p["w"]
+    m, v = h.mean(0), h.var(0)
+    # fmt: off
+    y, m = (h - m) * (lax.rsqrt(v + 1e-5) * p["s"]) + p["b"], 0.9 * mean + p["s"] * m
+    # fmt: on
+    return jnp.mean(y**2 * p["s"]), m
+
+
+class Normed(nn.Module):
+    """Running statistics are computed between the steps of the norm itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8)(x)
+        x = nn.BatchNorm(use_running_average=False)(x)
+        return jnp.mean(x**2 * jnp.arange(8.0))
+
+
+def normed(variables, x):
+    return Normed().apply(variables, x, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("kind", ["one line", "lines of a library"])
+def test_operations_that_change_places_are_compared_with_their_own(kind):
+    rows = np.linspace(-1, 2, 8, dtype=np.float32)
+    fn, args = one_line, ({"w": W, "s": rows, "b": rows}, X, 5 + rows)
+    with jax.numpy_rank_promotion("allow"):
+        if kind == "lines of a library":
+            fn, args = normed, (Normed().init(jax.random.key(0), X), X)
+        found = compare(fn, "bfloat16", *args).activations
+    assert sum(row.operation == "mul" for row in found) >= 4
+    assert all(row.relative_error < 0.03 for row in found)
+
+
 # Gradients and loss scales
 
 
@@ -332,3 +368,54 @@ def test_mistakes_are_explained(call, words):
     with pytest.raises(NumericsError) as caught:
         call()
     assert all(word in str(caught.value) for word in words)
+
+
+def narrow_matmul(w, x):
+    return jnp.mean((x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)) ** 2)
+
+
+class Twice(nn.Module):
+    """A matmul of a layer, and one that is always in half."""
+
+    dtype: object = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16, dtype=self.dtype)(x)
+        return jnp.mean(x @ jnp.ones((16, 4), self.dtype))
+
+
+def in_half(kind):
+    """A function that multiplies in half, and in how many of its matmuls."""
+    if kind == "by hand":
+        return narrow_matmul, (W, X), "1 of 1 matmuls"
+    if kind == "nnx":
+        model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+        policied = jaxmp.apply_policy(model, "mixed_bfloat16")
+        return lambda m, x: jnp.mean(m(x)), (policied, X), "1 of 1 matmuls"
+    model = Twice(jnp.bfloat16 if kind == "dtype of a layer" else None)
+    params = model.init(jax.random.key(0), X)
+    if kind == "apply_policy":
+        model = jaxmp.apply_policy(model, "mixed_bfloat16")
+    return model.apply, (params, X), "2 of 2 matmuls"
+
+
+@pytest.mark.parametrize("kind", ["by hand", "nnx", "dtype of a layer", "apply_policy"])
+def test_a_reference_in_half_warns(kind):
+    fn, args, count = in_half(kind)
+    with pytest.warns(HalfReferenceWarning, match=count) as found:
+        compare(fn, "bfloat16", *args)
+    (warning,) = found
+    assert "bfloat16, the first at " in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_a_loop_in_half_warns_once_for_its_matmul():
+    def loop(w, x):
+        def step(x, _):
+            return jnp.tanh(x.astype(jnp.float16) @ w.astype(jnp.float16)), None
+
+        return jnp.mean(lax.scan(step, x.astype(jnp.float16), length=3)[0])
+
+    with pytest.warns(HalfReferenceWarning, match="1 of 1 matmuls .* float16"):
+        compare(loop, "float16", np.eye(16, dtype=np.float32), X)

@@ -1,9 +1,9 @@
 """The second stage of `compare`: each activation under a policy, and its distance.
 
-Autocast keeps names and source lines, so the primitive, path, line and iteration of an
-operation identify it, with its number among those that share all four. Where their
-count differs, autocast has rewritten the place, and nothing is compared. A quantised
-matmul is compared with the matmul in its place.
+Autocast keeps names and source lines, so the primitive, path, call, shape and iteration
+of an operation identify it, with its number among those that share all of them.
+Where their count differs, autocast has rewritten the place, and nothing is compared.
+A quantised matmul is compared with the matmul in its place.
 """
 
 import collections
@@ -80,7 +80,7 @@ class _Comparing(Measuring):
         if site.primitive == CAST:
             self._hand_back(operands[0], results[0])
         elif is_activation(site, results):
-            key = key_of(site, self.iterations)
+            key = key_of(site, results[0], self.iterations)
             number = len(self._met[key])
             self._met[key].append(self._measure(key, number, results[0]))
             ref = weakref.ref(results[0])
@@ -95,7 +95,7 @@ class _Comparing(Measuring):
     def _measure(self, key: Key, number: int, value: Array) -> _Measured:
         distance = Distance()
         wanted = self.wanted.get(key, ())
-        if number < len(wanted) and wanted[number][1].shape == value.shape:
+        if number < len(wanted):
             distance.add(wanted[number][1], value)
         return _Measured(distance, str(value.dtype))
 

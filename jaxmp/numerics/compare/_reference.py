@@ -1,15 +1,17 @@
 """The first stage of `compare`: the function in float32, every activation kept."""
 
 import collections
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from jaxmp import _tree
-from jaxmp._jaxpr.primitives import CAST, LAYOUT, SCALED_DOT
+from jaxmp import _tree, _warnings
+from jaxmp._jaxpr.matmuls import operands as operands_of
+from jaxmp._jaxpr.primitives import ALL_MATMULS, CAST, LAYOUT, SCALED_DOT
 from jaxmp._jaxpr.types import Array, Arrays
-from jaxmp.errors import NumericsError
+from jaxmp.errors import HalfReferenceWarning, NumericsError
 from jaxmp.numerics.compare._candidates import Read
 from jaxmp.numerics.replay._interpreter import Interpreter
 from jaxmp.numerics.replay._site import ReplaySite
@@ -36,6 +38,7 @@ def run_reference(read: Read) -> Reference:
     """Runs the function as it is, and with its gradient if it returns a loss."""
     run = _Remembering()
     outputs = run.run_program(read(backward=False))
+    _warn_of_half(run.matmuls)
     program = read()
     if program.loss_scale is None:
         return Reference(run.found, outputs, {})
@@ -43,10 +46,10 @@ def run_reference(read: Read) -> Reference:
     return Reference(run.found, outputs, gradients)
 
 
-def key_of(site: ReplaySite, iterations: tuple[int, ...]) -> Key:
+def key_of(site: ReplaySite, result: Array, iterations: tuple[int, ...]) -> Key:
     """Identifies an operation, here and under a policy."""
     name = "dot_general" if site.primitive == SCALED_DOT else site.primitive
-    return name, site.path, site.line, iterations
+    return name, site.path, site.line, site.call, result.shape, iterations
 
 
 def is_activation(site: ReplaySite, results: Arrays) -> bool:
@@ -60,10 +63,39 @@ class _Remembering(Interpreter):
         super().__init__()
         self.found: dict[Key, list[tuple[ReplaySite, Array]]]
         self.found = collections.defaultdict(list)
+        self.matmuls: dict[ReplaySite, None] = {}
 
     def observe(self, site: ReplaySite, operands: Arrays, results: Arrays) -> None:
+        if site.primitive in ALL_MATMULS:
+            self.matmuls[site] = None
         if is_activation(site, results):
-            self.found[key_of(site, self.iterations)].append((site, results[0]))
+            key = key_of(site, results[0], self.iterations)
+            self.found[key].append((site, results[0]))
+
+
+def _warn_of_half(matmuls: Iterable[ReplaySite]) -> None:
+    """Warns if the function, which was to run in float32, multiplies in half."""
+    dtypes = {site: _narrow_dtype(site) for site in matmuls}
+    narrow = [site for site, dtype in dtypes.items() if dtype]
+    if not narrow:
+        return
+    first = narrow[0]
+    place = f", the first at {first.line.short}" if first.line else ""
+    _warnings.warn(
+        f"{len(narrow)} of {len(dtypes)} matmuls of the function itself multiply in "
+        f"{dtypes[first]}{place}. There compare has no reference in float32, and "
+        "finds each policy as good as what the function does by itself. Hand it the "
+        "function in float32: a model before apply_policy, with dtype=None or float32 "
+        "in its layers.",
+        HalfReferenceWarning,
+    )
+
+
+def _narrow_dtype(site: ReplaySite) -> str:
+    """The first dtype below float32 that a matmul multiplies, if there is one."""
+    dtypes = [x.dtype for x in operands_of(site.eqn)]
+    narrow = (x for x in dtypes if jnp.issubdtype(x, jnp.floating) and x.itemsize < 4)
+    return next(map(str, narrow), "")
 
 
 def widened(tree: Any, reference: str) -> Any:
