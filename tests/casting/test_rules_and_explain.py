@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.extend import core as jex_core
+from jax.extend.core import primitives
 from jax.interpreters import mlir
 
 import jaxmp
 from jaxmp.casting import OpRule
-from jaxmp.casting.ops._op_lists import table_as_markdown
+from jaxmp.casting.ops._op_lists import CLASS_OF, table_as_markdown
 from jaxmp.errors import (
     AutocastError,
     AutocastRuleError,
@@ -312,6 +313,46 @@ def test_only_what_was_closed_over_is_traced_too():
 def test_the_documented_lists_are_those_of_the_table():
     path = pathlib.Path(__file__).parents[2] / "docs" / "op_lists.md"
     assert table_as_markdown() in path.read_text()
+
+
+# Of integers, of effects, or calls, which rules of their own describe.
+WITHOUT_OPINION = """
+  and or xor not shift_left shift_right_logical shift_right_arithmetic clz mulhi
+  population_count reduce_and reduce_or reduce_xor axis_index select_and_scatter
+  after_all create_token device_put dce_sink empty2 get swap
+  call closed_call eval_jaxpr jit cond while scan remat2 custom_jvp_call custom_vjp_call
+  custom_linear_solve stage
+"""
+
+
+def test_every_public_primitive_that_computes_has_a_line_in_the_table():
+    public = {**vars(lax), **vars(primitives)}
+    names = {p.name for name, p in public.items() if name.endswith("_p")}
+    assert len(names) > 150
+    assert names - CLASS_OF.keys() <= set(WITHOUT_OPINION.split())
+
+
+@pytest.mark.parametrize("segment", [jax.ops.segment_max, jax.ops.segment_min])
+def test_extrema_of_segments_run_in_half_between_matmuls_and_agree(segment):
+    def extrema(w, x):
+        return segment(x @ w, jnp.arange(len(x)) // 2, len(x)) @ w
+
+    def by_hand(w, x):
+        with jax.numpy_dtype_promotion("standard"):
+            return extrema(w.astype(BF16), x.astype(BF16)).astype(F32)
+
+    cast = jaxmp.autocast(extrema, "mixed_bfloat16")
+    (scatter,) = (
+        eqn
+        for _, eqn in equations(jax.make_jaxpr(cast)(W, X))
+        if eqn.primitive.name.startswith("scatter")
+    )
+    assert scatter.outvars[0].aval.dtype == BF16
+    np.testing.assert_allclose(cast(W, X), by_hand(W, X), atol=0.01)
+    gradients = jax.grad(lambda w: jnp.sum(cast(w, X)))(W)
+    np.testing.assert_allclose(
+        gradients, jax.grad(lambda w: jnp.sum(by_hand(w, X)))(W), rtol=0.05, atol=0.5
+    )
 
 
 def small_steps(w, x):

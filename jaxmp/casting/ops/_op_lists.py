@@ -113,7 +113,8 @@ TABLE = (
         "neg abs sign floor ceil round stop_gradient copy copy_p name real_identity "
         "sharding_constraint optimization_barrier anew cpu_barrier pvary pcast "
         "reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min "
-        "select_and_gather_add sort top_k approx_top_k",
+        "select_and_gather_add sort top_k approx_top_k "
+        "scatter-max scatter_max scatter-min scatter_min",
         "exact in every dtype: the result is one of the operands, or its sign",
     ),
     _entry(

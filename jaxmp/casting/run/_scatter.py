@@ -20,6 +20,10 @@ _FUNCTIONS = {
     "scatter_sub": jax.lax.scatter_sub,
     "scatter-mul": jax.lax.scatter_mul,
     "scatter_mul": jax.lax.scatter_mul,
+    "scatter-max": jax.lax.scatter_max,
+    "scatter_max": jax.lax.scatter_max,
+    "scatter-min": jax.lax.scatter_min,
+    "scatter_min": jax.lax.scatter_min,
 }
 
 
