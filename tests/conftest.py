@@ -21,8 +21,16 @@ PLATFORM = platform(os.environ)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What modules compute while tests are collected; see `pytest_runtest_setup`.
 jax.config.update("jax_disable_most_optimizations", PLATFORM == "cpu")
-# A busy machine is no failure.
-hypothesis.settings.register_profile("jaxmp", deadline=None)
+# A busy machine is no failure, nor is a seed that generates too little.
+hypothesis.settings.register_profile(
+    "jaxmp",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.filter_too_much,
+    ],
+)
 hypothesis.settings.load_profile("jaxmp")
 
 
@@ -35,14 +43,16 @@ LONG = ("test_random_programs.py", "test_programs.py", "test_import_weight.py")
 def pytest_addoption(parser):
     help_text = "skip tests that have not started after so many seconds"
     parser.addoption("--budget", type=float, default=float("inf"), help=help_text)
+    parser.addoption("--share", type=int, default=1, help="run every n-th test")
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Puts the files of `LONG` first, and then those of most tests.
 
     Slow tests have a budget: files of few, which train, come before the sweeps.
     """
+    items[:] = items[:: config.getoption("--share")]
     tests = collections.Counter(item.path for item in items)
 
     def place(item):

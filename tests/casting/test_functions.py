@@ -8,6 +8,7 @@ import pytest
 import jaxmp
 from jaxmp.testing import matmuls
 from tests.support.functions import FUNCTIONS, example_arguments
+from tests.support.thinning import every_second
 
 HALF = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 # A few roundings of the unit in the last place, relative to the largest element.
@@ -16,7 +17,10 @@ DIFFERENTIABLE = [f for f in FUNCTIONS if f.name != "while"]
 
 functions = pytest.mark.parametrize("case", FUNCTIONS, ids=lambda f: f.name)
 differentiable = pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda f: f.name)
-policies = pytest.mark.parametrize("policy", HALF)
+
+
+def name_of(value):
+    return getattr(value, "name", str(value))
 
 
 def assert_close(actual, expected, tolerance):
@@ -42,16 +46,14 @@ def test_output_avals_are_those_of_the_function(case):
     )
 
 
-@policies
-@functions
+@every_second("case policy", FUNCTIONS, HALF, ids=name_of)
 def test_values_are_close_to_float32(case, policy):
     args = example_arguments()
     actual = jax.jit(jaxmp.autocast(case.fn, policy))(*args)
     assert_close(actual, case.fn(*args), TOLERANCE[policy])
 
 
-@policies
-@differentiable
+@every_second("case policy", DIFFERENTIABLE, HALF, ids=name_of)
 def test_gradients_are_float32_and_close(case, policy):
     args = example_arguments()
     expected = jax.grad(loss_of(case.fn), (0, 1))(*args)

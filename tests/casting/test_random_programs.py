@@ -117,14 +117,14 @@ def test_float32_changes_no_bit(program):
 
 
 @POLICIES
-@examples(10, program=PROGRAMS, half_residuals=st.booleans())
+@examples(6, program=PROGRAMS, half_residuals=st.booleans())
 def test_the_error_is_that_of_half_by_hand(policy, program, half_residuals):
     check_precision(program, policy, half_residuals)
 
 
 @pytest.mark.slow
 @POLICIES
-@examples(5, program=PROGRAMS, half_residuals=st.booleans())
+@examples(12, program=PROGRAMS, half_residuals=st.booleans())
 def test_the_error_is_that_of_half_by_hand_in_many_programs(
     policy, program, half_residuals
 ):

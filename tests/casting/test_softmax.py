@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxmp
+from tests.support.thinning import every_second
 
 HALF = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 TOLERANCE = {"mixed_bfloat16": 0.03, "mixed_float16": 0.004}
@@ -55,9 +56,7 @@ def arguments(dtype):
     return tuple(x.astype(jnp.float32) / 2 for x in whole)
 
 
-@pytest.mark.parametrize("policy", HALF)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("change", SCORES)
+@every_second("change form policy", SCORES, FORMS, HALF)
 def test_values_and_gradients_are_close_to_float32(change, form, policy):
     fn = attention(SCORES[change], FORMS[form])
     args = arguments(HALF[policy])

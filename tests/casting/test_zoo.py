@@ -27,7 +27,6 @@ SETTINGS = (
     ("mixed_bfloat16", False),
     ("mixed_float16", True),
 )
-every_model = pytest.mark.parametrize("model", zoo(), ids=str)
 every_setting = pytest.mark.parametrize(
     "setting",
     [SETTINGS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS[1:])],
@@ -105,7 +104,7 @@ def types(tree):
 
 
 @every_setting
-@every_model
+@run_model
 def test_types_are_those_of_the_function(model, setting):
     plain, cast = gradient(model, None), gradient(model, setting)
     assert types(cast.results) == types(plain.results)
@@ -114,7 +113,7 @@ def test_types_are_those_of_the_function(model, setting):
 
 
 @every_setting
-@every_model
+@run_model
 def test_every_matmul_forward_and_backward_is_in_half_and_none_is_repeated(
     model, setting
 ):
@@ -125,7 +124,7 @@ def test_every_matmul_forward_and_backward_is_in_half_and_none_is_repeated(
 
 
 @every_setting
-@every_model
+@run_model
 def test_exponentials_and_roots_are_in_float32(model, setting):
     found = [
         equation.invars[0].aval.dtype

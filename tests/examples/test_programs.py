@@ -52,6 +52,7 @@ def read_checkpoint(folder):
     return bits, history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_short_run_ends_with_the_table_and_the_plot(name, start, tmp_path):
     flags = ["--policy=mixed_float16", "--steps=12", "--growth-interval=1"]

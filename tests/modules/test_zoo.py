@@ -1,5 +1,6 @@
 """Properties of `apply_policy`, crossed with every network of the zoo."""
 
+import itertools
 import re
 
 import jax
@@ -12,14 +13,31 @@ from jaxmp.testing import equations, matmuls, zoo
 from jaxmp.testing._functional import path_of
 from tests.modules.conftest import FAST_COMPILE
 from tests.support.distance import distance, norm
+from tests.support.thinning import every_second
 
 POLICIES = ("mixed_bfloat16", "mixed_float16", "bf16-true")
-every_model = pytest.mark.parametrize("model", zoo(), ids=str)
-every_policy = pytest.mark.parametrize("policy", POLICIES)
-# Compiling takes longer than tracing: by default one policy is run.
-run_policies = pytest.mark.parametrize(
-    "policy",
-    [POLICIES[0], *(pytest.param(p, marks=pytest.mark.slow) for p in POLICIES[1:])],
+by_kind = sorted(zoo(), key=lambda model: model.kind)
+traced = every_second("model policy", by_kind, POLICIES)
+# Compiling takes longer than tracing: by default one policy is run, and of the nnx
+# networks those with every sort of state.
+IN_BOTH = ("mlp", "cnn", "lstm", "encoder", "decoder_cached")
+
+
+def _is_compiled(model, policy):
+    return policy == POLICIES[0] and (model.kind == "linen" or model.name in IN_BOTH)
+
+
+compiled = pytest.mark.parametrize(
+    ("model", "policy"),
+    [
+        pytest.param(
+            model,
+            policy,
+            marks=() if _is_compiled(model, policy) else pytest.mark.slow,
+            id=f"{model}-{policy}",
+        )
+        for model, policy in itertools.product(by_kind, POLICIES)
+    ],
 )
 FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -51,8 +69,7 @@ def types(tree):
     )
 
 
-@every_policy
-@every_model
+@traced
 def test_parameters_are_stored_as_the_policy_says(model, policy, trace_step):
     step, dtypes = trace_step(model, policy), jaxmp.get_policy(policy)
     for path, x in by_path(step.params).items():
@@ -64,8 +81,7 @@ def test_parameters_are_stored_as_the_policy_says(model, policy, trace_step):
             assert x.dtype == dtypes.param_dtype, path
 
 
-@every_policy
-@every_model
+@traced
 def test_every_matmul_forward_and_backward_is_in_the_compute_dtype(
     model, policy, trace_step
 ):
@@ -78,17 +94,17 @@ def test_every_matmul_forward_and_backward_is_in_the_compute_dtype(
     assert {d for m in found for d in (*m.operands, m.output)} == {compute}
 
 
-@every_policy
-@every_model
+@traced
 def test_norms_compute_in_float32(model, policy, trace_step):
     step = trace_step(model, policy)
     has_norm = any(is_norm(path) for path in by_path(step.params))
     assert operand_dtypes(step, "rsqrt") == ({FLOAT32} if has_norm else set())
 
 
-@every_policy
-@pytest.mark.parametrize(
-    "model", [m for m in zoo() if m.name.startswith(("encoder", "decoder"))], ids=str
+@every_second(
+    "model policy",
+    [m for m in by_kind if m.name.startswith(("encoder", "decoder"))],
+    POLICIES,
 )
 def test_softmax_of_flax_attention_is_in_float32(model, policy, trace_step):
     assert operand_dtypes(trace_step(model, policy), "exp") == {FLOAT32}
@@ -113,15 +129,13 @@ def test_tables_are_looked_up_and_never_cast(model, policy, trace_step):
         assert f" f16[{rows},{width}]" not in text
 
 
-@every_policy
-@every_model
+@traced
 def test_a_step_returns_the_types_that_it_took(model, policy, trace_step):
     step = trace_step(model, policy)
     assert types(step.results[0]) == types(step.arguments)
 
 
-@every_policy
-@every_model
+@traced
 def test_state_keeps_its_own_dtypes(model, policy, trace_step):
     plain = by_path(trace_step(model, None).results[1]["state"])
     state = by_path(trace_step(model, policy).results[1]["state"])
@@ -132,15 +146,13 @@ def test_state_keeps_its_own_dtypes(model, policy, trace_step):
         assert x.dtype == (compute if is_made_here else plain[path].dtype), path
 
 
-@run_policies
-@every_model
+@compiled
 def test_three_steps_compile_once(model, policy, run_step):
     _, compiled = run_step(model, policy)
     assert compiled == 1
 
 
-@run_policies
-@every_model
+@compiled
 @pytest.mark.parametrize("what", ["loss", "output", "grads", "state"])
 def test_within_what_the_dtype_allows_of_float32(model, policy, what, run_step):
     half = jaxmp.get_policy(policy).compute_dtype

