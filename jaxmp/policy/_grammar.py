@@ -98,7 +98,13 @@ def get_policy(spec: PolicyLike, *, device: Any = None) -> Policy:
     if isinstance(spec, jmp.Policy):
         return Policy(spec.param_dtype, spec.compute_dtype, spec.output_dtype)
     if isinstance(spec, str):
-        return _parse(spec, device)
+        try:
+            return _parse(spec, device)
+        except PolicyError as error:
+            if repr(spec) in str(error):
+                raise
+            message = f"{error} It is written in the policy {spec!r}."
+            raise PolicyError(message) from None
     dtype = read_dtype(spec)
     if dtype is None and hasattr(spec, "loss_scale") and hasattr(spec, "unscale"):
         raise PolicyError(

@@ -76,7 +76,10 @@ def specs(draw):
 
 # Text of the grammar's own pieces gets further into the parser than arbitrary text.
 pieces = ("p", "c", "o", "params", "compute", "output", "matmul", "=", ",", " ", "")
-words = ("half", "f32", "bf16", "auto", "mixed_float16", "tf32", "f", "16", "é", "\n")
+words = (
+    *("half", "f32", "bf16", "auto", "mixed_float16", "tf32", "f", "16", "é", "\n"),
+    *("quantize", "fp8", "fp8:mx", "mixed_fp8:mx", "float8_e4m3fn"),
+)
 texts = st.text() | st.lists(st.sampled_from(pieces + words)).map("".join)
 
 # What is read
