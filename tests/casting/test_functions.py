@@ -116,7 +116,7 @@ def test_no_cast_is_undone(case):
     assert undone(jax.make_jaxpr(jaxmp.autocast(case.fn))(*example_arguments())) == 0
 
 
-@differentiable
+@every_second("case", DIFFERENTIABLE, ids=name_of)
 def test_transformations_go_through(case):
     w, x = example_arguments()
     cast = jaxmp.autocast(loss_of(case.fn))
