@@ -10,16 +10,17 @@ import jaxmp
 from jaxmp.testing import zoo
 from jaxmp.testing._functional import path_of
 from tests.support.stablehlo import Program
+from tests.support.thinning import every_second
 
 NAMES = ("mlp", "cnn", "lstm", "encoder", "decoder", "transformer_xl")
 WITHOUT_LOOPS = ("mlp", "cnn", "decoder", "transformer_xl")
-every_model = pytest.mark.parametrize(
-    "model", [m for m in zoo() if m.name in NAMES], ids=str
+residuals = pytest.mark.parametrize("half_residuals", [True, False])
+in_either_way = every_second(
+    "model half_residuals", [m for m in zoo() if m.name in NAMES], [True, False]
 )
 without_loops = pytest.mark.parametrize(
     "model", [m for m in zoo() if m.name in WITHOUT_LOOPS], ids=str
 )
-residuals = pytest.mark.parametrize("half_residuals", [True, False])
 
 
 def lower(loss, *arguments, half_residuals=True):
@@ -76,8 +77,7 @@ def check_round_trips(program, half_residuals):
     assert found.keys() <= {f"f32 bf16 f32 after {name}" for name in kept}
 
 
-@residuals
-@every_model
+@in_either_way
 def test_no_cast_is_undone_in_a_network(model, half_residuals):
     program, _ = lower_model(model, half_residuals)
     check_round_trips(program, half_residuals)
@@ -91,8 +91,7 @@ def test_no_cast_is_undone_in_a_gpt(half_residuals):
     check_round_trips(program, half_residuals)
 
 
-@residuals
-@every_model
+@in_either_way
 def test_no_parameter_is_cast_twice(model, half_residuals):
     program, params = lower_model(model, half_residuals)
     found = program.casts_of_arguments("bf16")

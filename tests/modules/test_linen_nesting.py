@@ -9,6 +9,7 @@ import pytest
 import jaxmp
 from jaxmp import PolicyRule, apply_policy, default_rules
 from jaxmp.testing import matmuls
+from tests.support.thinning import every_second
 
 from .linen_models import BF16, F16, F32, HALF, KEY, Compact, X, dtypes, same
 
@@ -245,8 +246,12 @@ class Lifted(nn.Module):
         return self.fun(self, nn.Dense(8, name="before")(x))
 
 
-@pytest.mark.parametrize("fun", LIFTED, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("policy", [HALF, "bf16-true"])
+@every_second(
+    "fun policy",
+    LIFTED,
+    [HALF, "bf16-true"],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_inside_of_lifted_transformations(fun, policy):
     plain, model = Lifted(fun), apply_policy(Lifted(fun), policy)
     variables, expected = model.init(KEY, X), plain.init(KEY, X)

@@ -11,6 +11,7 @@ from jaxmp import PolicyRule, apply_policy, default_rules
 from jaxmp.errors import NotAModule, UnusedRule
 from jaxmp.policy import head_in_float32, matmuls_in_half
 from jaxmp.testing import equations, matmuls
+from tests.support.thinning import every_second
 
 BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 HALF = "params=float32,compute=bfloat16,output=bfloat16"
@@ -78,8 +79,7 @@ class Net(nnx.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("policy", [HALF, "bf16-true"])
-@pytest.mark.parametrize("name", LAYERS)
+@every_second("name policy", LAYERS, [HALF, "bf16-true"])
 def test_layers_of_flax(name, policy):
     plain = Net(LAYERS[name]())
     model = apply_policy(plain, policy)

@@ -13,6 +13,7 @@ from flax.nnx import bridge
 import jaxmp
 from jaxmp import PolicyRule, apply_policy
 from jaxmp.testing import matmuls
+from tests.support.thinning import every_second
 
 BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 KEY = jax.random.key(0)
@@ -125,9 +126,13 @@ def in_nnx(own_code, policy=None):
     return lambda params: nnx.merge(graph, params)(X), params
 
 
-@policies
-@pytest.mark.parametrize("kind", [linen, in_nnx], ids=["linen", "nnx"])
-@pytest.mark.parametrize("own_code", OWN_CODE, ids=lambda f: f.__name__)
+@every_second(
+    "own_code kind policy",
+    OWN_CODE,
+    [linen, in_nnx],
+    POLICIES,
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_sums_probabilities_and_norms_are_those_of_float32(own_code, kind, policy):
     f, params = kind(own_code)
     wanted, wanted_grads = jax.value_and_grad(f)(params)

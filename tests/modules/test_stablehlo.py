@@ -17,7 +17,14 @@ policies = pytest.mark.parametrize(
         pytest.param("mixed_float16", "f16", marks=pytest.mark.slow),
     ],
 )
-every_model = pytest.mark.parametrize("model", zoo(), ids=str)
+every_model = pytest.mark.parametrize(
+    "model",
+    [
+        m if m.kind == "linen" else pytest.param(m, marks=pytest.mark.slow)
+        for m in zoo()
+    ],
+    ids=str,
+)
 
 
 @pytest.fixture(name="lowered", scope="module")
