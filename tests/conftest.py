@@ -34,14 +34,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jaxmp")
 
 
-STARTED = time.monotonic()
+STARTED = pytest.StashKey[float]()
 # Of few tests that take long: begun last, such a file would keep one process busy
 # while the other has nothing left.
 LONG = ("test_random_programs.py", "test_programs.py", "test_import_weight.py")
 
 
 def pytest_addoption(parser):
-    help_text = "skip tests that have not started after so many seconds"
+    help_text = "skip tests that have not started so many seconds after the first"
     parser.addoption("--budget", type=float, default=float("inf"), help=help_text)
     parser.addoption("--share", type=int, default=1, help="run every n-th test")
 
@@ -63,8 +63,14 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=place)
 
 
+def pytest_collection_finish(session):
+    session.config.stash[STARTED] = time.monotonic()
+
+
 def pytest_runtest_setup(item):
-    if time.monotonic() - STARTED > item.config.getoption("--budget"):
+    if time.monotonic() - item.config.stash[STARTED] > item.config.getoption(
+        "--budget"
+    ):
         pytest.skip("the time budget is used up")
     if PLATFORM != "cpu" and item.get_closest_marker("cpu"):
         pytest.skip(f"is about programs of the CPU, and this is {PLATFORM}")
