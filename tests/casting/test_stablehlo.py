@@ -15,8 +15,11 @@ from tests.support.thinning import every_second
 NAMES = ("mlp", "cnn", "lstm", "encoder", "decoder", "transformer_xl")
 WITHOUT_LOOPS = ("mlp", "cnn", "decoder", "transformer_xl")
 residuals = pytest.mark.parametrize("half_residuals", [True, False])
+# By kind, or all linen networks would be lowered in one way, and all nnx ones in the
+# other.
+by_kind = sorted(zoo(), key=lambda model: model.kind)
 in_either_way = every_second(
-    "model half_residuals", [m for m in zoo() if m.name in NAMES], [True, False]
+    "model half_residuals", [m for m in by_kind if m.name in NAMES], [True, False]
 )
 without_loops = pytest.mark.parametrize(
     "model", [m for m in zoo() if m.name in WITHOUT_LOOPS], ids=str

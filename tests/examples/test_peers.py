@@ -15,7 +15,8 @@ def test_the_four_scalers_train_alike():
     seconds, losses = update_step.measure(job, rounds=3)
     assert seconds.shape == (4, 3)
     assert np.all(seconds > 0)
-    # jaxmp computes GELU in float32 inside, the others in half.
+    # jaxmp computes tanh in float32 inside, the others in half; they differ by a tenth
+    # of float16's unit, whose roundings depend on the CPU.
     np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
 
 

@@ -375,7 +375,7 @@ def narrow_matmul(w, x):
 
 
 class Twice(nn.Module):
-    """A matmul of a layer, and one that is always in half."""
+    """A matmul of a layer, and one of its own, in one dtype."""
 
     dtype: object = None
 

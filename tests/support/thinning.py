@@ -12,7 +12,8 @@ def every_second(
 ) -> pytest.MarkDecorator:
     """Parametrizes by combinations, every second of which is slow.
 
-    As on a chessboard: a value of one axis still meets every second of the others.
+    As on a chessboard: a value of one axis still meets every second of the others. Of
+    one axis alone, every second value is run.
 
     Args:
       names: of the parameters, separated by spaces, one for each axis.
